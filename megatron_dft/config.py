@@ -1,0 +1,117 @@
+"""One typed description of a DFT run. The command-line flags and the YAML block are generated from its fields.
+
+Python          DFTConfig(loss_type="tsallis:q=0.5", mtp="same")
+command line    --loss-type tsallis:q=0.5 --loss-mtp same
+YAML            dft: {loss_type: "tsallis:q=0.5", mtp: same}
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from torch.distributed import ProcessGroup
+
+from megatron_dft.objectives import OBJECTIVES, Objective, nearest, parse_objective
+from megatron_dft.vocab_parallel import LossOptions
+
+STOCK = "ce"
+
+
+def _setting(default: object, kind: type, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"default": default, "kind": kind, "help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class DFTConfig:
+    """How the loss of a Megatron run is computed. Raises ValueError for a value that is not possible."""
+
+    loss_type: str = _setting(
+        STOCK,
+        str,
+        f"Token-level training objective: {STOCK} leaves Megatron's own cross entropy untouched; otherwise one of "
+        f"{', '.join(OBJECTIVES)}, with parameters as in tsallis:q=0.5 or threshold:lo=0.1,base=prob.",
+    )
+    mtp: str = _setting(
+        "nll", str, "Loss of multi-token-prediction heads: Megatron's own, or the same.", ("nll", "same")
+    )
+    true_vocab_size: int | None = _setting(
+        None, int, "Leave padding columns, from this id on, out of the softmax. Default: keep them, as Megatron does."
+    )
+    backend: str = _setting(
+        "auto", str, "Implementation: torch, or auto for the best one available.", ("auto", "torch")
+    )
+    inplace_backward: bool = _setting(
+        True, bool, "Write the gradient over the logits, which saves a buffer of their size."
+    )
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            _check_setting(f.name, getattr(self, f.name), f.metadata)
+        if self.enabled:
+            self.options()
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is changed at all."""
+        return self.loss_type != STOCK
+
+    @property
+    def objective(self) -> Objective:
+        return parse_objective(self.loss_type)
+
+    def options(self, tp_group: ProcessGroup | None = None) -> LossOptions:
+        """For a host: report the NLL, send back the gradient of the objective."""
+        return LossOptions(
+            objective=self.objective,
+            tp_group=tp_group,
+            value="nll",
+            true_vocab_size=self.true_vocab_size,
+            backend=self.backend,
+            inplace_backward=self.inplace_backward,
+        )
+
+    @classmethod
+    def from_mapping(cls, block: Mapping[str, Any]) -> DFTConfig:
+        """From a YAML `dft:` block. Raises ValueError for a key that does not exist, with the nearest one."""
+        known = {f.name for f in fields(cls)}
+        for key in block:
+            if key not in known:
+                raise ValueError(f"dft: expected one of {', '.join(sorted(known))}, got {key!r}{nearest(key, known)}")
+        return cls(**block)
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        """Add one flag per field; returns the parser, as Megatron's argument providers do."""
+        group = parser.add_argument_group("megatron_dft")
+        for f in fields(cls):
+            kind: dict[str, Any] = {"type": f.metadata["kind"], "choices": f.metadata["choices"]}
+            if f.metadata["kind"] is bool:
+                kind = {"action": argparse.BooleanOptionalAction}
+            group.add_argument(_flag(f.name), dest=_dest(f.name), default=f.default, help=f.metadata["help"], **kind)
+        return parser
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> DFTConfig:
+        """From parsed flags; fields that the namespace lacks keep their defaults."""
+        values: dict[str, Any] = {f.name: getattr(args, _dest(f.name), f.default) for f in fields(cls)}
+        return cls(**values)
+
+
+def _flag(name: str) -> str:
+    return "--" + _dest(name).replace("_", "-")
+
+
+def _dest(name: str) -> str:
+    return name if name.startswith("loss_") else f"loss_{name}"
+
+
+def _check_setting(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
+    kind, choices = metadata["kind"], metadata["choices"]
+    absent = value is None and metadata["default"] is None
+    if not absent and type(value) is not kind:
+        raise ValueError(f"dft: {name}: expected {kind.__name__}, got {value!r}")
+    if choices and value not in choices:
+        raise ValueError(f"dft: {name}: expected one of {', '.join(choices)}, got {value!r}")

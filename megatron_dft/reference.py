@@ -1,0 +1,111 @@
+"""Backend "torch": one shard's statistics and gradient, in plain PyTorch.
+
+`shard_stats` reads the logits once and never writes to them; `shard_gradient` reads them again and writes
+coefficient x (softmax - onehot), over the logits if told so. Rows that are ignored, or whose coefficient is 0, are
+not read at all. This is the truth that other backends are tested against, and the fast path on a CPU: rows are taken
+in chunks that stay in the cache, copied into one fp32 scratch buffer (fp64 for fp64) and worked on in place there,
+so memory beyond the logits is a few MiB and each number is rounded once.
+
+Cost on the logits: one read forward; one read and one write backward. Left out: GPU speed (on CUDA this backend is
+correct but makes many small launches and asks the device which rows are live).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from megatron_dft.stats import COLLISION, ENTROPY, VocabShard, row_names
+
+CHUNK_ELEMENTS = 1 << 19  # 2 MiB of fp32 scratch
+UNDERFLOW = -1e4  # e^-1e4 is 0 in every dtype, and 0 * -1e4 is 0 where 0 * -inf is NaN
+
+
+def shard_stats(
+    logits: Tensor,  # [N, V/tp]
+    target: Tensor,  # [N] int64, global ids
+    valid: Tensor,  # [N] bool
+    shard: VocabShard,
+    needs: frozenset[str],
+) -> Tensor:  # [K, N], rows as in `stats.row_names`
+    """Sums over this shard's columns, relative to the shard's own maximum; zeros at rows that are not valid."""
+    names = row_names(needs)
+    out = logits.new_zeros(len(names), len(logits), dtype=accumulation_dtype(logits))
+    row = dict(zip(names, out, strict=True))
+    for rows, x in _chunks(logits, valid, shard):
+        maximum = x.amax(1) if shard.columns else x.new_full((len(x),), -torch.inf)
+        row["maximum"][rows] = maximum
+        # An all -inf row has nothing to subtract: keep its exponentials at 0 instead of NaN.
+        x.sub_(maximum.masked_fill(maximum.isneginf(), 0.0)[:, None])
+        if ENTROPY in needs:
+            exponential = x.exp()
+            row["shifted_sum"][rows] = x.clamp_(min=UNDERFLOW).mul_(exponential).sum(1)
+            x = exponential
+        else:
+            x.exp_()
+        row["sum"][rows] = x.sum(1)
+        if COLLISION in needs:
+            row["square_sum"][rows] = x.square_().sum(1)
+    row["target_logit"].copy_(_target_logit(logits, target, valid, shard))
+    return out
+
+
+def shard_gradient(
+    logits: Tensor,  # [N, V/tp]
+    target: Tensor,  # [N] int64, global ids
+    maximum: Tensor,  # [N] over the whole vocabulary
+    log_sum: Tensor,  # [N] log of the sum of e^(x - maximum) over the whole vocabulary
+    coefficient: Tensor,  # [N] upstream gradient x gate
+    shard: VocabShard,
+    out: Tensor,  # [N, V/tp], may be `logits` itself
+) -> None:
+    """Write coefficient x (softmax - onehot) to `out`; rows with coefficient 0 and padding columns become 0."""
+    live = coefficient != 0.0
+    out.index_fill_(0, (~live).nonzero().squeeze(1), 0.0)
+    out[:, shard.columns :] = 0.0
+    scale = coefficient * torch.exp(-log_sum)
+    for rows, x in _chunks(logits, live, shard):
+        x.sub_(maximum[rows][:, None]).exp_().mul_(scale[rows][:, None])
+        column, owned = _local_column(target[rows], shard)
+        if shard.columns:
+            x.scatter_add_(1, column[:, None], (-coefficient[rows] * owned)[:, None])
+        out[rows, : shard.columns] = x.to(out.dtype)
+
+
+def accumulation_dtype(logits: Tensor) -> torch.dtype:
+    """fp64 for fp64, fp32 for everything else."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _chunks(logits: Tensor, live: Tensor, shard: VocabShard) -> Iterator[tuple[slice | Tensor, Tensor]]:
+    """Rows worth reading, and a scratch copy of their logits [rows, columns] to work on in place."""
+    columns = shard.columns
+    step = max(1, CHUNK_ELEMENTS // max(columns, 1))
+    index = None if bool(live.all()) else live.nonzero().squeeze(1)
+    count = len(logits) if index is None else len(index)
+    scratch = logits.new_empty(min(step, count), columns, dtype=accumulation_dtype(logits))
+    for first in range(0, count, step):
+        rows = slice(first, min(first + step, count)) if index is None else index[first : first + step]
+        source = logits[rows, :columns]
+        yield rows, scratch[: len(source)].copy_(source)
+
+
+def _local_column(target: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """Column of each target in this shard (0 where another shard has it), and whether it is here."""
+    column = target - shard.start
+    owned = (column >= 0) & (column < shard.columns)
+    return column.masked_fill(~owned, 0), owned
+
+
+def _target_logit(logits: Tensor, target: Tensor, valid: Tensor, shard: VocabShard) -> Tensor:
+    """The target's logit at its owner, 0 at the others; NaN everywhere for an id outside the vocabulary."""
+    if shard.columns:
+        column, owned = _local_column(target, shard)
+        logit = logits.gather(1, column[:, None]).squeeze(1).to(accumulation_dtype(logits))
+        logit = logit.masked_fill(~(owned & valid), 0.0)
+    else:
+        logit = logits.new_zeros(len(target), dtype=accumulation_dtype(logits))
+    outside = valid & ((target < 0) | (target >= shard.vocab_size))
+    return logit.masked_fill(outside, torch.nan)
