@@ -1,1 +1,155 @@
-def install(*a): ...
+"""The two places where a Megatron host meets the loss.
+
+    model        LanguageModule.compute_language_model_loss(labels, logits) -> per-token loss, bound on the instances
+                 (`install`). Every Megatron model, version and cross-entropy fusion goes through it. It returns the
+                 NLL and sends back the objective's gradient: `lm loss`, perplexity and NaN checks keep their meaning.
+    loss_func    what forward_step returns beside the output (`with_metrics`). Its report gains the metrics.
+
+The statistics of a micro-batch travel from the first to the second on the output tensor itself, because under
+interleaved schedules several micro-batches are in flight and "the last one" is the wrong one.
+
+Nothing is patched on a class or a module, so other models in the process (a reference model, an RL policy) keep the
+stock cross entropy. Left out: how a host is reached; see `megatron_lm`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_dft.config import DFTConfig
+from megatron_dft.hosts import compat
+from megatron_dft.metrics import token_metrics
+from megatron_dft.objectives import Objective
+from megatron_dft.stats import TokenStats
+from megatron_dft.vocab_parallel import loss_and_stats, vocab_parallel_dft_loss
+
+_STATS = "megatron_dft_stats"  # on the output of the model
+_MAIN_HEAD = "megatron_dft_main_head"  # on the labels that were given to the model
+
+
+def install(model_chunks: Sequence[torch.nn.Module], config: DFTConfig) -> Sequence[torch.nn.Module]:
+    """Bind the loss on every model chunk that computes one, and return the chunks.
+
+    Args:
+        model_chunks: this rank's part of a Megatron model, one module per virtual pipeline stage, wrapped or not
+            (DDP, Float16Module, LLaVA around its language model). Chunks without an output layer are left alone.
+        config: with loss_type "ce" nothing is changed.
+
+    Raises:
+        ValueError: for a model whose loss cannot be replaced, or a configuration that would give wrong numbers.
+    """
+    if config.enabled:
+        for chunk in model_chunks:
+            model = _language_model(chunk)
+            if getattr(model, "post_process", False):
+                compat.check_model(model, config)
+                _bind(model, config)
+    return model_chunks
+
+
+def with_metrics(forward_step: Callable[..., Any], config: DFTConfig) -> Callable[..., Any]:
+    """The same forward_step; the loss_func it returns reports the metrics of the objective as well."""
+    if not config.enabled:
+        return forward_step
+
+    @functools.wraps(forward_step)
+    def wrapped(data_iterator: Any, model: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        output, loss_func = forward_step(data_iterator, model, *args, **kwargs)
+        return output, None if loss_func is None else _reporting(loss_func, config.objective)
+
+    return wrapped
+
+
+def vocab_parallel_cross_entropy(
+    vocab_parallel_logits: Tensor,  # [s, b, V/tp]
+    target: Tensor,  # [s, b]
+    label_smoothing: float = 0.0,
+    tp_group: ProcessGroup | None = None,
+) -> Tensor:  # [s, b]
+    """The DFT loss with the signature of Megatron's `tensor_parallel.vocab_parallel_cross_entropy`.
+
+    For code that calls that function itself; a whole model is better served by `install`, and another objective by
+    `vocab_parallel_dft_loss`. As there, the group defaults to Megatron's tensor-parallel group, the result is fp32
+    nats per token, and padding columns are part of the softmax; unlike there, target -100 is ignored.
+
+    Raises:
+        ValueError: for label smoothing, which has no place in the family.
+    """
+    compat.refuse_label_smoothing(label_smoothing)
+    if tp_group is None:
+        from megatron.core import parallel_state
+
+        tp_group = parallel_state.get_tensor_model_parallel_group()
+    return vocab_parallel_dft_loss(vocab_parallel_logits, target, tp_group=tp_group)
+
+
+def _language_model(chunk: torch.nn.Module) -> torch.nn.Module | None:
+    """The module that computes the loss, below DDP, Float16Module or LLaVA; None where this stage has none."""
+    module: Any = chunk
+    while not hasattr(module, "compute_language_model_loss"):
+        if hasattr(module, "language_model"):
+            module = module.language_model
+            if module is None:
+                return None
+        elif hasattr(module, "module"):
+            module = module.module
+        else:
+            raise ValueError(
+                f"install: expected a Megatron language model (GPTModel, HybridModel, LLaVAModel, ...) with "
+                f"compute_language_model_loss, got {type(chunk).__name__}"
+            )
+    return module
+
+
+def _bind(model: Any, config: DFTConfig) -> None:
+    options = config.options(model.tp_group)
+    host_loss = model.compute_language_model_loss
+    separate_mtp = bool(getattr(model.config, "mtp_num_layers", None)) and config.mtp == "nll"
+    if separate_mtp:
+        model.register_forward_pre_hook(_mark_labels, with_kwargs=True)
+
+    def compute_language_model_loss(self: Any, labels: Tensor, logits: Tensor) -> Tensor:
+        """labels [b, s], logits [s, b, V/tp] -> NLL [b, s]."""
+        if separate_mtp and not hasattr(labels, _MAIN_HEAD):
+            return host_loss(labels, logits)
+        compat.check_width(self, logits)
+        loss, stats = loss_and_stats(logits, labels.transpose(0, 1).contiguous(), options)
+        loss = loss.transpose(0, 1).contiguous()
+        setattr(loss, _STATS, stats.map(lambda x: x.transpose(0, 1)))
+        return loss
+
+    model.compute_language_model_loss = MethodType(compute_language_model_loss, model)
+
+
+def _mark_labels(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+    """Tell the main head from multi-token prediction, whose heads get shifted copies of the labels."""
+    if kwargs.get("labels") is not None:
+        setattr(kwargs["labels"], _MAIN_HEAD, True)
+
+
+def _reporting(loss_func: Callable[..., Any], objective: Objective) -> Callable[..., Any]:
+    @functools.wraps(loss_func)
+    def wrapped(output: Tensor, **kwargs: Any) -> Any:
+        if kwargs.get("non_loss_data"):
+            return loss_func(output, **kwargs)
+        stats: TokenStats | None = getattr(output, _STATS, None)
+        loss_mask = compat.loss_mask_of(loss_func)
+        if stats is None or loss_mask.numel() != output.numel():
+            raise ValueError(
+                f"the report needs the model's own per-token loss: expected the output of a model on which install() "
+                f"was called, [b, s] as the loss mask {tuple(loss_mask.shape)}, got {tuple(output.shape)}; "
+                "return the model's output from forward_step unchanged"
+            )
+        loss_mask = loss_mask.view(output.shape)
+        # A masked token is worth nothing, even where its NLL is inf or NaN.
+        loss, num_tokens, report = loss_func(output.masked_fill(loss_mask == 0.0, 0.0), **kwargs)
+        return loss, num_tokens, {**report, **token_metrics(stats, objective, loss_mask)}
+
+    return wrapped

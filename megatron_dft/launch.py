@@ -1,0 +1,65 @@
+"""Run an unmodified Megatron-LM training script with another loss.
+
+    torchrun --nproc-per-node 8 -m megatron_dft.launch SCRIPT ARGUMENTS --loss-type dft [--device cuda|cpu|auto]
+
+SCRIPT is pretrain_gpt.py of a Megatron-LM checkout, or another script that calls megatron.training.pretrain();
+ARGUMENTS are its own. Without --loss-type it runs as if it had been started alone. --device cpu runs it on CPU ranks
+over gloo (slow: to try things out, and for tests); --device auto does so where no GPU is found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import runpy
+import sys
+
+import torch
+
+from megatron_dft.config import DFTConfig
+
+
+def main(words: list[str]) -> None:
+    """Take out our own options, prepare the host, and run the script as __main__."""
+    if not words or words[0] in ("-h", "--help"):
+        print(__doc__)
+        return
+    script, words = words[0], words[1:]
+    if not os.path.isfile(script):
+        sys.exit(f"megatron_dft.launch: expected the path of a Python script, got {script!r}; the script comes first")
+    device, words = _device(words)
+    try:
+        config = _config(words)
+        if device == "cpu":
+            from megatron_dft.hosts import cpu
+
+            cpu.enable()
+            words = cpu.complete_arguments(words)
+    except ValueError as error:
+        sys.exit(f"megatron_dft.launch: {error}")
+    from megatron_dft.hosts import megatron_lm
+
+    sys.argv = [script, *words]
+    sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
+    megatron_lm.enable(config)
+    runpy.run_path(script, run_name="__main__")
+
+
+def _device(words: list[str]) -> tuple[str, list[str]]:
+    """Where to run, and the arguments without --device, which the script does not know."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--device", choices=("cuda", "cpu", "auto"), default="cuda")
+    known, rest = parser.parse_known_args(words)
+    if known.device == "auto":
+        return ("cuda" if torch.cuda.is_available() else "cpu"), rest
+    return known.device, rest
+
+
+def _config(words: list[str]) -> DFTConfig:
+    """Our flags. They stay in the arguments: the host parses and records them too."""
+    parser = DFTConfig.add_arguments(argparse.ArgumentParser(allow_abbrev=False, add_help=False))
+    return DFTConfig.from_args(parser.parse_known_args(words)[0])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
