@@ -1,0 +1,48 @@
+# make demo     fine-tune a small GPT with NLL and with DFT through Megatron's pretrain(), and compare them
+# make test     the whole test suite (make check: lint, format, types)
+# The first target that is called sets up .venv (Python 3.12; torch brings its CUDA libraries, several GB).
+
+PYTHON ?= $(shell command -v python3.12 || command -v python3)
+PYTHON311 ?= PYENV_VERSION=3.11 python3.11
+RUN := .venv/bin/python
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test test-py311 faults check format clean
+
+demo: .venv/installed
+	$(RUN) examples/demo.py --out runs/demo
+
+test: .venv/installed
+	$(RUN) -m pytest
+
+# The host-independent part on the oldest supported pair: Python 3.11 with megatron-core 0.16.1.
+test-py311: .venv311/installed
+	.venv311/bin/python -m pytest -m "not host"
+
+# Apply each deliberate fault to a copy of the library; the tests must catch every one.
+faults: .venv/installed
+	$(RUN) tests/faults.py
+
+check: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+format: .venv/installed
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12) and f"expected Python 3.12, got {sys.version.split()[0]}: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)")'
+	@echo "setting up .venv (a few minutes: torch and megatron-core)"
+	$(PYTHON) -m venv .venv
+	.venv/bin/python $(PIP_INSTALL) -c constraints.txt -e ".[megatron,dev]"
+	@touch $@
+
+.venv311/installed: pyproject.toml
+	$(PYTHON311) -m venv .venv311
+	.venv311/bin/python $(PIP_INSTALL) torch==2.13.0 megatron-core==0.16.1 numpy pytest -e .
+	@touch $@
+
+clean:
+	rm -rf .venv .venv311 runs build dist *.egg-info
