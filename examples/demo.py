@@ -57,7 +57,12 @@ class Demo:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(tp)]
         command += ["-m", "megatron_dft.launch", str(EXAMPLES / "pretrain_gpt.py"), "--device", "cpu"]
         command += [*MODEL.split(), *DATA.split(), *TRAINING.split(), *flags.split()]
-        command += ["--tokenizer-model", str(self.data / "tokenizer"), "--valid-data-path", str(self.data / "valid.jsonl")]
+        command += [
+            "--tokenizer-model",
+            str(self.data / "tokenizer"),
+            "--valid-data-path",
+            str(self.data / "valid.jsonl"),
+        ]
         command += ["--tensor-model-parallel-size", str(tp), "--train-iters", str(steps)]
         command += ["--tensorboard-dir", str(folder / "tensorboard"), "--data-cache-path", str(self.out / "cache")]
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,7 +75,11 @@ def show(command: list[str], log: Path, name: str, steps: int) -> None:
     start = first = time.monotonic()
     with log.open("w") as file:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         assert process.stdout is not None
         for line in process.stdout:
@@ -156,9 +165,7 @@ def main() -> None:
     runs = {
         name: demo.train(name, tp=2, steps=TUNE_STEPS, flags=f"{tune} --loss-type {name}") for name in ("nll", "dft")
     }
-    single = demo.train(
-        "tp1", tp=1, steps=TUNE_STEPS, flags=f"{tune} --loss-type dft --exit-interval {PARITY_STEPS}"
-    )
+    single = demo.train("tp1", tp=1, steps=TUNE_STEPS, flags=f"{tune} --loss-type dft --exit-interval {PARITY_STEPS}")
 
     summary = {
         "base": final(base),
@@ -191,9 +198,13 @@ def report(summary: dict, out: Path) -> None:
         print(f"{name:<22}{row['valid_lm_loss']:8.4f}{row['valid_prob']:9.4f}{row['valid_accuracy']:10.4f}")
     nll, dft = (summary["objectives"][name]["valid_accuracy"] for name in ("nll", "dft"))
     verdict = "more" if dft > nll else "fewer"
-    print(f"\nDFT predicts {abs(dft - nll):.2%} {verdict} of the clean targets than NLL after the same noisy fine-tune.")
+    print(
+        f"\nDFT predicts {abs(dft - nll):.2%} {verdict} of the clean targets than NLL after the same noisy fine-tune."
+    )
     if dft <= nll:
-        print("DFT trusts what the base model already believes; where the data teaches something new, NLL learns it faster.")
+        print(
+            "DFT trusts what the base model already believes; where the data teaches something new, NLL learns it faster."
+        )
     parity = summary["tp_parity"]
     print(
         f"TP=1 against TP=2, {parity['steps']} steps: largest relative difference {parity['lm_loss_max_rel']:.1e} in the "

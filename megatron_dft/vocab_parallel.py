@@ -217,9 +217,9 @@ def _all_gather(packed: Tensor, group: ProcessGroup | None) -> Tensor:
     """[K, N] of each rank -> [R, K, N] in rank order, on every rank."""
     if group is None or group.size() == 1:
         return packed[None]
-    gathered = packed.new_empty(group.size(), *packed.shape)
+    gathered = packed.new_empty(group.size() * packed.shape[0], packed.shape[1])
     torch.distributed.all_gather_into_tensor(gathered, packed, group=group)
-    return gathered
+    return gathered.view(group.size(), *packed.shape)
 
 
 def _check(logits: Tensor, target: Tensor, options: LossOptions) -> None:
