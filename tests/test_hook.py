@@ -1,0 +1,331 @@
+"""The loss on real Megatron models and schedules, two tensor-parallel ranks: one launch, many facts."""
+
+import functools
+import inspect
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from megatron_dft import DFTConfig, install
+from megatron_dft.hosts import compat, hook
+
+pytest.importorskip("megatron.core")
+
+SEQUENCE, BATCH, VOCAB = 8, 3, 64  # s != b, so that a swapped [s, b] and [b, s] shows
+
+
+def gpt(**settings):
+    """A tiny GPTModel with the same weights on every call."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
+    from megatron.core.transformer import TransformerConfig
+
+    parallel_output = settings.pop("parallel_output", True)
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=16,
+        num_attention_heads=2,
+        tensor_model_parallel_size=torch.distributed.get_world_size(),
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        use_cpu_initialization=True,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        bias_activation_fusion=False,
+        **settings,
+    )
+    torch.manual_seed(1)
+    spec = get_gpt_layer_local_spec()
+    mtp = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False) if config.mtp_num_layers else None
+    model = GPTModel(
+        config,
+        spec,
+        VOCAB,
+        SEQUENCE,
+        parallel_output=parallel_output,
+        share_embeddings_and_output_weights=False,
+        mtp_block_spec=mtp,
+        position_embedding_type="rope",
+    )
+    with torch.no_grad():
+        model.output_layer.weight.mul_(40.0)  # probabilities far from uniform, so that gates differ
+    return model
+
+
+def batch(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(VOCAB, (BATCH, SEQUENCE), generator=generator)
+    labels = torch.randint(VOCAB, (BATCH, SEQUENCE), generator=generator)
+    loss_mask = (torch.rand(BATCH, SEQUENCE, generator=generator) < 0.6).float()
+    return tokens, labels, loss_mask
+
+
+def forward(model, tokens, labels, loss_mask):
+    positions = torch.arange(SEQUENCE).expand(BATCH, -1)
+    causal = torch.ones(1, 1, SEQUENCE, SEQUENCE).triu(1).bool()
+    return model(tokens, positions, causal, labels=labels, loss_mask=loss_mask)
+
+
+def gradients(model, transform=lambda loss: loss, **replaced):
+    tokens, labels, loss_mask = batch()
+    labels, loss_mask = replaced.get("labels", labels), replaced.get("loss_mask", loss_mask)
+    output = forward(model, tokens, labels, loss_mask)
+    upstream = torch.linspace(0.5, 1.5, BATCH * SEQUENCE).view(BATCH, SEQUENCE)
+    (transform(output) * loss_mask * upstream).sum().backward()
+    return output.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def loss_func(loss_mask, output):
+    """What every Megatron script does: sum, count, report."""
+    loss = (output.view(-1).float() * loss_mask.view(-1)).sum()
+    tokens = loss_mask.sum().int()
+    return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens.float()])}
+
+
+def forward_step(data_iterator, model):
+    tokens, labels, loss_mask = next(data_iterator)
+    return forward(model, tokens, labels, loss_mask), partial(loss_func, loss_mask)
+
+
+def start():
+    from megatron_dft.hosts import cpu
+
+    cpu.enable()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=torch.distributed.get_world_size())
+    model_parallel_cuda_manual_seed(1)
+
+
+def dft_line(ce):
+    """What users write by hand on top of Megatron's loss."""
+    return ce * torch.exp(-ce).detach()
+
+
+def on_ranks():
+    """Everything that needs real models, as plain numbers for the tests below."""
+    start()
+    facts = {"host": gradients(gpt()), "dft line": gradients(gpt(), dft_line)}
+    for name in ("nll", "dft", "deft", "entropy"):
+        facts[name] = gradients(*install([gpt()], DFTConfig(loss_type=name)))
+    facts["out of place"] = gradients(*install([gpt()], DFTConfig(loss_type="dft", inplace_backward=False)))
+    ignored = torch.full((BATCH, SEQUENCE), -100)
+    facts["nothing to learn"] = gradients(*install([gpt()], DFTConfig(loss_type="dft")), labels=ignored)
+    facts["ce is untouched"] = "compute_language_model_loss" not in vars(install([gpt()], DFTConfig())[0])
+    bystander = gpt()
+    facts["bystander"] = gradients(bystander)
+    facts["report"] = reports()
+    facts["mtp"] = {mtp: multi_token_prediction(mtp) for mtp in (None, "nll", "same")}
+    facts["drop-in"] = drop_in()
+    facts["errors"] = errors()
+    return facts
+
+
+def reports():
+    """Two micro-batches with very different masks through Megatron's schedule, in bf16 as in production."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.transformer.module import Float16Module
+
+    config = DFTConfig(loss_type="entropy:form=exponential")
+    model = gpt(bf16=True, params_dtype=torch.bfloat16, calculate_per_token_loss=True)
+    chunk = install([Float16Module(model.config, model)], config)[0]
+    batches = [batch(0), batch(1)]
+    batches[1][2][:, 2:] = 0.0
+    pipeline = get_forward_backward_func()
+    result = {}
+    for forward_only in (False, True):
+        result[forward_only] = pipeline(
+            forward_step_func=hook.with_metrics(forward_step, config),
+            data_iterator=iter(batches),
+            model=[chunk],
+            num_microbatches=2,
+            seq_length=SEQUENCE,
+            micro_batch_size=BATCH,
+            forward_only=forward_only,
+        )
+    with torch.no_grad():
+        outputs = [forward(chunk, *b) for b in batches]
+    return result, [(out.float(), getattr(out, hook._STATS), b[2]) for out, b in zip(outputs, batches, strict=True)]
+
+
+def multi_token_prediction(mtp):
+    """Gradients of the MTP layer, which only its own head reaches."""
+    model = gpt(mtp_num_layers=1)
+    if mtp is not None:
+        install([model], DFTConfig(loss_type="dft", mtp=mtp))
+    return {name: g for name, g in gradients(model)[1].items() if name.startswith("mtp.")}
+
+
+def drop_in():
+    from megatron.core.parallel_state import get_tensor_model_parallel_rank
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy as stock
+
+    torch.manual_seed(2)
+    logits = 3 * torch.randn(SEQUENCE, BATCH, VOCAB)
+    shard = logits.chunk(torch.distributed.get_world_size(), -1)[get_tensor_model_parallel_rank()].contiguous()
+    target = batch()[1].t().contiguous()
+    ce = stock(shard.clone(), target)
+    return hook.vocab_parallel_cross_entropy(shard, target), ce, str(inspect.signature(stock))
+
+
+def errors():
+    """The messages of what is refused on real models."""
+    dft = DFTConfig(loss_type="dft")
+
+    def message(action):
+        with pytest.raises(ValueError) as caught:
+            action()
+        return str(caught.value)
+
+    installed = install([gpt()], dft)[0]
+    narrow = install([gpt()], dft)[0]
+    narrow.vocab_size += 2
+    unwrapped = functools.partial(hook.with_metrics(forward_step, dft), iter([batch()]))
+    return {
+        "twice": message(lambda: install([installed], dft)),
+        "gathered": message(lambda: install([gpt(parallel_output=False)], dft)),
+        "width": message(lambda: forward(narrow, *batch())),
+        "te": message(lambda: install([gpt(cross_entropy_loss_fusion=True, cross_entropy_fusion_impl="te")], dft)),
+        "not installed": message(lambda: (lambda out, func: func(out))(*unwrapped(gpt()))),
+    }
+
+
+@pytest.fixture(scope="module")
+def facts():
+    return run_ranks(2, on_ranks, timeout=150)
+
+
+def same(ours, theirs, tolerance):
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_objective_nll_is_the_hosts_own_loss_and_gradient(facts):
+    for rank in facts:
+        same(rank["nll"], rank["host"], 2e-5)
+
+
+@pytest.mark.parametrize("name", ["dft", "out of place"])
+def test_dft_is_the_hosts_loss_with_the_line_on_top(facts, name):
+    for rank in facts:
+        same(rank[name][1], rank["dft line"][1], 2e-5)
+
+
+@pytest.mark.parametrize("name", ["dft", "deft", "entropy", "out of place"])
+def test_value_that_leaves_the_model_is_the_nll(facts, name):
+    for rank in facts:
+        same(rank[name][0], rank["host"][0], 2e-5)
+        assert rank[name][1]["output_layer.weight"].norm() != rank["host"][1]["output_layer.weight"].norm()
+
+
+def test_batch_without_targets_trains_on_with_zeros(facts):
+    for rank in facts:
+        loss, gradient = rank["nothing to learn"]
+        assert not loss.any()
+        assert gradient
+        assert not any(g.any() for g in gradient.values())
+
+
+def test_other_models_keep_megatrons_loss(facts):
+    for rank in facts:
+        assert rank["ce is untouched"]
+        same(rank["bystander"], rank["host"], 0.0)
+
+
+@pytest.mark.parametrize("forward_only", [False, True])
+def test_report_adds_up_over_micro_batches(facts, forward_only):
+    result, micro_batches = facts[0]["report"]
+    keys = {"lm loss", "dft loss", "dft prob", "dft gate", "dft accuracy", "dft entropy"}
+    for report, (nll, stats, mask) in zip(result[forward_only], micro_batches, strict=True):
+        assert set(report) == keys
+        for name, column in {
+            "lm loss": nll,
+            "dft prob": torch.exp(-nll),
+            "dft entropy": stats.entropy,
+            "dft gate": torch.exp(-stats.entropy),
+            "dft loss": torch.exp(-stats.entropy) * nll,
+            "dft accuracy": stats.correct.float(),
+        }.items():
+            same(report[name].view(-1), torch.stack([(column * mask).sum(), mask.sum()]), 1e-5)
+
+
+def test_reports_of_micro_batches_are_their_own(facts):
+    first, second = facts[0]["report"][0][False]
+    assert first["dft prob"][1] > 2 * second["dft prob"][1]
+
+
+def test_multi_token_prediction_keeps_its_loss_unless_asked(facts):
+    for rank in facts:
+        stock, kept, changed = (rank["mtp"][key] for key in (None, "nll", "same"))
+        assert stock
+        same(kept, stock, 2e-5)
+        weight = next(name for name, g in stock.items() if name.endswith("eh_proj.weight") and g.any())
+        assert changed[weight].norm() < 0.9 * stock[weight].norm()
+
+
+def test_drop_in_has_megatrons_signature_and_the_dft_value(facts):
+    ours, ce, signature = facts[0]["drop-in"]
+    same(ours, dft_line(ce), 1e-5)
+    names = list(inspect.signature(hook.vocab_parallel_cross_entropy).parameters)
+    assert signature.startswith("(" + names[0])
+    assert [signature.index(name) for name in names] == sorted(signature.index(name) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("twice", ("already replaced", "install once")),
+        ("gathered", ("split over 2", "parallel_output=True")),
+        ("width", ("66 / 2 columns", "got 32", "--make-vocab-size-divisible-by")),
+        ("te", ("Transformer Engine", "omit --cross-entropy-loss-fusion")),
+        ("not installed", ("install()", "unchanged")),
+    ],
+)
+def test_models_that_would_give_wrong_numbers_are_refused(facts, case, words):
+    for word in words:
+        assert word in facts[0]["errors"][case]
+
+
+def test_a_module_without_a_language_model_is_refused():
+    with pytest.raises(ValueError, match=r"expected a Megatron language model .* got Linear"):
+        install([torch.nn.Linear(2, 2)], DFTConfig(loss_type="dft"))
+
+
+def test_label_smoothing_is_refused():
+    with pytest.raises(ValueError, match=r"label smoothing: expected 0, got 0.1"):
+        hook.vocab_parallel_cross_entropy(torch.zeros(1, 1, 4), torch.zeros(1, 1, dtype=torch.int64), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"context_parallel_size": 2}, "expected --calculate-per-token-loss with --context-parallel-size 2"),
+        ({"label_smoothing": 0.1}, "label smoothing: expected 0, got 0.1"),
+        ({"logits_load_dir": "teacher"}, "--logits-load-dir"),
+        ({"logits_save_dir": "teacher"}, "--logits-save-dir"),
+        ({"export_kd_teacher_load": "teacher"}, "--export-kd-teacher-load"),
+        ({"perform_rl_step": True}, "--perform-rl-step"),
+        ({"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "te"}, "--cross-entropy-fusion-impl te"),
+        ({"mtp_num_layers": 1, "overlap_moe_expert_parallel_comm": True}, "--loss-mtp same"),
+    ],
+)
+def test_settings_that_fight_with_the_objective_are_refused(settings, words):
+    arguments = SimpleNamespace(calculate_per_token_loss=False, cross_entropy_fusion_impl="native")
+    compat.check_settings(arguments, DFTConfig(loss_type="dft"))
+    vars(arguments).update(settings)
+    with pytest.raises(ValueError, match=words):
+        compat.check_settings(arguments, DFTConfig(loss_type="dft"))
+
+
+def test_context_parallelism_with_per_token_loss_is_welcome():
+    arguments = SimpleNamespace(context_parallel_size=2, calculate_per_token_loss=True)
+    compat.check_settings(arguments, DFTConfig(loss_type="dft"))
+
+
+@pytest.mark.parametrize("wrong", [loss_func, partial(loss_func), partial(loss_func, "mask")])
+def test_forward_steps_without_a_loss_mask_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"expected it to return functools.partial\(loss_func, loss_mask"):
+        compat.loss_mask_of(wrong)
