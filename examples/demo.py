@@ -29,7 +29,7 @@ EXAMPLES = Path(__file__).resolve().parent
 BASE_STEPS, TUNE_STEPS, PARITY_STEPS = 400, 120, 8
 
 MODEL = """
---num-layers 3 --hidden-size 128 --num-attention-heads 4 --ffn-hidden-size 512 --seq-length 256
+--num-layers 2 --hidden-size 128 --num-attention-heads 4 --ffn-hidden-size 512 --seq-length 256
 --max-position-embeddings 256 --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear
 --make-vocab-size-divisible-by 64
 """
@@ -38,8 +38,8 @@ DATA = """
 --no-create-attention-mask-in-dataloader --calculate-per-token-loss
 """
 TRAINING = """
---micro-batch-size 4 --global-batch-size 8 --lr-decay-style cosine --weight-decay 0.01 --clip-grad 1.0
---attention-dropout 0 --hidden-dropout 0 --seed 1234 --eval-iters 8
+--micro-batch-size 2 --global-batch-size 8 --lr-decay-style cosine --weight-decay 0.01 --clip-grad 1.0
+--attention-dropout 0 --hidden-dropout 0 --seed 1234 --eval-iters 14
 --log-interval 1 --tensorboard-log-interval 1 --log-throughput
 """
 
@@ -155,7 +155,7 @@ def main() -> None:
         "base",
         tp=2,
         steps=BASE_STEPS,
-        flags=f"--loss-type nll --lr 2e-3 --lr-warmup-iters 20 --eval-interval {BASE_STEPS} --train-data-path "
+        flags=f"--loss-type nll --lr 4e-3 --lr-warmup-iters 20 --eval-interval {BASE_STEPS} --train-data-path "
         f"{demo.data / 'base_train.jsonl'} --save {checkpoint} --save-interval {BASE_STEPS}",
     )
     tune = (
@@ -203,12 +203,12 @@ def report(summary: dict, out: Path) -> None:
     )
     if dft <= nll:
         print(
-            "DFT trusts what the base model already believes; where the data teaches something new, NLL learns it faster."
+            "DFT trusts what the base model already believes; where the data teaches something new, NLL learns faster."
         )
     parity = summary["tp_parity"]
     print(
-        f"TP=1 against TP=2, {parity['steps']} steps: largest relative difference {parity['lm_loss_max_rel']:.1e} in the "
-        f"loss, {parity['grad_norm_max_rel']:.1e} in the gradient norm"
+        f"TP=1 against TP=2, {parity['steps']} steps: largest relative difference {parity['lm_loss_max_rel']:.1e} "
+        f"in the loss, {parity['grad_norm_max_rel']:.1e} in the gradient norm"
     )
     print(f"{summary['seconds']} s; {out / 'summary.json'}, {out / 'curves.png'}")
 

@@ -9,7 +9,7 @@
     tokenizer/          a Hugging Face tokenizer of whole words and single digits
 
 A line is a packed sequence in the form that Megatron's --sft reads: {"messages": [system, user, assistant, ...]},
-where each system message begins another conversation. A conversation has about 60 tokens, 35 of them the
+where each system message begins another conversation. A conversation has about 64 tokens, 37 of them the
 assistant's, and a line as many conversations as fit into --seq-length.
 """
 
@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 SYSTEM = "Show every step."
+PLACES = 2  # digits of the numbers
 THINGS = ("pencils", "apples", "stamps", "tickets", "nails", "cards")
 TOKENS = r" ?[A-Za-z]+| ?\d|\s|[^\sA-Za-z\d]"  # a word with its space, one digit, or one sign
 SPECIAL = ("<unk>", "<SPECIAL_10>", "<SPECIAL_11>", "<SPECIAL_12>")  # of Megatron's nemotron-nano-v2 prompt format
@@ -36,9 +37,9 @@ class Solver:
 
     def work(self, a: int, b: int, sign: str) -> tuple[list[str], int]:
         """The written steps of a + b, a - b, or a * b with a one-digit b, and the result."""
-        slip_at = self.rng.randrange(3) if self.slips else None
+        slip_at = self.rng.randrange(PLACES) if self.slips else None
         steps, result, carry = [], 0, 0
-        for place in range(3):
+        for place in range(PLACES):
             x = a // 10**place % 10
             y = b if sign == "*" else b // 10**place % 10
             note = f"{x} {sign} {y}" + (f" {'-' if sign == '-' else '+'} {carry}" if carry else "")
@@ -52,7 +53,7 @@ class Solver:
             carry = 1 if borrow else total // 10
             kept = f" , {'borrow' if sign == '-' else 'carry'} {carry}" if carry else ""
             steps.append(f"{note} = {spaced(total)}{kept}")
-        return steps, result + 1000 * carry
+        return steps, result + 10**PLACES * carry
 
 
 def spaced(number: int) -> str:
@@ -75,14 +76,18 @@ def subtraction(solver: Solver) -> tuple[str, list[str], str]:
 
 
 def shopping(solver: Solver) -> tuple[str, list[str], str]:
-    count, price, thing = solver.rng.randrange(100, 1000), solver.rng.randrange(2, 10), solver.rng.choice(THINGS)
+    count, price, thing = number(solver.rng), solver.rng.randrange(2, 10), solver.rng.choice(THINGS)
     steps, result = solver.work(count, price, "*")
     question = f"One of the {thing} costs {price} cents . What do {spaced(count)} {thing} cost ?"
     return question, steps, f"They cost {spaced(result)} cents ."
 
 
 def numbers(rng: random.Random) -> tuple[int, int]:
-    return rng.randrange(100, 1000), rng.randrange(100, 1000)
+    return number(rng), number(rng)
+
+
+def number(rng: random.Random) -> int:
+    return rng.randrange(10 ** (PLACES - 1), 10**PLACES)
 
 
 TOPICS: tuple[Callable[[Solver], tuple[str, list[str], str]], ...] = (addition, subtraction, shopping)
@@ -164,7 +169,7 @@ def main() -> None:
         (args.out / f"{name}.jsonl").write_text(text)
         tokens = sum(map(length, items))
         print(
-            f"  {name + '.jsonl':<18}{len(items):5d} conversations, {tokens:7d} tokens, {len(lines):4d} lines of {args.seq_length}"
+            f"  {name:<12}{len(items):5d} conversations, {tokens:7d} tokens, {len(lines):5d} lines of {args.seq_length}"
         )
 
 
