@@ -1,10 +1,11 @@
 """Write a small chat data set of worked arithmetic, clean and noisy, and a tokenizer for it. No download.
 
-    python examples/make_chat_data.py OUT_DIR [--noise 0.4] [--seed 1]
+    python examples/make_chat_data.py OUT_DIR [--noise 0.4] [--noise-kind swap] [--seed 1]
 
     base_train.jsonl    4000 conversations, clean
-    noisy_train.jsonl    600 conversations; in a share of them (--noise) the solver slips: one step has a wrong digit,
-                         and what follows is built on it, as when people make a mistake
+    noisy_train.jsonl    600 conversations, a share of which (--noise) is wrong as real data is wrong:
+                         swap  the reply belongs to another question, as in badly aligned scrapes
+                         slip  one step has a wrong digit, and what follows is built on it, as when people slip
     valid.jsonl          400 conversations, clean, about numbers that no training file asks for
     tokenizer/          a Hugging Face tokenizer of whole words and single digits
 
@@ -106,6 +107,14 @@ def conversations(rng: random.Random, count: int, noise: float, seen: set[str]) 
         yield [{"role": role, "content": content} for role, content in contents.items()]
 
 
+def swap_replies(rng: random.Random, items: list[list[dict[str, str]]], share: float) -> None:
+    """Pass the replies of a share of the conversations on to the next one among them."""
+    chosen = rng.sample(items, round(share * len(items)))
+    replies = [conversation[-1] for conversation in chosen]
+    for conversation, reply in zip(chosen, replies[1:] + replies[:1], strict=True):
+        conversation[-1] = reply
+
+
 def make_tokenizer(replies: list[list[dict[str, str]]], folder: Path):
     """Every token of the data, in order of appearance; nothing is learned, so nothing depends on chance."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -146,17 +155,21 @@ def pack(items: Iterator[list[dict[str, str]]], length: Callable[[list], int], l
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--noise", type=float, default=0.4, help="share of noisy conversations with a slip (0.4)")
+    parser.add_argument("--noise", type=float, default=0.4, help="share of wrong replies in noisy_train (0.4)")
+    parser.add_argument("--noise-kind", choices=("swap", "slip"), default="swap", help="how they are wrong (swap)")
     parser.add_argument("--seq-length", type=int, default=256, help="tokens in a line (256)")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
 
     rng, seen = random.Random(args.seed), set()
+    slips = args.noise if args.noise_kind == "slip" else 0.0
     files = {
         name: list(conversations(rng, count, noise, seen))
-        for name, count, noise in (("valid", 400, 0.0), ("base_train", 4000, 0.0), ("noisy_train", 600, args.noise))
+        for name, count, noise in (("valid", 400, 0.0), ("base_train", 4000, 0.0), ("noisy_train", 600, slips))
     }
+    if args.noise_kind == "swap":
+        swap_replies(rng, files["noisy_train"], args.noise)
     tokenizer = make_tokenizer(files["base_train"], args.out / "tokenizer")
 
     def length(conversation: list[dict[str, str]]) -> int:

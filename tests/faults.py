@@ -1,0 +1,213 @@
+"""Deliberate faults: each is put into a copy of the library, and the named tests must fail.
+
+    python tests/faults.py [-k NAME]
+
+Exit status 0 when every fault was caught. A fault whose old text is not in its file exactly once, a selection of
+tests that does not pass without a fault, and a fault that breaks the collection of the tests are errors as well:
+such a fault proves nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FAILED, CAUGHT, SURVIVED = 1, "caught", "SURVIVED"
+WORKERS = 2
+
+
+@dataclass(frozen=True)
+class Fault:
+    name: str
+    module: str
+    old: str
+    new: str
+    test: str  # file tests/test_....py
+    expression: str  # its -k
+
+
+ANY_SPLIT = ("vocab_parallel", "any_split")
+FORMULA = ("vocab_parallel", "every_objective_is_its_formula")
+MASKED = ("vocab_parallel", "masked_token_contributes")
+POISON = ("vocab_parallel", "poisons_its_token_alone")
+LIMITS = ("objectives", "impossible_certain_and_broken")
+TP_FORMULA = ("tensor_parallel", "whole_vocabulary and 2-dft")
+WHOLE_COLLECTIVES = ("tensor_parallel", "gathers_once and 2")
+METRIC = ("metrics", "weighted_sum")
+
+FAULTS = [
+    # The parts of a split vocabulary
+    Fault("no max exchange", "stats", 'part["maximum"] - maximum', '0.0 * part["maximum"]', *ANY_SPLIT),
+    Fault("rebase on shard 0", "stats", 'part["maximum"].amax(0)', 'part["maximum"][0]', *ANY_SPLIT),
+    Fault("no sum over shards", "stats", '(part["sum"] * scale).sum(0)', '(part["sum"] * scale)[0]', *ANY_SPLIT),
+    Fault("target of shard 0", "stats", 'part["target_logit"].sum(0)', 'part["target_logit"][0]', *ANY_SPLIT),
+    Fault("entropy not shifted", "stats", ' + shift * part["sum"]', "", *ANY_SPLIT),
+    Fault("entropy shifted twice", "stats", "+ shift * part", "+ 2.0 * shift * part", *ANY_SPLIT),
+    Fault("collision scaled once", "stats", "scale.square()", "scale", *ANY_SPLIT),
+    Fault("-inf shard as NaN", "stats", 'part["maximum"].isneginf()', 'part["maximum"].isnan()', *ANY_SPLIT),
+    Fault("-inf shard not cleared", "reference", "maximum.isneginf(), 0.0", "maximum.isnan(), 0.0", *ANY_SPLIT),
+    Fault("padding keeps its bytes", "reference", "out[:, shard.columns :] = 0.0", "pass", *ANY_SPLIT),
+    Fault("every shard owns column 0", "reference", "(-coefficient[rows] * owned)", "(-coefficient[rows])", *ANY_SPLIT),
+    Fault("no shard offset", "reference", "target - shard.start", "target", *ANY_SPLIT),
+    # Real ranks
+    Fault("no gather", "vocab_parallel", "group is None or group.size() == 1", "True", *TP_FORMULA),
+    Fault("offset of rank 0", "vocab_parallel", "VocabShard(rank * width", "VocabShard(0 * width", *TP_FORMULA),
+    Fault("rank of the world", "vocab_parallel", "self.tp_group.rank()", "torch.distributed.get_rank()",
+          "tensor_parallel", "group_within_the_world"),
+    Fault("vocabulary of one shard", "vocab_parallel", "valid, shard.vocab_size)", "valid, logits.shape[-1])",
+          "tensor_parallel", "whole_vocabulary and 2-entropy"),
+    Fault("second collective", "vocab_parallel", "    gathered = packed.new_empty",
+          "    torch.distributed.all_reduce(packed.clone(), group=group)\n    gathered = packed.new_empty",
+          *WHOLE_COLLECTIVES),
+    Fault("sends what nobody needs", "vocab_parallel", "options, options.objective.needs)",
+          "options, frozenset({ENTROPY, COLLISION}))", *WHOLE_COLLECTIVES),
+    # Gate and gradient
+    Fault("gate differentiated", "objectives", "gate * stats.nll), gate", "gate * stats.nll), gate * (1 + stats.logprob)",
+          "objectives", "pushes_rare_targets_up"),
+    Fault("no one-hot", "reference", "-coefficient[rows] * owned", "0.0 * coefficient[rows] * owned", *FORMULA),
+    Fault("row 0's gate", "vocab_parallel", "(upstream * gate).masked_fill((", "(upstream * gate.flatten()[0]).masked_fill((",
+          *FORMULA),
+    Fault("mean upstream", "vocab_parallel", "coefficient = (upstream *", "coefficient = (upstream.mean() *", *FORMULA),
+    Fault("rounded twice", "reference", "        column, owned = _local_column(target[rows]",
+          "        x.copy_(x.to(out.dtype))\n        column, owned = _local_column(target[rows]",
+          "vocab_parallel", "rounded_once"),
+    Fault("weight in the dtype of the logits", "reference", "torch.float64 if logits.dtype == torch.float64 else torch.float32",
+          "logits.dtype", "vocab_parallel", "at_most_twice"),
+    Fault("max and log-sum as one", "vocab_parallel", "merged.maximum, merged.log_sum, gate)",
+          "0.0 * merged.maximum, merged.log_sum + merged.maximum, gate)", "vocab_parallel", "same_bits"),
+    Fault("gate 1 under value=nll", "vocab_parallel", "merged.log_sum, gate)",
+          'merged.log_sum, gate if options.value == "objective" else gate * 0 + 1)', "vocab_parallel", "value_nll"),
+    Fault("value ignored", "vocab_parallel", '(stats.nll if options.value == "nll" else loss)', "loss",
+          "vocab_parallel", "value_nll"),
+    Fault("chunk read twice", "reference", "index[first : first + step]", "index[:step]", "vocab_parallel", "chunks"),
+    # Masks, padding and broken numbers
+    Fault("loss not masked", "vocab_parallel", "        ctx.save_for_backward(logits",
+          "        loss = options.objective(stats)[0]\n        ctx.save_for_backward(logits", *MASKED),
+    Fault("gradient not masked", "vocab_parallel", "        ctx.save_for_backward(logits",
+          "        gate = options.objective(stats)[1]\n        ctx.save_for_backward(logits", *MASKED),
+    Fault("0 x NaN", "vocab_parallel", "coefficient = (upstream * gate).masked_fill((upstream == 0.0) | (gate == 0.0), 0.0)",
+          "coefficient = upstream * gate", *MASKED),
+    Fault("statistics not masked", "stats", "logprob=logprob.masked_fill(~valid, 0.0)", "logprob=logprob",
+          "vocab_parallel", "vocab_stats"),
+    Fault("dead rows keep their bytes", "reference", "out.index_fill_(0, (~live).nonzero().squeeze(1), 0.0)", "pass",
+          "vocab_parallel", "trains_on"),
+    Fault("ignore_index fixed", "vocab_parallel", "target != options.ignore_index", "target != -100",
+          "vocab_parallel", "ignore_index_may_be_a_token"),
+    Fault("true_vocab_size ignored", "vocab_parallel", "if self.true_vocab_size is None else self.true_vocab_size", "",
+          *FORMULA),
+    Fault("poison removed", "reference", "masked_fill(outside, torch.nan)", "masked_fill(outside, 0.0)", *POISON),
+    Fault("-inf x 0", "reference", "x.clamp_(min=UNDERFLOW).mul_", "x.mul_", "vocab_parallel", "impossible_words"),
+    Fault("clamp removed", "stats", "(distance - merged.log_sum).clamp(max=0.0)", "(distance - merged.log_sum)",
+          "objectives", "rounding_never"),
+    Fault("first choice not shared", "stats", "distance >= 0.0", "distance > 0.0", "vocab_parallel", "may_be_shared"),
+    # The memory of others
+    Fault("forward writes", "reference", "scratch[: len(source)].copy_(source)",
+          "source if source.dtype == scratch.dtype else scratch[: len(source)].copy_(source)",
+          "vocab_parallel", "never_writes"),
+    Fault("no version guard", "vocab_parallel", "rows = logits.reshape", "rows = logits.data.reshape",
+          "vocab_parallel", "overwritten_logits"),
+    Fault("leaf overwritten", "vocab_parallel", "if options.inplace_backward and", "if False and",
+          "vocab_parallel", "leaf_is_never"),
+    Fault("never in place", "vocab_parallel", "rows if ctx.options.inplace_backward else torch.empty_like(rows)",
+          "torch.empty_like(rows)", "vocab_parallel", "writes_over"),
+    Fault("loss is a view", "vocab_parallel", 'return (stats.nll if options.value == "nll" else loss), *extras',
+          "return torch.stack([loss, loss])[0], *extras", "vocab_parallel", "owns_its_memory"),
+    Fault("fp32 copy of all logits", "vocab_parallel", "    packed = options.kernels()",
+          "    logits = logits.to(reference.accumulation_dtype(logits), copy=True)\n    packed = options.kernels()",
+          "performance", "memory and float32"),
+    # Objectives
+    Fault("0 x inf", "objectives", "torch.where(gate == 0.0, 0.0, gate * stats.nll)", "gate * stats.nll", *LIMITS),
+    Fault("digits lost near 1", "objectives", "-torch.expm1(a * stats.logprob) / a", "(1 - torch.exp(a * stats.logprob)) / a",
+          "objectives", "tends_to_nll"),
+    Fault("cayley over all tokens", "objectives", "stats.valid & p.isfinite()", "p.isfinite()", *FORMULA),
+    Fault("cayley poisoned", "objectives", "stats.valid & p.isfinite()", "stats.valid", *POISON),
+    Fault("threshold hides NaN", "objectives", "(stats.prob < self.lo) | (stats.prob > self.hi)",
+          "~((stats.prob >= self.lo) & (stats.prob <= self.hi))", *LIMITS),
+    Fault("threshold keeps the gate", "objectives", "gate.masked_fill(outside, 0.0)", "gate", *FORMULA),
+    Fault("dft without its weight", "objectives", "return stats.prob\n", "return torch.ones_like(stats.prob)\n",
+          "objectives", "dft"),
+    # What a user sees
+    Fault("batch and sequence swapped", "vocab_parallel", "if target.shape != logits.shape[:-1]:",
+          "if target.numel() * logits.shape[-1] != logits.numel():", "vocab_parallel", "does_not_fit"),
+    Fault("metric without mask", "metrics", "loss_mask.float() * stats.valid", "stats.valid.float()", *METRIC),
+    Fault("metric of ignored tokens", "metrics", "loss_mask.float() * stats.valid", "loss_mask.float()", *METRIC),
+    Fault("metric 0 x NaN", "metrics", "torch.where(weight > 0.0, x * weight, 0.0).sum()", "(x * weight).sum()",
+          "metrics", "whatever_it_is"),
+    Fault("count of all tokens", "metrics", "weight.sum()", "torch.ones_like(weight).sum()", *METRIC),
+    Fault("host reports the objective", "config", 'value="nll"', 'value="objective"', "config", "host_reports"),
+    Fault("setting not passed on", "config", "backend=self.backend,", "", "config", "host_reports"),
+    Fault("unknown key ignored", "config", "return cls(**block)", "return cls(**{k: block[k] for k in known & set(block)})",
+          "config", "settings_are_refused"),
+    Fault("import upwards", "metrics", "    count = weight", "    import megatron_dft.config\n\n    count = weight",
+          "layout", "point_down"),
+]
+
+
+def copy_library(folder: Path) -> None:
+    for name in ("megatron_dft", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+
+
+def run_tests(folder: Path, test: Iterable[str], expression: str) -> subprocess.CompletedProcess[str]:
+    files = [f"tests/test_{name}.py" for name in test]
+    command = [sys.executable, "-m", "pytest", "-x", "--tb=no", "-p", "no:cacheprovider", *files, "-k", expression]
+    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def try_fault(fault: Fault) -> tuple[str, str]:
+    """The verdict, and the test that caught the fault or what went wrong."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copy_library(folder)
+        module = folder / "megatron_dft" / f"{fault.module}.py"
+        text = module.read_text()
+        if text.count(fault.old) != 1:
+            return "ERROR", f"its old text is {text.count(fault.old)} times in {fault.module}.py"
+        module.write_text(text.replace(fault.old, fault.new))
+        done = run_tests(folder, [fault.test], fault.expression)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+    if done.returncode == FAILED and lines:
+        return CAUGHT, lines[0].partition("::")[2].partition(" ")[0]
+    return (SURVIVED, "") if done.returncode == 0 else ("ERROR", (done.stdout + done.stderr).strip()[-300:])
+
+
+def passes_without_fault(faults: list[Fault]) -> bool:
+    expression = " or ".join(sorted({f"({fault.expression})" for fault in faults}))
+    with tempfile.TemporaryDirectory() as name:
+        copy_library(Path(name))
+        done = run_tests(Path(name), sorted({fault.test for fault in faults}), expression)
+    if done.returncode:
+        print("the tests do not pass on the library as it is:", done.stdout, done.stderr, sep="\n")
+    return done.returncode == 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("-k", default="", help="only faults whose name contains this")
+    wanted = parser.parse_args().k
+    faults = [fault for fault in FAULTS if wanted in fault.name]
+    if not faults:
+        parser.error(f"no fault is named {wanted!r}")
+    with ThreadPoolExecutor(WORKERS) as pool:
+        clean = pool.submit(passes_without_fault, faults)
+        verdicts = []
+        for fault, (verdict, detail) in zip(faults, pool.map(try_fault, faults), strict=True):
+            print(f"{verdict:9} {fault.module + '.py':18} {fault.name:34} {detail}", flush=True)
+            verdicts.append(verdict)
+    print(f"{verdicts.count(CAUGHT)} of {len(faults)} faults caught")
+    return 0 if clean.result() and verdicts.count(CAUGHT) == len(faults) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

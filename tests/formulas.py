@@ -1,0 +1,110 @@
+"""The truth: each objective from its formula, on the whole vocabulary, with plain autograd.
+
+Nothing here knows gates, shards or log-sum algebra: softmax, sums of it, and .detach() where the formula has sg().
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Token:
+    """What the formulas are written in, for each token."""
+
+    l: Tensor  # noqa: E741  [...] -log p
+    p: Tensor  # [...] probability of the target
+    softmax: Tensor  # [..., V]
+    valid: Tensor  # [...]
+
+    @property
+    def H(self) -> Tensor:
+        return -torch.special.xlogy(self.softmax, self.softmax).sum(-1)
+
+    @property
+    def C(self) -> Tensor:
+        return self.softmax.square().sum(-1)
+
+
+def sg(x: Tensor) -> Tensor:
+    """Stop-gradient."""
+    return x.detach()
+
+
+def box_cox(t: Token, a: Tensor | float) -> Tensor:
+    return (1 - t.p**a) / a
+
+
+def cayley_exponent(t: Token, floor: float) -> Tensor:
+    f = floor * t.p[t.valid].mean()
+    return (f + (1 - f) * t.p / (2 - t.p)).clamp(1e-3, 1)
+
+
+# Every objective at its defaults, and each parameter at a second value. Written as `str(objective)` writes it.
+FORMULAS: dict[str, Callable[[Token], Tensor]] = {
+    "nll": lambda t: t.l,
+    "dft": lambda t: sg(t.p) * t.l,
+    "prob": lambda t: 1 - t.p,
+    "tsallis:q=0.5": lambda t: box_cox(t, 0.5),
+    "tsallis:q=0.0": lambda t: t.l,
+    "tsallis:q=2.0": lambda t: box_cox(t, 2),
+    "threshold:lo=0.1,hi=1.0,base=nll": lambda t: t.l * sg(t.p >= 0.1),
+    "threshold:lo=0.01,hi=0.2,base=prob": lambda t: (1 - t.p) * sg((t.p >= 0.01) & (t.p <= 0.2)),
+    "cayley:floor=0.5": lambda t: box_cox(t, sg(cayley_exponent(t, 0.5))),
+    "cayley:floor=0.0": lambda t: box_cox(t, sg(cayley_exponent(t, 0.0))),
+    "deft": lambda t: box_cox(t, sg(t.C)),
+    "entropy:form=ratio": lambda t: sg(t.H / math.log(t.softmax.shape[-1])) * t.l,
+    "entropy:form=complement": lambda t: sg(1 - t.H / math.log(t.softmax.shape[-1])) * t.l,
+    "entropy:form=exponential": lambda t: sg(torch.exp(-t.H)) * t.l,
+    "mix:alpha=0.5": lambda t: sg(0.5 * t.p + 0.5) * t.l,
+    "mix:alpha=0.1": lambda t: sg(0.1 * t.p + 0.9) * t.l,
+    "focal:gamma=2.0": lambda t: sg((1 - t.p) ** 2) * t.l,
+    "focal:gamma=0.5": lambda t: sg((1 - t.p) ** 0.5) * t.l,
+    "chord": lambda t: sg(t.p * (1 - t.p)) * t.l,
+    "luffy:gamma=0.1": lambda t: 1 - t.p / (t.p + 0.1),
+    "luffy:gamma=1.0": lambda t: 1 - t.p / (t.p + 1.0),
+}
+
+
+def token(logits: Tensor, target: Tensor, ignore_index: int = -100) -> Token:
+    """The quantities of each token, differentiable with respect to the logits [..., V]."""
+    valid = target != ignore_index
+    logprobs = torch.log_softmax(logits, -1)
+    l = -logprobs.gather(-1, target.masked_fill(~valid, 0)[..., None])[..., 0]  # noqa: E741
+    return Token(l, torch.exp(-l), logprobs.exp(), valid)
+
+
+def example(*shape: int, vocab: int = 11, seed: int = 0, spread: float = 3.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [*shape, V], targets and uneven upstream gradients [*shape] in fp64; 24 tokens when no shape is given.
+
+    The targets' probabilities run from about 1e-8 to nearly 1; every fifth token is ignored.
+    """
+    shape = shape or (24,)
+    tokens = math.prod(shape)
+    generator = torch.Generator().manual_seed(seed)
+    logits = spread * torch.randn(tokens, vocab, generator=generator, dtype=torch.float64)
+    target = torch.randint(vocab, (tokens,), generator=generator)
+    logits[range(tokens), target] += torch.linspace(-8.0, 12.0, tokens, dtype=torch.float64)
+    target[::5] = -100
+    upstream = torch.randn(tokens, generator=generator, dtype=torch.float64)
+    return logits.view(*shape, vocab), target.view(shape), upstream.view(shape)
+
+
+def loss_and_gradient(
+    specification: str,
+    logits: Tensor,  # [..., V]
+    target: Tensor,  # [...]
+    upstream: Tensor,  # [...]
+    true_vocab_size: int | None = None,
+) -> tuple[Tensor, Tensor]:  # [...] and [..., V]
+    """The loss per token and the gradient of (upstream x loss).sum(), both in fp64."""
+    leaf = logits.detach().double().requires_grad_()
+    t = token(leaf[..., :true_vocab_size], target)
+    loss = torch.where(t.valid, FORMULAS[specification](t), 0.0)
+    (gradient,) = torch.autograd.grad(loss, leaf, upstream.double())
+    return loss.detach(), gradient

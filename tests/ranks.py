@@ -1,0 +1,58 @@
+"""Run a function on real ranks: spawned processes, gloo, a FileStore in a temporary folder (no ports)."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+    """What `function(*args)` returned on each rank, in rank order.
+
+    `function` must be importable (top level of a test module). A rank that raises or dies fails the caller with its
+    traceback; ranks that hang for `timeout` seconds fail it with the stack of each.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        context = mp.start_processes(
+            _rank, (world_size, folder, function, args, timeout), nprocs=world_size, join=False, start_method="spawn"
+        )
+        deadline = None
+        try:
+            while not context.join(timeout=0.5):
+                if deadline is None and len(list(folder.glob("*.stack"))) == world_size:
+                    deadline = time.monotonic() + timeout  # not counting imports, which take what they take
+                if deadline is not None and time.monotonic() > deadline:
+                    for process in context.processes:
+                        os.kill(process.pid, signal.SIGUSR1)  # write your stack
+                    time.sleep(1.0)
+                    stacks = "\n".join(path.read_text() for path in sorted(folder.glob("*.stack")))
+                    raise TimeoutError(f"{function.__name__}: a rank hangs after {timeout:.0f} s\n{stacks}")
+        finally:
+            for process in context.processes:
+                process.kill()
+                process.join()
+        return [torch.load(folder / f"{rank}.result", weights_only=False) for rank in range(world_size)]
+
+
+def _rank(rank: int, world_size: int, folder: Path, function: Callable[..., Any], args: tuple, timeout: float) -> None:
+    with open(folder / f"{rank}.stack", "w") as stack:
+        faulthandler.register(signal.SIGUSR1, file=stack)
+        torch.set_num_threads(1)
+        store = dist.FileStore(str(folder / "store"), world_size)
+        limit = timedelta(seconds=timeout + 30.0)  # the stacks say more than the time-out of gloo
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
+        torch.save(function(*args), folder / f"{rank}.result")
+        dist.barrier()  # nobody leaves while another still talks to it
+        dist.destroy_process_group()

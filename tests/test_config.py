@@ -1,0 +1,95 @@
+"""DFTConfig: the same fields in Python, on the command line and in YAML."""
+
+import argparse
+from dataclasses import fields
+
+import pytest
+
+from megatron_dft import OBJECTIVES, DFTConfig, parse_objective
+
+FLAGS = {
+    "loss_type": (["--loss-type", "tsallis:q=0.5"], "tsallis:q=0.5"),
+    "mtp": (["--loss-mtp", "same"], "same"),
+    "true_vocab_size": (["--loss-true-vocab-size", "50257"], 50257),
+    "backend": (["--loss-backend", "torch"], "torch"),
+    "inplace_backward": (["--no-loss-inplace-backward"], False),
+}
+
+
+def parse(*words):
+    return DFTConfig.from_args(DFTConfig.add_arguments(argparse.ArgumentParser()).parse_args(words))
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(DFTConfig)])
+def test_each_field_has_a_flag_a_key_and_a_help_text(name):
+    words, value = FLAGS[name]
+    expected = DFTConfig(**{name: value})
+    assert expected != DFTConfig()
+    assert parse(*words) == expected == DFTConfig.from_mapping({name: value})
+    flag = words[0].replace("--no-", "--")
+    (action,) = (a for a in DFTConfig.add_arguments(argparse.ArgumentParser())._actions if flag in a.option_strings)
+    assert action.help.endswith(".") and action.default == getattr(DFTConfig(), name)
+
+
+def test_without_flags_nothing_is_changed():
+    assert parse() == DFTConfig() == DFTConfig.from_mapping({}) == DFTConfig.from_args(argparse.Namespace())
+    assert not DFTConfig().enabled
+    assert DFTConfig(loss_type="nll").enabled  # our cross entropy, not the host's
+
+
+def test_the_help_can_be_printed_and_names_every_objective():
+    text = DFTConfig.add_arguments(argparse.ArgumentParser()).format_help()
+    assert "megatron_dft" in text and all(name in text for name in OBJECTIVES)
+
+
+def test_a_namespace_of_the_host_may_lack_fields():
+    args = argparse.Namespace(loss_type="dft", backend="nccl", mtp=3)  # the last two are not ours
+    assert DFTConfig.from_args(args) == DFTConfig(loss_type="dft")
+
+
+def test_arguments_providers_return_the_parser():
+    parser = argparse.ArgumentParser()
+    assert DFTConfig.add_arguments(parser) is parser
+
+
+@pytest.mark.parametrize("loss_type", OBJECTIVES)
+def test_every_objective_can_be_configured(loss_type):
+    assert DFTConfig(loss_type=loss_type).objective == OBJECTIVES[loss_type]()
+
+
+def test_a_host_reports_the_nll_and_is_given_every_setting():
+    group = object()
+    config = DFTConfig(loss_type="tsallis:q=2", true_vocab_size=7, backend="torch", inplace_backward=False)
+    options = config.options(group)
+    assert options.objective == parse_objective("tsallis:q=2.0") and options.tp_group is group
+    assert (options.value, options.ignore_index) == ("nll", -100)
+    assert (options.true_vocab_size, options.backend, options.inplace_backward) == (7, "torch", False)
+    assert DFTConfig(loss_type="dft").options().inplace_backward
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss_tpe": "dft"}, "dft: expected one of backend, .*, got 'loss_tpe'; did you mean 'loss_type'"),
+        ({"loss_type": "dtf"}, "unknown objective 'dtf': expected one of .*; did you mean 'dft'"),
+        ({"loss_type": "focal:gamma=-1"}, "'focal': expected gamma >= 0"),
+        ({"loss_type": None}, "dft: loss_type: expected str, got None"),
+        ({"mtp": "none"}, "dft: mtp: expected one of nll, same, got 'none'"),
+        ({"backend": "triton"}, "dft: backend: expected one of auto, torch, got 'triton'"),
+        ({"true_vocab_size": "7"}, "dft: true_vocab_size: expected int, got '7'"),
+        ({"true_vocab_size": True}, "dft: true_vocab_size: expected int, got True"),
+        ({"loss_type": "dft", "true_vocab_size": 0}, "true_vocab_size: expected .*, got 0"),
+        ({"inplace_backward": "yes"}, "dft: inplace_backward: expected bool, got 'yes'"),
+        ({"inplace_backward": None}, "dft: inplace_backward: expected bool, got None"),
+    ],
+)
+def test_wrong_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DFTConfig.from_mapping(settings)
+
+
+@pytest.mark.parametrize("words", [["--loss-mtp", "none"], ["--loss-true-vocab-size", "x"], ["--loss-backend", "nccl"]])
+def test_wrong_flags_are_refused(words, capsys):
+    with pytest.raises(SystemExit):
+        parse(*words)
+    assert words[0] in capsys.readouterr().err

@@ -1,0 +1,95 @@
+"""The report of a micro-batch: [sum, count] pairs that add up over micro-batches and ranks."""
+
+import pytest
+import torch
+from formulas import FORMULAS, example, token
+
+from megatron_dft import parse_objective, vocab_stats
+from megatron_dft.metrics import token_metrics
+from megatron_dft.stats import ENTROPY
+from megatron_dft.vocab_parallel import LossOptions, loss_and_stats
+
+KEYS = ["dft loss", "dft prob", "dft gate", "dft accuracy"]
+
+
+def make_case():
+    """[b, s] tokens; target -100 on every fifth, mask 0 on every third, and one weight that is not 1."""
+    logits, target, _ = example(4, 6)
+    mask = (torch.arange(24).view(4, 6) % 3 != 0).float()
+    mask[0, 1] = 0.25
+    return logits, target, mask
+
+
+def report(specification, logits, target, mask):
+    objective = parse_objective(specification)
+    _, stats = loss_and_stats(logits, target, LossOptions(objective))
+    return token_metrics(stats, objective, mask)
+
+
+@pytest.mark.parametrize("specification", FORMULAS)
+def test_each_metric_is_a_weighted_sum_and_its_count(specification):
+    logits, target, mask = make_case()
+    t = token(logits.requires_grad_(), target)
+    weight = mask * t.valid
+    loss = FORMULAS[specification](t)
+    (to_logits,) = torch.autograd.grad(loss.sum(), logits, retain_graph=True)
+    (error,) = torch.autograd.grad(t.l.sum(), logits)
+    gate = to_logits.norm(dim=-1) / error.norm(dim=-1)
+    columns = [loss, t.p, gate, (logits.argmax(-1) == target).double()]
+    columns += [t.H] if ENTROPY in parse_objective(specification).needs else []
+    metrics = report(specification, logits.detach(), target, mask)
+    for pair, column in zip(metrics.values(), columns, strict=True):
+        expected = torch.stack([(column.detach() * weight)[weight > 0].sum(), weight.sum()])
+        torch.testing.assert_close(pair, expected.to(pair.dtype), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("specification", FORMULAS)
+def test_the_keys_depend_on_the_objective_alone(specification):
+    logits, target, mask = make_case()
+    keys = KEYS + (["dft entropy"] if specification.startswith("entropy") else [])
+    assert list(report(specification, logits, target, mask)) == keys
+    assert list(report(specification, logits[:0], target[:0], mask[:0])) == keys
+    assert list(report(specification, logits, torch.full_like(target, -100), mask)) == keys
+
+
+@pytest.mark.parametrize("specification", ["dft", "entropy", "deft", "threshold", "luffy"])
+def test_micro_batches_add_up(specification):
+    case = make_case()
+    parts = [report(specification, *(x[rows] for x in case)) for rows in (slice(0, 1), slice(1, 4))]
+    for key, pair in report(specification, *case).items():
+        torch.testing.assert_close(parts[0][key] + parts[1][key], pair)
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("specification", FORMULAS)
+def test_a_masked_token_contributes_nothing_whatever_it_is(specification, broken):
+    logits, target, mask = make_case()
+    if specification.startswith("cayley"):
+        target[0, 3] = -100  # the mean p in its exponent runs over the targets, not over the mask
+    expected = report(specification, logits, target, mask)
+    assert mask[0, 3] == 0.0 and target[0, 5] == target[1, 4] == -100
+    logits[0, 3] = logits[0, 5] = logits[1, 4] = broken
+    actual = report(specification, logits, target, mask)
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
+
+
+def test_a_token_that_counts_and_is_broken_is_seen():
+    logits, target, mask = make_case()
+    logits[0, 2] = torch.nan
+    metrics = report("dft", logits, target, mask)
+    assert all(metrics[key][0].isnan() for key in KEYS[:3]) and metrics["dft accuracy"].isfinite().all()
+
+
+def test_without_a_target_every_pair_is_zero():
+    logits, target, mask = make_case()
+    for none in ((torch.full_like(target, -100), mask), (target, torch.zeros_like(mask))):
+        for specification in FORMULAS:
+            assert not any(pair.any() for pair in report(specification, logits, *none).values())
+
+
+def test_statistics_that_were_not_computed_are_left_out():
+    logits, target, mask = make_case()
+    objective = parse_objective("dft")
+    assert list(token_metrics(vocab_stats(logits, target), objective, mask)) == [*KEYS, "dft entropy"]
+    metrics = report("dft", logits.bfloat16(), target, mask.bool())  # a mask may be bool
+    assert {pair.dtype for pair in metrics.values()} == {torch.float32}

@@ -1,0 +1,227 @@
+"""The family on vectors of statistics: values, gates, invariants and the language of specifications."""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from formulas import FORMULAS, example, loss_and_gradient, token
+
+from megatron_dft import OBJECTIVES, Objective, TokenStats, parse_objective, token_loss, vocab_parallel_dft_loss
+from megatron_dft.objectives import Power, Reweighted, Tsallis
+from megatron_dft.stats import ShardStats, token_stats
+
+TOLERANCE = {"rtol": 0.0, "atol": 1e-12}
+INF, NAN = math.inf, math.nan
+
+
+def stats_of(logits, target):
+    """The statistics, without the library."""
+    t = token(logits, target)
+    zeroed = (x.masked_fill(~t.valid, 0.0) for x in (t.H, t.C))
+    return TokenStats((-t.l).masked_fill(~t.valid, 0.0), t.valid, None, *zeroed, vocab_size=logits.shape[-1])
+
+
+def stats_at(*p):
+    """Statistics of tokens with these target probabilities, over 8 words of which the others share the rest."""
+    p = torch.tensor(p, dtype=torch.float64)
+    rest = (1 - p) / 7
+    entropy = -torch.special.xlogy(p, p) - 7 * torch.special.xlogy(rest, rest)
+    collision = p.square() + 7 * rest.square()
+    return TokenStats(p.log(), torch.ones_like(p, dtype=torch.bool), None, entropy, collision, vocab_size=8)
+
+
+def gradient(specification, logits, target, upstream):
+    leaf = logits.clone().requires_grad_()
+    vocab_parallel_dft_loss(leaf, target, objective=specification).backward(upstream)
+    return leaf.grad
+
+
+def test_every_objective_and_parameter_has_a_formula():
+    assert {name.partition(":")[0] for name in FORMULAS} == set(OBJECTIVES)
+    assert {str(cls()) for cls in OBJECTIVES.values()} <= set(FORMULAS)
+
+
+@pytest.mark.parametrize("specification", FORMULAS)
+def test_value_and_gradient_are_those_of_the_formula(specification):
+    logits, target, upstream = example()
+    loss, gate = (x.masked_fill(target == -100, 0.0) for x in parse_objective(specification)(stats_of(logits, target)))
+    error = torch.softmax(logits, -1) - torch.nn.functional.one_hot(target.clamp(min=0), logits.shape[-1])
+    true_loss, true_gradient = loss_and_gradient(specification, logits, target, upstream)
+    torch.testing.assert_close(loss, true_loss, **TOLERANCE)
+    torch.testing.assert_close((upstream * gate)[:, None] * error, true_gradient, **TOLERANCE)
+
+
+@pytest.mark.parametrize("specification", FORMULAS)
+def test_gate_is_the_derivative_or_the_detached_factor(specification):
+    objective = parse_objective(specification)
+    stats = stats_at(0.001, 0.15, 1 / math.e, 0.5, 0.99)
+    if objective.name == "cayley":  # its exponent is detached as well: a Box-Cox per token
+        exponents = objective.exponent(stats)
+        for i, a in enumerate(exponents.tolist()):
+            both = zip(objective(stats), Tsallis(q=a)(stats), strict=True)
+            assert all(torch.equal(ours[i], other[i]) for ours, other in both)
+        assert len(set(exponents.tolist())) == 5
+        return
+    leaf = stats.logprob.requires_grad_()
+    loss, gate = objective(stats)
+    if isinstance(objective, Reweighted):
+        torch.testing.assert_close(loss, gate * stats.nll, **TOLERANCE)
+    if isinstance(objective, Power) or objective.name in ("nll", "threshold", "luffy"):
+        (derivative,) = torch.autograd.grad(loss.sum(), leaf)
+        torch.testing.assert_close(gate, -derivative, **TOLERANCE)
+
+
+@pytest.mark.parametrize("specification", FORMULAS)
+def test_gate_is_never_negative_and_loss_never_nan(specification):
+    grid = torch.logspace(-300, 0, 1001, dtype=torch.float64).tolist()
+    loss, gate = parse_objective(specification)(stats_at(0.0, *grid, 1 - 1e-16))
+    assert (gate >= 0).all()
+    assert (loss >= 0).all()
+
+
+def test_gradients_of_dft_prob_and_tsallis_1_are_equal():
+    case = example()
+    for other in ("prob", "tsallis:q=1"):
+        torch.testing.assert_close(gradient("dft", *case), gradient(other, *case), rtol=1e-15, atol=1e-15)
+
+
+@pytest.mark.parametrize("q", [0.0, 1e-15, 1e-300])
+def test_tsallis_tends_to_nll(q):
+    case = example()
+    torch.testing.assert_close(gradient(f"tsallis:q={q}", *case), gradient("nll", *case), **TOLERANCE)
+    stats = stats_at(1e-6, 0.3, 1.0)
+    torch.testing.assert_close(Tsallis(q)(stats)[0], stats.nll, **TOLERANCE)
+
+
+def test_tsallis_takes_a_whole_number():
+    assert Tsallis(q=0)(stats_at(0.3))[0].item() == pytest.approx(-math.log(0.3))
+
+
+def test_deft_has_the_gradient_of_a_detached_weight():
+    logits, target, upstream = example()
+    leaf = logits.clone().requires_grad_()
+    t = token(leaf, target)
+    ((t.p**t.C).detach() * t.l)[t.valid].mul(upstream[t.valid]).sum().backward()
+    torch.testing.assert_close(gradient("deft", logits, target, upstream), leaf.grad, **TOLERANCE)
+
+
+def test_dft_peaks_at_one_over_e():
+    grid = torch.linspace(0.001, 1.0, 1000, dtype=torch.float64)
+    loss, _ = OBJECTIVES["dft"]()(stats_at(*grid.tolist(), 1 / math.e))
+    assert loss.argmax().item() == 1000
+    assert loss[-1].item() == pytest.approx(1 / math.e, abs=1e-15)
+
+
+@pytest.mark.parametrize("p", [0.01, 0.1, 0.3])  # below 1/e, where p (1 + log p) is negative
+def test_dft_pushes_rare_targets_up(p):
+    logits = torch.tensor([[math.log(p), math.log(1 - p)]], dtype=torch.float64)
+    target, one = torch.tensor([0]), torch.ones(1, dtype=torch.float64)
+    pushed = gradient("dft", logits, target, one)[0, 0].item()
+    assert pushed == pytest.approx(-p * (1 - p), abs=1e-15)
+    nll = torch.tensor([-math.log(p)], dtype=torch.float64, requires_grad=True)
+    token_loss(nll, "dft").backward(one)
+    assert nll.grad.item() == pytest.approx(p, abs=1e-15)
+
+    leaf = logits.clone().requires_grad_()  # what it would be without the detach
+    t = token(leaf, target)
+    (t.p * t.l).sum().backward()
+    assert leaf.grad[0, 0].item() == pytest.approx(-p * (1 + math.log(p)) * (1 - p)) and leaf.grad[0, 0] > 0
+
+
+@pytest.mark.parametrize(
+    ("specification", "at_0", "at_1"),  # (loss, gate) at p = 0 and at p = 1; H and C as in stats_at
+    [
+        ("nll", (INF, 1), (0, 1)),
+        ("dft", (0, 0), (0, 1)),
+        ("prob", (1, 0), (0, 1)),
+        ("tsallis:q=0.5", (2, 0), (0, 1)),
+        ("tsallis:q=0", (INF, 1), (0, 1)),
+        ("threshold", (0, 0), (0, 1)),
+        ("threshold:lo=0,hi=0.2", (INF, 1), (0, 0)),
+        ("threshold:lo=0,base=prob", (1, 0), (0, 1)),
+        ("cayley:floor=0", (1000, 0), (0, 1)),
+        ("cayley:floor=1", (2, 0), (0, 1)),  # mean p = 1/2: the NaN is not counted
+        ("deft", (7, 0), (0, 1)),
+        ("entropy:form=ratio", (INF, math.log(7) / math.log(8)), (0, 0)),
+        ("entropy:form=complement", (INF, 1 - math.log(7) / math.log(8)), (0, 1)),
+        ("entropy:form=exponential", (INF, 1 / 7), (0, 1)),
+        ("mix", (INF, 0.5), (0, 1)),
+        ("mix:alpha=1", (0, 0), (0, 1)),
+        ("focal", (INF, 1), (0, 0)),
+        ("chord", (0, 0), (0, 0)),
+        ("luffy", (1, 0), (0.1 / 1.1, 0.1 / 1.21)),
+    ],
+)
+def test_impossible_certain_and_broken_tokens(specification, at_0, at_1):
+    loss, gate = parse_objective(specification)(stats_at(0.0, 1.0, NAN))
+    expected = torch.tensor([at_0, at_1], dtype=torch.float64)
+    torch.testing.assert_close(torch.stack([loss, gate], -1)[:2], expected, rtol=1e-12, atol=1e-12)
+    assert loss[2].isnan()
+
+
+def test_rounding_never_makes_a_probability_above_one():
+    """A sum that comes out as 1 - 1e-7 must not give p > 1, H < 0 or C > 1; nor must an NLL of -1e-7."""
+    one, zero = torch.ones(1), torch.zeros(1)
+    stats = token_stats(ShardStats(zero, -1e-7 * one, zero, zero, one), one.bool(), 8)
+    assert (stats.prob, stats.nll, stats.entropy, stats.collision) == (1.0, 0.0, 0.0, 1.0)
+    assert token_loss(-1e-7 * one, "chord").item() == 0.0
+    nll = (-1e-7 * one).requires_grad_()
+    token_loss(nll, "dft").backward()
+    assert nll.grad.item() == 1.0
+
+
+@pytest.mark.parametrize("specification", FORMULAS)
+def test_specification_is_read_back(specification):
+    objective = parse_objective(specification)
+    assert str(objective) == specification
+    assert parse_objective(str(objective)) == objective and parse_objective(objective) is objective
+
+
+def test_omitted_parameters_keep_their_defaults():
+    assert str(parse_objective("threshold:base=prob")) == "threshold:lo=0.1,hi=1.0,base=prob"
+
+
+@pytest.mark.parametrize(
+    ("specification", "message"),
+    [
+        ("dtf", "unknown objective 'dtf': expected one of nll, dft, .*; did you mean 'dft'"),
+        ("", "unknown objective ''"),
+        ("DFT", "unknown objective 'DFT'"),
+        ("focal:gama=1", "'focal': expected gamma=, got 'gama=1' in 'focal:gama=1'; did you mean 'gamma'"),
+        ("dft:q=1", "'dft': expected no parameters, got 'q=1'"),
+        ("tsallis:0.5", "'tsallis': expected q=, got '0.5'"),
+        ("tsallis:q=half", "'tsallis': expected a number for q=, got 'half'"),
+        ("tsallis:q=", "'tsallis': expected a number for q=, got ''"),
+        ("tsallis:q=1,q=2", "'tsallis': q= is given twice in 'tsallis:q=1,q=2'; give it once"),
+        ("tsallis:q=-1", "'tsallis': expected q >= 0, got 'tsallis:q=-1.0'"),
+        ("tsallis:q=inf", "expected q >= 0"),
+        ("tsallis:q=nan", "expected q >= 0"),
+        ("threshold:lo=0.5,hi=0.1", "'threshold': expected 0 <= lo <= hi <= 1, got"),
+        ("threshold:hi=1.5", "expected 0 <= lo <= hi <= 1"),
+        ("threshold:lo=-0.1", "expected 0 <= lo <= hi <= 1"),
+        ("threshold:base=dft", "'threshold': expected base=nll or base=prob, got"),
+        ("cayley:floor=1.1", "'cayley': expected 0 <= floor <= 1, got"),
+        ("entropy:form=log", "'entropy': expected form=ratio, complement or exponential, got"),
+        ("mix:alpha=1.1", "'mix': expected 0 <= alpha <= 1, got"),
+        ("focal:gamma=-1", "'focal': expected gamma >= 0, got"),
+        ("luffy:gamma=0", "'luffy': expected gamma > 0, got"),
+    ],
+)
+def test_wrong_specifications_are_refused(specification, message):
+    with pytest.raises(ValueError, match=message):
+        parse_objective(specification)
+    with pytest.raises(ValueError, match=message):
+        vocab_parallel_dft_loss(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), objective=specification)
+
+
+def test_an_objective_of_your_own_works():
+    @dataclass(frozen=True)
+    class Half(Objective):
+        name = "half"
+
+        def __call__(self, stats):
+            return 0.5 * stats.nll, torch.full_like(stats.nll, 0.5)
+
+    case = example()
+    torch.testing.assert_close(gradient(Half(), *case), 0.5 * gradient("nll", *case), **TOLERANCE)

@@ -1,0 +1,198 @@
+"""Unmodified scripts through Megatron's own pretrain() on real ranks, started as a user starts them."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("megatron.training")
+pytest.importorskip("tensorboard")
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLE = ROOT / "examples" / "pretrain_gpt.py"
+STEPS = 3
+MODEL = (
+    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 256 --max-position-embeddings 256 "
+    "--position-embedding-type rope --normalization RMSNorm --disable-bias-linear --attention-dropout 0 "
+    "--hidden-dropout 0 --make-vocab-size-divisible-by 128"
+)
+TRAINING = (
+    f"--train-iters {STEPS} --lr 1e-2 --lr-decay-style constant --global-batch-size 8 --micro-batch-size 2 "
+    "--clip-grad 1.0 --eval-iters 1 --eval-interval 100 --log-interval 1 --tensorboard-log-interval 1"
+)
+MOCK = "--mock-data --tokenizer-type NullTokenizer --vocab-size 120"
+UNTIMED = re.compile("lm loss|dft |grad-norm|learning-rate|mtp")
+
+sys.path.insert(0, str(ROOT / "examples"))
+
+
+class Host:
+    """Starts runs that share one checkpoint and one data set."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.chat = folder / "chat"
+        self.runs: dict[tuple, dict[str, list[float]]] = {}
+
+    @property
+    def sft(self) -> str:
+        return (
+            "--sft --tokenizer-type SFTTokenizer --sft-tokenizer-prompt-format nemotron-nano-v2 "
+            "--no-create-attention-mask-in-dataloader --calculate-per-token-loss "
+            f"--tokenizer-model {self.chat / 'tokenizer'} --train-data-path {self.chat / 'noisy_train.jsonl'} "
+            f"--valid-data-path {self.chat / 'valid.jsonl'} --data-cache-path {self.folder / 'cache'}"
+        )
+
+    def start(self, flags: str, *, ranks: int = 1, script: Path = EXAMPLE, alone: bool = False):
+        """One torchrun launch; returns (exit code, output, folder of the TensorBoard files)."""
+        logs = self.folder / f"run{len(list(self.folder.glob('run*')))}"
+        logs.mkdir()
+        program = [str(alone_on_cpu(self.folder))] if alone else ["-m", "megatron_dft.launch"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command += [*program, str(script), *MODEL.split(), *TRAINING.split(), *flags.split()]
+        command += ["--tensorboard-dir", str(logs), *([] if alone else ["--device", "cpu"])]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+        run = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
+        return run.returncode, run.stdout + run.stderr, logs
+
+    def curves(self, flags: str, **kwargs) -> dict[str, list[float]]:
+        """What a run wrote to TensorBoard; each distinct run is started once."""
+        from demo import read_curves
+
+        key = (flags, *kwargs.items())
+        if key not in self.runs:
+            code, output, logs = self.start(flags, **kwargs)
+            assert code == 0, output[-6000:]
+            self.runs[key] = {tag: values for tag, values in read_curves(logs).items() if UNTIMED.search(tag)}
+            assert len(self.runs[key]["lm loss"]) == STEPS
+        return self.runs[key]
+
+
+def alone_on_cpu(folder: Path) -> Path:
+    """A script without the launcher needs the CPU ranks all the same; nothing else of ours is imported."""
+    path = folder / "alone.py"
+    path.write_text(
+        "import runpy, sys\n"
+        "from pathlib import Path\n"
+        "from megatron_dft.hosts import cpu\n"
+        "sys.argv = sys.argv[1:]\n"
+        "sys.path.insert(0, str(Path(sys.argv[0]).parent))\n"
+        "cpu.enable()\n"
+        "sys.argv = [sys.argv[0], *cpu.complete_arguments(sys.argv[1:])]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("host")
+    subprocess.run([sys.executable, str(ROOT / "examples" / "make_chat_data.py"), str(folder / "chat")], check=True)
+    return Host(folder)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(host):
+    """Weights that every layout starts from, so that per-stage initialisation does not matter."""
+    path = host.folder / "checkpoint"
+    host.curves(f"{host.sft} --save {path} --save-interval {STEPS}")
+    return f"--load {path} --finetune"
+
+
+def agree(ours, theirs, tolerance):
+    assert set(ours) == set(theirs)
+    for tag in theirs:
+        assert ours[tag] == pytest.approx(theirs[tag], rel=tolerance, abs=1e-7), tag
+
+
+@pytest.mark.host
+def test_without_loss_type_every_number_is_bit_for_bit_the_scripts_own(host):
+    script_alone = host.curves(MOCK, alone=True)
+    assert host.curves(MOCK) == script_alone
+    assert not any(tag.startswith("dft") for tag in script_alone)
+
+
+@pytest.mark.host
+def test_nll_is_megatrons_own_run(host, checkpoint):
+    stock = host.curves(f"{host.sft} {checkpoint}")
+    ours = host.curves(f"{host.sft} {checkpoint} --loss-type nll")
+    agree({tag: ours[tag] for tag in stock}, stock, 1e-5)
+    assert {tag for tag in ours if tag.startswith("dft")} > {"dft loss", "dft prob", "dft gate", "dft accuracy"}
+
+
+@pytest.mark.host
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        (2, "--tensor-model-parallel-size 2"),
+        (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+        (2, "--pipeline-model-parallel-size 2"),
+        (2, "--context-parallel-size 2"),
+        (2, "--use-distributed-optimizer"),
+    ],
+)
+def test_layouts_agree_with_one_rank(host, checkpoint, ranks, layout):
+    one = host.curves(f"{host.sft} {checkpoint} --loss-type dft")
+    agree(host.curves(f"{host.sft} {checkpoint} --loss-type dft {layout}", ranks=ranks), one, 2e-5)
+
+
+@pytest.mark.host
+def test_dft_lets_less_gradient_through_and_reports_the_nll(host, checkpoint):
+    stock = host.curves(f"{host.sft} {checkpoint}")
+    dft = host.curves(f"{host.sft} {checkpoint} --loss-type dft")
+    assert dft["lm loss"][0] == pytest.approx(stock["lm loss"][0], rel=1e-6)
+    assert dft["dft loss"][0] < 0.5 * dft["lm loss"][0]
+    assert dft["grad-norm"][0] < 0.5 * stock["grad-norm"][0]
+    assert dft["dft gate"] == dft["dft prob"]
+
+
+@pytest.mark.host
+def test_entropy_is_reported_where_it_is_computed(host, checkpoint):
+    two = host.curves(f"{host.sft} {checkpoint} --loss-type entropy --bf16 --tensor-model-parallel-size 2", ranks=2)
+    assert two["dft entropy"][0] > 0.0
+    assert "dft entropy validation" in two
+
+
+@pytest.mark.host
+def test_context_parallelism_without_per_token_loss_is_refused_before_the_model_is_built(host):
+    code, output, _ = host.start(f"{MOCK} --loss-type dft --context-parallel-size 2", ranks=2)
+    assert code != 0
+    assert "expected --calculate-per-token-loss with --context-parallel-size 2" in output
+    assert "number of parameters" not in output
+
+
+@pytest.mark.host
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--loss-type dtf", "unknown objective 'dtf'"),
+        ("--loss-type tsallis:q=-1", "expected q >= 0"),
+        ("--loss-type dft --transformer-impl transformer_engine", "--transformer-impl"),
+    ],
+)
+def test_the_launcher_refuses_what_cannot_work_before_megatron_starts(flags, message, tmp_path):
+    command = [sys.executable, "-m", "megatron_dft.launch", str(EXAMPLE), *flags.split(), "--device", "cpu"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == 1
+    assert message in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_the_launcher_explains_itself_and_names_a_missing_script():
+    launch = [sys.executable, "-m", "megatron_dft.launch"]
+    assert "--loss-type dft" in subprocess.run(launch, capture_output=True, text=True, check=True).stdout
+    wrong = subprocess.run([*launch, "no_such.py"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 1
+    assert "expected the path of a Python script, got 'no_such.py'" in wrong.stderr
+
+
+@pytest.mark.host
+@pytest.mark.skipif("MEGATRON_LM" not in os.environ, reason="MEGATRON_LM does not name a Megatron-LM checkout")
+def test_pretrain_gpt_of_a_megatron_lm_checkout_gives_the_same_run(host, checkpoint):
+    script = Path(os.environ["MEGATRON_LM"]) / "pretrain_gpt.py"
+    flags = f"{host.sft} {checkpoint} --loss-type dft --tensor-model-parallel-size 2"
+    theirs = host.curves(flags, ranks=2, script=script)
+    agree(theirs, host.curves(flags, ranks=2), 1e-6)

@@ -1,0 +1,210 @@
+"""Real ranks: each holds a share of the vocabulary, and all must come to the whole vocabulary's numbers."""
+
+import importlib.util
+import os
+import time
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from formulas import FORMULAS, example, loss_and_gradient, token
+from ranks import run_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_dft import parse_objective, vocab_parallel_dft_loss, vocab_stats
+from megatron_dft.stats import row_names
+
+TOLERANCE = {"rtol": 0.0, "atol": 1e-12}
+EXACT = {"rtol": 0.0, "atol": 0.0, "equal_nan": True}
+VOCAB = 48  # 48, 24 and 12 words per rank
+SIZES = [None, 35, 20]  # 35 empties the last of 4 shards, 20 the last of 2 and two of 4
+HAS_MEGATRON = importlib.util.find_spec("megatron") is not None
+
+
+class Collectives(TorchDispatchMode):
+    """Records name and input shape of each collective that really runs, and lets it run."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            tensors = [x for x in torch.utils._pytree.tree_leaves(args[:2]) if isinstance(x, torch.Tensor)]
+            self.seen.append((function.__name__.split(".")[0], tuple(tensors[-1].shape)))
+        return function(*args, **(kwargs or {}))
+
+    def __enter__(self):
+        self.seen = []
+        return super().__enter__()
+
+
+def make_case(true_vocab_size):
+    """[s, b] tokens; maxima in every shard, a shard of -inf, and padding that must not be looked at."""
+    logits, target, upstream = example(6, 4, vocab=VOCAB)
+    if true_vocab_size:
+        target = torch.where(target >= true_vocab_size, target % true_vocab_size, target)
+        logits[..., true_vocab_size:] = torch.nan
+    target[2, 3] = 13
+    logits[2, 3, :12] = -torch.inf
+    return logits, target, upstream
+
+
+def share(x, group=None):
+    return x.chunk(dist.get_world_size(group), -1)[dist.get_rank(group)].clone()
+
+
+def loss_gradient_and_collectives(loss_function, logits, target, upstream, group=None):
+    leaf = share(logits, group).requires_grad_()
+    with Collectives() as forward:
+        loss = loss_function(leaf * 1, target)
+    with Collectives() as backward:
+        loss.backward(upstream.to(loss.dtype))
+    return loss.detach(), leaf.grad, forward.seen, backward.seen
+
+
+def on_one_rank():
+    """Everything that the tests below look at, in one launch."""
+    group = dist.group.WORLD
+    results = {}
+    for size in SIZES:
+        for name in FORMULAS:
+            loss = partial(vocab_parallel_dft_loss, objective=name, tp_group=group, true_vocab_size=size)
+            results[name, size] = [loss_gradient_and_collectives(loss, *make_case(size)) for _ in range(2)]
+    logits, target, upstream = make_case(None)
+    with Collectives() as seen:
+        results["stats"] = vocab_stats(share(logits), target, tp_group=group)
+    results["stats collectives"] = seen.seen
+
+    inplace = partial(vocab_parallel_dft_loss, tp_group=group, value="nll", inplace_backward=True)
+    results["host"] = loss_gradient_and_collectives(inplace, logits.bfloat16(), target, upstream)
+    results["none"] = loss_gradient_and_collectives(inplace, logits[:0], target[:0], upstream[:0])[:2]
+    target[1, 1], target[1, 2], target[3] = VOCAB, -1, -100
+    logits[0, 1, VOCAB - 1] = torch.nan
+    results["broken"] = loss_gradient_and_collectives(inplace, logits, target, upstream)[:2]
+    for pair in ([0, 2], [1, 3]) if dist.get_world_size() == 4 else ():  # TP = 2 beside DP = 2
+        group = dist.new_group(pair)
+        if dist.get_rank() in pair:
+            loss = partial(vocab_parallel_dft_loss, objective="deft", tp_group=group)
+            results["pair"] = loss_gradient_and_collectives(loss, *example(seed=pair[0], vocab=VOCAB), group)[:2]
+    if HAS_MEGATRON and dist.get_world_size() == 2:  # importing it takes seconds per rank
+        from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+        logits, target, upstream = example(6, 4, vocab=VOCAB)
+        case = (logits.float(), target.clamp(min=0), upstream)
+        ours = partial(vocab_parallel_dft_loss, objective="nll", tp_group=group)
+        stock = partial(vocab_parallel_cross_entropy, tp_group=group)
+        results["megatron"] = [loss_gradient_and_collectives(f, *case)[:2] for f in (ours, stock)]
+    return results
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4])
+def ranks(request):
+    return run_ranks(request.param, on_one_rank)
+
+
+def whole(ranks, read):
+    """The gradient of the whole vocabulary from its shards."""
+    return torch.cat([read(rank) for rank in ranks], -1)
+
+
+@pytest.mark.parametrize("true_vocab_size", SIZES)
+@pytest.mark.parametrize("specification", FORMULAS)
+def test_loss_and_gradient_are_those_of_the_whole_vocabulary(ranks, specification, true_vocab_size):
+    key = specification, true_vocab_size
+    loss, gradient = loss_and_gradient(specification, *make_case(true_vocab_size), true_vocab_size)
+    torch.testing.assert_close(ranks[0][key][0][0], loss, **TOLERANCE)
+    torch.testing.assert_close(whole(ranks, lambda r: r[key][0][1]), gradient, **TOLERANCE)
+
+
+def test_every_rank_has_the_same_bits_and_has_them_again(ranks):
+    for key in ((name, size) for name in FORMULAS for size in SIZES):
+        for rank in ranks:
+            first, second = rank[key]
+            assert torch.equal(first[0], ranks[0][key][0][0]), key
+            assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1]), key
+    for name in ("logprob", "entropy", "collision", "correct"):
+        assert all(torch.equal(getattr(r["stats"], name), getattr(ranks[0]["stats"], name)) for r in ranks)
+
+
+def test_forward_gathers_once_what_the_objective_needs_and_backward_nothing(ranks):
+    def expected(rows):
+        return [("_allgather_base_", (rows, 24))] if len(ranks) > 1 else []
+
+    for rank in ranks:
+        for specification in FORMULAS:
+            rows = 3 + len(parse_objective(specification).needs)
+            assert len(row_names(parse_objective(specification).needs)) == rows
+            assert [rank[specification, None][0][i] for i in (2, 3)] == [expected(rows), []], specification
+        assert rank["stats collectives"] == expected(5)
+        assert rank["host"][2:] == (expected(3), [])
+
+
+def test_statistics_are_those_of_the_whole_vocabulary(ranks):
+    logits, target, _ = make_case(None)
+    t = token(logits, target)
+    stats = ranks[0]["stats"]
+    for ours, truth in ((stats.logprob, -t.l), (stats.entropy, t.H), (stats.collision, t.C)):
+        torch.testing.assert_close(ours, truth.masked_fill(~t.valid, 0.0), **TOLERANCE)
+    assert torch.equal(stats.correct, (logits.argmax(-1) == target) & t.valid)
+    assert stats.vocab_size == VOCAB
+
+
+def test_a_host_gets_the_nll_and_the_gradient_of_dft_over_its_bf16_logits(ranks):
+    logits, target, upstream = make_case(None)
+    loss, _ = loss_and_gradient("nll", logits.bfloat16(), target, upstream)
+    _, gradient = loss_and_gradient("dft", logits.bfloat16(), target, upstream)
+    torch.testing.assert_close(ranks[0]["host"][0], loss.float(), rtol=1e-5, atol=1e-5)
+    ours = whole(ranks, lambda r: r["host"][1])
+    torch.testing.assert_close(ours.double(), gradient, rtol=2**-8 * 1.001, atol=1e-6)  # rounded to bf16 once
+
+
+def test_no_tokens_are_no_problem(ranks):
+    assert [(loss.shape, gradient.shape) for loss, gradient in (r["none"] for r in ranks)] == [
+        ((0, 4), (0, 4, VOCAB // len(ranks)))
+    ] * len(ranks)
+
+
+def test_broken_tokens_are_broken_on_every_rank_and_alone(ranks):
+    broken = torch.zeros(6, 4, dtype=torch.bool)
+    broken[1, 1] = broken[1, 2] = broken[0, 1] = True
+    for rank in ranks:
+        loss, gradient = rank["broken"]
+        assert torch.equal(loss.isnan(), broken) and torch.equal(gradient.isnan().all(-1), broken)
+        assert torch.equal(gradient.isnan().any(-1), broken) and not gradient[3].any() and not loss[3].any()
+
+
+@pytest.mark.parametrize("ranks", [4], indirect=True)
+def test_a_group_within_the_world_minds_its_own_tokens(ranks):
+    for pair in ([0, 2], [1, 3]):
+        loss, gradient = loss_and_gradient("deft", *example(seed=pair[0], vocab=VOCAB))
+        torch.testing.assert_close(ranks[pair[1]]["pair"][0], loss, **TOLERANCE)
+        torch.testing.assert_close(whole([ranks[i] for i in pair], lambda r: r["pair"][1]), gradient, **TOLERANCE)
+
+
+@pytest.mark.parametrize("ranks", [2], indirect=True)
+def test_nll_is_megatrons_cross_entropy(ranks):
+    if not HAS_MEGATRON:
+        pytest.skip("needs megatron-core")
+    for rank in ranks:
+        (loss, gradient), (stock_loss, stock_gradient) = rank["megatron"]
+        torch.testing.assert_close(loss, stock_loss, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(gradient, stock_gradient, rtol=1e-6, atol=1e-6)
+        assert gradient.abs().max() > 0.1
+
+
+def fails_on_rank_1(how):
+    if dist.get_rank() == 1:
+        if how == "raises":
+            raise KeyError("the reason")
+        if how == "dies":
+            os._exit(3)
+        time.sleep(1000.0)
+    dist.barrier()
+
+
+# A test of the tests: the launch must not swallow a failure.
+@pytest.mark.parametrize(
+    ("how", "message"), [("raises", "KeyError: 'the reason'"), ("dies", "exit code 3"), ("hangs", "in fails_on_rank_1")]
+)
+def test_a_rank_that_fails_fails_the_launch(how, message):
+    with pytest.raises((mp.ProcessRaisedException, mp.ProcessExitedException, TimeoutError), match=message):
+        run_ranks(2, fails_on_rank_1, how, timeout=4.0 if how == "hangs" else 60.0)

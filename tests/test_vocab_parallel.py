@@ -1,0 +1,433 @@
+"""The loss on one rank: every dtype, layout, option and kind of broken input, and the splits of a vocabulary."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from formulas import FORMULAS, example, loss_and_gradient, token
+from torch.utils.checkpoint import checkpoint
+
+from megatron_dft import parse_objective, reference, token_loss, vocab_parallel_dft_loss, vocab_stats
+from megatron_dft.stats import COLLISION, ENTROPY, VocabShard, merge_shards, token_stats
+
+EXACT = {"rtol": 0.0, "atol": 0.0, "equal_nan": True}
+TOLERANCE = {"rtol": 0.0, "atol": 1e-12}
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+ALL = frozenset({ENTROPY, COLLISION})
+INF, NAN = math.inf, math.nan
+
+
+def run(logits, target, upstream, layout=lambda x: x, **options):
+    """Loss and gradient; the logits are the output of another operation, `layout`, as a model's are."""
+    leaf = logits.clone().requires_grad_()
+    loss = vocab_parallel_dft_loss(layout(leaf * 1), target, **options)
+    loss.backward(upstream.to(loss.dtype))
+    return loss.detach(), leaf.grad
+
+
+def assert_same(actual, expected, tolerance=TOLERANCE):
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, **tolerance)
+
+
+@pytest.mark.parametrize("specification", FORMULAS)
+@pytest.mark.parametrize("true_vocab_size", [None, 7])
+def test_every_objective_is_its_formula(specification, true_vocab_size):
+    logits, target, upstream = example(6, 4, vocab=13)
+    target = torch.where(target >= 7, target - 7, target)
+    if true_vocab_size:
+        logits[..., true_vocab_size:] = torch.tensor([NAN, INF, 1e4, 0, 0, 0])  # padding is never looked at
+    actual = run(logits, target, upstream, objective=specification, true_vocab_size=true_vocab_size)
+    assert_same(actual, loss_and_gradient(specification, logits, target, upstream, true_vocab_size))
+
+
+# 1 and 2: no competitor, one; 127 to 129: around a vector; primes; 4099 with 300 tokens: three chunks of rows.
+@pytest.mark.parametrize("vocab", [1, 2, 127, 128, 129, 1009, 4099])
+@pytest.mark.parametrize("tokens", [1, 2, 300])
+def test_any_size(tokens, vocab):
+    case = example(tokens, vocab=vocab)
+    case[1][0] = vocab - 1
+    assert_same(run(*case), loss_and_gradient("dft", *case))
+
+
+@pytest.mark.parametrize("chunk", [1, 22, 23, 250])  # rows of 11: one at a time, pairs, nearly all, more than all
+def test_chunks_of_rows_do_not_show(chunk, monkeypatch):
+    case = example()
+    expected = run(*case, objective="deft")
+    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", chunk)
+    assert_same(run(*case, objective="deft"), expected, {"rtol": 0.0, "atol": 1e-15})
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("shape", [(), (5,), (0,), (4, 1), (1, 4), (3, 0), (2, 3, 2)])
+def test_any_leading_shape(shape, inplace):
+    logits, target, upstream = (x[0] for x in example(1, *shape, seed=3))
+    target = target.abs() % 11
+    loss, gradient = run(logits, target, upstream, inplace_backward=inplace, objective="cayley")
+    flat = (logits.view(-1, 11), target.view(-1), upstream.view(-1))
+    assert loss.shape == shape and gradient.shape == (*shape, 11)
+    if target.numel():
+        assert_same((loss.view(-1), gradient.view(-1, 11)), loss_and_gradient("cayley:floor=0.5", *flat))
+
+
+LAYOUTS = {
+    "row stride": lambda x: F.pad(x, (0, 5))[..., :-5],
+    "token stride": lambda x: torch.stack([x, x], 1)[:, 1],
+    "[b, s] transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "columns first": lambda x: x.movedim(-1, 0).contiguous().movedim(0, -1),
+    "every second column": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "offset": lambda x: F.pad(x.flatten(), (3, 0))[3:].view(x.shape),
+}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(6, 4), (6, 1)])  # b = 1 has strides of its own
+def test_any_strides(shape, layout, inplace):
+    logits, target, upstream = example(*shape)
+    expected = run(logits, target, upstream)
+    transposed = target.t().contiguous().t()  # labels are [b, s] in Megatron
+    actual = run(logits, transposed, upstream, LAYOUTS[layout], inplace_backward=inplace)
+    assert_same(actual, expected, {"rtol": 0.0, "atol": 1e-15})
+
+
+def floor(logits, target, upstream):
+    """A few roundings of fp32, for the loss [...] and for gradient's two terms, softmax and one-hot [..., V]."""
+    t, eps = token(logits.double(), target), torch.finfo(torch.float32).eps
+    coefficient = (t.p * upstream * t.valid)[..., None].abs() * (2.0 + t.l[..., None])
+    size = t.softmax * (2.0 - t.softmax.log()) + F.one_hot(target.clamp(min=0), logits.shape[-1])
+    return 4 * eps * (1.0 + t.l), 2 * eps * coefficient * size
+
+
+# Vocabularies: a few words; a prime; one that takes several chunks of rows and whose sums are long.
+@pytest.mark.parametrize("vocab", [11, 1009, 32003])
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_errors_are_at_most_twice_those_of_torch_in_the_same_dtype(dtype, vocab):
+    logits, target, upstream = example(40, vocab=vocab)
+    logits = logits.to(dtype)
+    upstream = upstream.to(dtype).double()
+    truth = loss_and_gradient("dft", logits, target, upstream)
+
+    leaf = logits.clone().requires_grad_()
+    ce = F.cross_entropy(leaf, target, reduction="none")
+    eager_loss = ce * torch.exp(-ce).detach()
+    eager_loss.backward(upstream.to(dtype))
+
+    loss, gradient = run(logits, target, upstream)
+    assert (loss.dtype, gradient.dtype) == (torch.float32, dtype)
+    slack = floor(logits, target, upstream)
+    for ours, eager, true, spare in zip((loss, gradient), (eager_loss, leaf.grad), truth, slack, strict=True):
+        excess = (ours.double() - true).abs() - 2 * (eager.double() - true).abs() - spare
+        assert excess.max() <= 0.0
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_gradient_is_rounded_once(dtype, inplace):
+    """Half a unit in the last place, and what fp32 arithmetic adds to it."""
+    logits, target, upstream = example(40, vocab=1009)
+    logits = logits.to(dtype)
+    _, truth = loss_and_gradient("dft", logits, target, upstream)
+    _, gradient = run(logits, target, upstream, inplace_backward=inplace)
+    info = torch.finfo(dtype)
+    unit = torch.ldexp(torch.full_like(truth, info.eps), truth.frexp().exponent - 1)
+    unit = unit.clamp(min=info.smallest_normal * info.eps)
+    assert ((gradient.double() - truth).abs() <= 0.5 * unit + floor(logits, target, upstream)[1]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("shift", [500.0, -500.0, 1e4, -1e4])
+@pytest.mark.parametrize("specification", ["dft", "deft", "entropy"])
+def test_shifted_logits_give_the_same_bits(shift, dtype, specification):
+    logits, target, upstream = example()
+    logits = (logits * 64).round().to(dtype) / 64  # the shift is exact
+    expected = run(logits, target, upstream, objective=specification)
+    assert_same(run(logits + shift, target, upstream, objective=specification), expected, EXACT)
+
+
+@pytest.mark.parametrize("specification", FORMULAS)
+def test_a_masked_token_contributes_exactly_nothing(specification):
+    logits, target, upstream = example()
+    clean = run(logits, target, upstream, objective=specification)
+    logits[0::5] = torch.tensor([NAN, INF, -INF, 1e30, 0.0])[:, None]  # every fifth token is ignored
+    upstream[5] = NAN
+    broken = run(logits, target, upstream, objective=specification)
+    assert_same(broken, clean, EXACT)
+    assert not clean[0][::5].any() and not clean[1][::5].any()
+
+
+@pytest.mark.parametrize("specification", FORMULAS)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_batch_without_a_target_trains_on(specification, inplace):
+    logits, target, upstream = example(3, 2)
+    logits[0, 0] = NAN
+    target[:] = -100
+    loss, gradient = run(logits, target, upstream, objective=specification, inplace_backward=inplace)
+    assert_same((loss, gradient), (torch.zeros_like(loss), torch.zeros_like(logits)), EXACT)
+
+
+def test_ignore_index_may_be_a_token():
+    logits, target, upstream = example()
+    renamed = target.masked_fill(target == 3, 4).masked_fill(target == -100, 3)
+    expected = run(logits, renamed.masked_fill(renamed == 3, -100), upstream)
+    assert_same(run(logits, renamed, upstream, ignore_index=3), expected, EXACT)
+
+
+@pytest.mark.parametrize("specification", FORMULAS)
+@pytest.mark.parametrize("value", ["objective", "nll"])
+@pytest.mark.parametrize("broken", ["nan", "inf", "inf target", "all -inf", "id -1", "id V", "id far", "id padding"])
+def test_broken_input_poisons_its_token_alone(broken, specification, value):
+    logits, target, upstream = example()
+    where, column = 7, int(target[7])
+    other = (column + 1) % 10
+    options = {"objective": specification, "value": value, "true_vocab_size": 10}
+    target[target == 10] = 9
+    expected = run(logits, target.index_fill(0, torch.tensor(where), -100), upstream, **options)
+    if broken.startswith("id"):
+        target[where] = {"id -1": -1, "id V": 11, "id far": 1 << 40, "id padding": 10}[broken]
+    elif broken == "all -inf":
+        logits[where] = -INF
+    else:
+        logits[where, column if broken == "inf target" else other] = NAN if broken == "nan" else INF
+    loss, gradient = run(logits, target, upstream, **options)
+    assert loss[where].isnan() and gradient[where, :10].isnan().all()
+    loss[where] = gradient[where] = 0.0
+    assert_same((loss, gradient), expected, EXACT)
+
+
+@pytest.mark.parametrize("specification", FORMULAS)
+def test_impossible_words_and_targets_are_defined(specification):
+    """A logit of -inf: p = 0 for that word. Another word's p = 0 changes no formula; the target's gives no NaN."""
+    logits, target, upstream = example()
+    rows = (target != -100).nonzero()[:, 0]
+    logits[rows, (target[rows] + 1) % 11] = -INF
+    assert_same(
+        run(logits, target, upstream, objective=specification),
+        loss_and_gradient(specification, logits, target, upstream),
+    )
+    logits[7, target[7]] = -INF
+    loss, gradient = run(logits, target, upstream, objective=specification)
+    assert not loss.isnan().any() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("specification", FORMULAS)
+def test_value_nll_sends_back_the_gradient_of_the_objective(specification):
+    case = example()
+    loss, gradient = run(*case, objective=specification, value="nll")
+    assert_same((loss, gradient), (run(*case, objective="nll")[0], run(*case, objective=specification)[1]), EXACT)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("specification", ["dft", "deft", "entropy"])
+def test_forward_never_writes_to_the_logits(dtype, specification):
+    logits, target, _ = example()
+    logits = logits.to(dtype)
+    before, version = logits.clone(), logits._version
+    vocab_parallel_dft_loss(logits, target, objective=specification, inplace_backward=True)
+    vocab_stats(logits, target)
+    assert torch.equal(logits, before) and logits._version == version
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_inplace_backward_writes_over_the_logits(dtype):
+    logits, target, upstream = example(8, 3)
+    logits = logits.to(dtype)
+    _, expected = run(logits, target, upstream)
+    output = logits.requires_grad_() * 1
+    loss = vocab_parallel_dft_loss(output, target, inplace_backward=True)
+    (gradient,) = torch.autograd.grad(loss, output, upstream.to(loss.dtype))
+    assert gradient.data_ptr() == output.data_ptr()
+    assert_same((gradient, output.detach()), (expected, expected), EXACT)
+
+
+def test_whoever_uses_overwritten_logits_gets_an_error():
+    logits, target, _ = example()
+    output = logits.requires_grad_() * 1
+    other = output.square().sum()
+    loss = vocab_parallel_dft_loss(output, target, inplace_backward=True).sum()
+    loss.backward(retain_graph=True)
+    for again in (loss, other):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            again.backward()
+
+
+@pytest.mark.parametrize("view", [lambda x: x, lambda x: x.view(24, 11), lambda x: x[:, :9]])
+def test_a_leaf_is_never_overwritten(view):
+    logits, target, _ = example()
+    with pytest.raises(ValueError, match="inplace_backward: expected logits computed by another operation, got a leaf"):
+        vocab_parallel_dft_loss(view(logits.clone().requires_grad_()), target % 9, inplace_backward=True)
+    assert not vocab_parallel_dft_loss(logits.detach(), target, inplace_backward=True).requires_grad
+
+
+def test_a_second_backward_out_of_place_gives_the_same():
+    logits, target, upstream = example()
+    leaf = logits.requires_grad_()
+    loss = vocab_parallel_dft_loss(leaf, target)
+    first, second = (torch.autograd.grad(loss, leaf, upstream, retain_graph=True)[0] for _ in range(2))
+    assert_same((first,), (second,), EXACT)
+
+
+def test_there_is_no_double_backward():
+    logits, target, _ = example()
+    leaf = logits.requires_grad_()
+    nll = torch.ones(3, requires_grad=True)
+    for loss, source in ((vocab_parallel_dft_loss(leaf, target), leaf), (token_loss(nll), nll)):
+        upstream = torch.ones_like(loss, requires_grad=True)
+        (gradient,) = torch.autograd.grad(loss, source, upstream, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.sum().backward()
+
+
+@pytest.mark.parametrize("value", ["objective", "nll"])
+@pytest.mark.parametrize("shape", [(24,), (6, 4)])
+def test_the_loss_owns_its_memory(value, shape):
+    logits, target, _ = example(*shape)
+    loss = vocab_parallel_dft_loss(logits.requires_grad_(), target, value=value)
+    assert loss._base is None and loss.is_contiguous() and not loss.is_leaf
+    assert loss.untyped_storage().nbytes() == loss.numel() * loss.element_size()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_checkpointing_and_saved_tensor_hooks_change_nothing(inplace):
+    logits, target, upstream = example()
+    expected = run(logits, target, upstream)
+
+    def function(x):
+        return vocab_parallel_dft_loss(x * 1, target, inplace_backward=inplace)
+
+    def saved_on_cpu(x):
+        with torch.autograd.graph.save_on_cpu():
+            return function(x)
+
+    for use in (
+        saved_on_cpu,
+        lambda x: checkpoint(function, x, use_reentrant=False),
+        lambda x: checkpoint(function, x, use_reentrant=True),
+    ):
+        leaf = logits.clone().requires_grad_()
+        loss = use(leaf)
+        loss.backward(upstream)
+        assert_same((loss.detach(), leaf.grad), expected, EXACT)
+
+
+# Shards of 4 and padding from 9 on: the third holds one word, the fourth none. Whole: no split at all.
+@pytest.mark.parametrize("width", [1, 4, 16])
+@pytest.mark.parametrize("empty", [None, 0, 1])  # and a shard whose logits are all -inf
+def test_any_split_of_the_vocabulary_merges_to_the_whole(width, empty):
+    logits, target, _ = example(vocab=16)
+    target %= 9
+    logits += torch.linspace(0.0, 900.0, 16)  # each shard has a maximum of its own, e^700 apart
+    logits[::2] = logits[::2].flip(1)
+    shards = [VocabShard(start, min(max(9 - start, 0), width), 9) for start in range(0, 16, width)]
+    parts = [logits[:, s.start : s.start + width] for s in shards]
+    if empty is not None and width < 16:
+        parts[empty].fill_(-INF)
+        target = torch.where(target // width == empty, 8, target)
+    valid = torch.ones_like(target, dtype=torch.bool)
+    sums = [reference.shard_stats(x, target, valid, s, ALL) for x, s in zip(parts, shards, strict=True)]
+    merged = merge_shards(torch.stack(sums), ALL)
+    stats = token_stats(merged, valid, 9)
+    t = token(logits[:, :9], target)
+    relative = {"rtol": 1e-12, "atol": 1e-12}
+    assert_same((stats.nll, stats.entropy, stats.collision), (t.l, t.H, t.C), relative)
+
+    _, expected = loss_and_gradient("nll", logits, target, t.p, 9)
+    gradient = torch.full_like(logits, NAN)
+    for x, s in zip(parts, shards, strict=True):
+        out = gradient[:, s.start : s.start + width]
+        reference.shard_gradient(x, target, merged.maximum, merged.log_sum, t.p, s, out)
+    assert_same((gradient,), (expected,))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_vocab_stats_are_those_of_fp64(dtype):
+    logits, target, _ = example(6, 4, vocab=129)
+    logits = logits.to(dtype)
+    stats = vocab_stats(logits.requires_grad_(), target)
+    t = token(logits.detach().double(), target)
+    tolerance = {"rtol": 0.0, "atol": 1e-12 if dtype == torch.float64 else 8 * torch.finfo(torch.float32).eps}
+    for ours, truth in ((stats.logprob, -t.l), (stats.entropy, t.H), (stats.collision, t.C)):
+        assert ours.dtype == (dtype if dtype == torch.float64 else torch.float32) and not ours.requires_grad
+        torch.testing.assert_close(ours.double(), truth.masked_fill(~t.valid, 0.0), rtol=1e-6, atol=tolerance["atol"])
+    assert torch.equal(stats.correct, (logits.argmax(-1) == target) & t.valid)
+    assert torch.equal(stats.valid, t.valid) and stats.vocab_size == 129
+    assert torch.equal(stats.prob, stats.logprob.exp()) and torch.equal(stats.nll, -stats.logprob)
+    transposed = stats.map(lambda x: x.t())
+    assert torch.equal(transposed.entropy, stats.entropy.t()) and transposed.vocab_size == 129
+
+
+def test_the_first_choice_may_be_shared():
+    stats = vocab_stats(torch.tensor([[1.0, 1.0, 0.0]] * 3), torch.tensor([0, 1, 2]))
+    assert stats.correct.tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("specification", [s for s in FORMULAS if not parse_objective(s).needs])
+def test_token_loss_needs_the_nll_alone(specification):
+    logits, target, upstream = example()
+    leaf = logits.clone().requires_grad_()
+    nll = token(leaf, target).l
+    loss = token_loss(nll, specification, valid=target != -100)
+    loss.backward(upstream)
+    assert_same((loss.detach(), leaf.grad), loss_and_gradient(specification, logits, target, upstream))
+
+
+def test_token_loss_of_a_masked_token_is_exactly_nothing():
+    """Masked by us, by the caller's upstream gradient of 0, and not at all."""
+    nll = torch.tensor([NAN, NAN, NAN, 0.5], requires_grad=True)
+    loss = token_loss(nll, valid=torch.tensor([False, True, True, True]))
+    loss.backward(torch.tensor([1.0, 0.0, 1.0, 1.0]))
+    assert loss[0] == 0.0 and loss.isnan().tolist() == [False, True, True, False]
+    assert nll.grad[:2].tolist() == [0.0, 0.0] and nll.grad.isnan().tolist() == [False, False, True, False]
+
+
+def test_token_loss_rounds_once():
+    """The weight is not in bf16: half a unit in the last place, and a little for fp32."""
+    nll = torch.linspace(0.01, 20.0, 500).bfloat16().requires_grad_()
+    loss = token_loss(nll)
+    loss.sum().backward()
+    true = nll.detach().double()
+    half = {"rtol": 2**-8 * 1.001, "atol": 0.0}
+    torch.testing.assert_close(loss.detach().double(), true * torch.exp(-true), **half)
+    torch.testing.assert_close(nll.grad.double(), torch.exp(-true), **half)
+
+
+@pytest.mark.parametrize("specification", ["deft", "entropy"])
+def test_token_loss_refuses_what_needs_the_vocabulary(specification):
+    with pytest.raises(ValueError, match=r"token_loss: expected an objective of the NLL alone.*call vocab_parallel"):
+        token_loss(torch.ones(1), specification)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"logits": torch.zeros(2, 3, 8, dtype=torch.int64)}, "logits: expected bf16, fp16, fp32 or fp64, got"),
+        ({"target": torch.zeros(2, 3, dtype=torch.int32)}, r"target: expected int64 token ids.*convert.*long"),
+        (
+            {"target": torch.zeros(3, 2, dtype=torch.int64)},
+            r"target: expected shape \(2, 3\) .*, got \(3, 2\); .*transp",
+        ),
+        ({"target": torch.zeros(6, dtype=torch.int64)}, r"target: expected shape \(2, 3\)"),
+        (
+            {"target": torch.zeros(2, 3, dtype=torch.int64, device="meta")},
+            "target: expected the device .* cpu, got meta",
+        ),
+        ({"value": "loss"}, "value: expected one of objective, nll, got 'loss'"),
+        ({"backend": "cuda"}, "backend: expected one of auto, torch, got 'cuda'"),
+        ({"true_vocab_size": 0}, "true_vocab_size: expected .*, got 0"),
+        ({"true_vocab_size": 9}, r"true_vocab_size: expected 1 to 8 \(1 shards of 8 columns\), got 9"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    arguments = {"logits": torch.zeros(2, 3, 8), "target": torch.zeros(2, 3, dtype=torch.int64), **change}
+    logits, target = arguments.pop("logits"), arguments.pop("target")
+    with pytest.raises(ValueError, match=message):
+        vocab_parallel_dft_loss(logits, target, **arguments)
+    if "value" not in change:
+        with pytest.raises(ValueError, match=message):
+            vocab_stats(logits, target, **arguments)
+
+
+def test_a_named_backend_is_the_automatic_one_here():
+    case = example()
+    assert_same(run(*case, backend="torch"), run(*case, backend="auto"), EXACT)
