@@ -10,18 +10,20 @@ such a fault proves nothing.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+import torch  # noqa: F401  imported once, for all forks
+
 ROOT = Path(__file__).resolve().parent.parent
-FAILED, CAUGHT, SURVIVED = 1, "caught", "SURVIVED"
+FORK = multiprocessing.get_context("fork")
 WORKERS = 2
 
 
@@ -44,6 +46,7 @@ TP_FORMULA = ("tensor_parallel", "whole_vocabulary and 2-dft")
 WHOLE_COLLECTIVES = ("tensor_parallel", "gathers_once and 2")
 METRIC = ("metrics", "weighted_sum")
 
+# fmt: off
 FAULTS = [
     # The parts of a split vocabulary
     Fault("no max exchange", "stats", 'part["maximum"] - maximum', '0.0 * part["maximum"]', *ANY_SPLIT),
@@ -71,17 +74,18 @@ FAULTS = [
     Fault("sends what nobody needs", "vocab_parallel", "options, options.objective.needs)",
           "options, frozenset({ENTROPY, COLLISION}))", *WHOLE_COLLECTIVES),
     # Gate and gradient
-    Fault("gate differentiated", "objectives", "gate * stats.nll), gate", "gate * stats.nll), gate * (1 + stats.logprob)",
-          "objectives", "pushes_rare_targets_up"),
+    Fault("gate differentiated", "objectives", "gate * stats.nll), gate",
+          "gate * stats.nll), gate * (1 + stats.logprob)", "objectives", "pushes_rare_targets_up"),
     Fault("no one-hot", "reference", "-coefficient[rows] * owned", "0.0 * coefficient[rows] * owned", *FORMULA),
-    Fault("row 0's gate", "vocab_parallel", "(upstream * gate).masked_fill((", "(upstream * gate.flatten()[0]).masked_fill((",
-          *FORMULA),
+    Fault("row 0's gate", "vocab_parallel", "coefficient = (upstream * gate)",
+          "coefficient = (upstream * gate.flatten()[0])", *FORMULA),
     Fault("mean upstream", "vocab_parallel", "coefficient = (upstream *", "coefficient = (upstream.mean() *", *FORMULA),
     Fault("rounded twice", "reference", "        column, owned = _local_column(target[rows]",
           "        x.copy_(x.to(out.dtype))\n        column, owned = _local_column(target[rows]",
           "vocab_parallel", "rounded_once"),
-    Fault("weight in the dtype of the logits", "reference", "torch.float64 if logits.dtype == torch.float64 else torch.float32",
-          "logits.dtype", "vocab_parallel", "at_most_twice"),
+    Fault("weight in the dtype of the logits", "reference",
+          "torch.float64 if logits.dtype == torch.float64 else torch.float32", "logits.dtype",
+          "vocab_parallel", "at_most_twice"),
     Fault("max and log-sum as one", "vocab_parallel", "merged.maximum, merged.log_sum, gate)",
           "0.0 * merged.maximum, merged.log_sum + merged.maximum, gate)", "vocab_parallel", "same_bits"),
     Fault("gate 1 under value=nll", "vocab_parallel", "merged.log_sum, gate)",
@@ -94,9 +98,10 @@ FAULTS = [
           "        loss = options.objective(stats)[0]\n        ctx.save_for_backward(logits", *MASKED),
     Fault("gradient not masked", "vocab_parallel", "        ctx.save_for_backward(logits",
           "        gate = options.objective(stats)[1]\n        ctx.save_for_backward(logits", *MASKED),
-    Fault("0 x NaN", "vocab_parallel", "coefficient = (upstream * gate).masked_fill((upstream == 0.0) | (gate == 0.0), 0.0)",
+    Fault("0 x NaN", "vocab_parallel",
+          "coefficient = (upstream * gate).masked_fill((upstream == 0.0) | (gate == 0.0), 0.0)",
           "coefficient = upstream * gate", *MASKED),
-    Fault("statistics not masked", "stats", "logprob=logprob.masked_fill(~valid, 0.0)", "logprob=logprob",
+    Fault("statistics not masked", "stats", "entropy.masked_fill(~valid, 0.0)", "entropy",
           "vocab_parallel", "vocab_stats"),
     Fault("dead rows keep their bytes", "reference", "out.index_fill_(0, (~live).nonzero().squeeze(1), 0.0)", "pass",
           "vocab_parallel", "trains_on"),
@@ -126,15 +131,15 @@ FAULTS = [
           "performance", "memory and float32"),
     # Objectives
     Fault("0 x inf", "objectives", "torch.where(gate == 0.0, 0.0, gate * stats.nll)", "gate * stats.nll", *LIMITS),
-    Fault("digits lost near 1", "objectives", "-torch.expm1(a * stats.logprob) / a", "(1 - torch.exp(a * stats.logprob)) / a",
-          "objectives", "tends_to_nll"),
+    Fault("digits lost near 1", "objectives", "-torch.expm1(a * stats.logprob) / a",
+          "(1 - torch.exp(a * stats.logprob)) / a", "objectives", "tends_to_nll"),
     Fault("cayley over all tokens", "objectives", "stats.valid & p.isfinite()", "p.isfinite()", *FORMULA),
     Fault("cayley poisoned", "objectives", "stats.valid & p.isfinite()", "stats.valid", *POISON),
     Fault("threshold hides NaN", "objectives", "(stats.prob < self.lo) | (stats.prob > self.hi)",
           "~((stats.prob >= self.lo) & (stats.prob <= self.hi))", *LIMITS),
     Fault("threshold keeps the gate", "objectives", "gate.masked_fill(outside, 0.0)", "gate", *FORMULA),
     Fault("dft without its weight", "objectives", "return stats.prob\n", "return torch.ones_like(stats.prob)\n",
-          "objectives", "dft"),
+          "objectives", "peaks_at"),
     # What a user sees
     Fault("batch and sequence swapped", "vocab_parallel", "if target.shape != logits.shape[:-1]:",
           "if target.numel() * logits.shape[-1] != logits.numel():", "vocab_parallel", "does_not_fit"),
@@ -145,51 +150,67 @@ FAULTS = [
     Fault("count of all tokens", "metrics", "weight.sum()", "torch.ones_like(weight).sum()", *METRIC),
     Fault("host reports the objective", "config", 'value="nll"', 'value="objective"', "config", "host_reports"),
     Fault("setting not passed on", "config", "backend=self.backend,", "", "config", "host_reports"),
-    Fault("unknown key ignored", "config", "return cls(**block)", "return cls(**{k: block[k] for k in known & set(block)})",
-          "config", "settings_are_refused"),
+    Fault("unknown key accepted", "config", "if key not in known:", "if False:", "config", "settings_are_refused"),
     Fault("import upwards", "metrics", "    count = weight", "    import megatron_dft.config\n\n    count = weight",
           "layout", "point_down"),
 ]
+# fmt: on
 
 
-def copy_library(folder: Path) -> None:
-    for name in ("megatron_dft", "tests"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", folder)
+def run_tests(folder: Path, files: Sequence[str], expression: str) -> None:
+    """Run by a forked process, which has torch and pytest already and none of our modules; exits as pytest does."""
+    with open(folder / "output", "w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    os.chdir(folder)
+    sys.path[0] = os.environ["PYTHONPATH"] = str(folder)
+    sys.dont_write_bytecode = True
+    tests = [f"tests/test_{name}.py" for name in files]
+    code = pytest.main(["-x", "--tb=line", "-p", "no:cacheprovider", *tests, "-k", expression])
+    import megatron_dft
+
+    assert folder in Path(megatron_dft.__file__).parents, "the tests ran on another library"
+    os._exit(code)
 
 
-def run_tests(folder: Path, test: Iterable[str], expression: str) -> subprocess.CompletedProcess[str]:
-    files = [f"tests/test_{name}.py" for name in test]
-    command = [sys.executable, "-m", "pytest", "-x", "--tb=no", "-p", "no:cacheprovider", *files, "-k", expression]
-    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-
-
-def try_fault(fault: Fault) -> tuple[str, str]:
-    """The verdict, and the test that caught the fault or what went wrong."""
+def try_in_copy(fault: Fault | None, files: Sequence[str], expression: str) -> tuple[int, str]:
+    """Exit status and output of the tests on a copy of the library, with the fault put in."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        copy_library(folder)
-        module = folder / "megatron_dft" / f"{fault.module}.py"
-        text = module.read_text()
-        if text.count(fault.old) != 1:
-            return "ERROR", f"its old text is {text.count(fault.old)} times in {fault.module}.py"
-        module.write_text(text.replace(fault.old, fault.new))
-        done = run_tests(folder, [fault.test], fault.expression)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
-    if done.returncode == FAILED and lines:
-        return CAUGHT, lines[0].partition("::")[2].partition(" ")[0]
-    return (SURVIVED, "") if done.returncode == 0 else ("ERROR", (done.stdout + done.stderr).strip()[-300:])
+        folder = Path(name).resolve()
+        for part in ("megatron_dft", "tests"):
+            shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        if fault:
+            module = folder / "megatron_dft" / f"{fault.module}.py"
+            text = module.read_text()
+            if text.count(fault.old) != 1:
+                return -1, f"its old text is {text.count(fault.old)} times in {module.name}"
+            module.write_text(text.replace(fault.old, fault.new))
+        process = FORK.Process(target=run_tests, args=(folder, files, expression))
+        process.start()
+        process.join()
+        return process.exitcode, (folder / "output").read_text()
 
 
-def passes_without_fault(faults: list[Fault]) -> bool:
+def try_faults(faults: Sequence[Fault]) -> None:
+    """Print a line for each fault; exits with the number of those that were not caught."""
+    missed = 0
+    for fault in faults:
+        code, output = try_in_copy(fault, [fault.test], fault.expression)
+        failed = [line for line in output.splitlines() if line.startswith("FAILED")]
+        verdict, detail = ("SURVIVED", "") if code == 0 else ("ERROR", output[-2000:])
+        if code == pytest.ExitCode.TESTS_FAILED and failed:
+            verdict, detail = "caught", failed[0].partition("::")[2].partition(" - ")[0]
+        print(f"{verdict:9} {fault.module + '.py':18} {fault.name:34} {detail}", flush=True)
+        missed += verdict != "caught"
+    sys.exit(missed)
+
+
+def try_without_fault(faults: Sequence[Fault]) -> None:
     expression = " or ".join(sorted({f"({fault.expression})" for fault in faults}))
-    with tempfile.TemporaryDirectory() as name:
-        copy_library(Path(name))
-        done = run_tests(Path(name), sorted({fault.test for fault in faults}), expression)
-    if done.returncode:
-        print("the tests do not pass on the library as it is:", done.stdout, done.stderr, sep="\n")
-    return done.returncode == 0
+    code, output = try_in_copy(None, sorted({fault.test for fault in faults}), expression)
+    print(f"the tests {'FAIL' if code else 'pass'} without a fault", output if code else "", flush=True)
+    sys.exit(code)
 
 
 def main() -> int:
@@ -199,14 +220,15 @@ def main() -> int:
     faults = [fault for fault in FAULTS if wanted in fault.name]
     if not faults:
         parser.error(f"no fault is named {wanted!r}")
-    with ThreadPoolExecutor(WORKERS) as pool:
-        clean = pool.submit(passes_without_fault, faults)
-        verdicts = []
-        for fault, (verdict, detail) in zip(faults, pool.map(try_fault, faults), strict=True):
-            print(f"{verdict:9} {fault.module + '.py':18} {fault.name:34} {detail}", flush=True)
-            verdicts.append(verdict)
-    print(f"{verdicts.count(CAUGHT)} of {len(faults)} faults caught")
-    return 0 if clean.result() and verdicts.count(CAUGHT) == len(faults) else 1
+    processes = [FORK.Process(target=try_without_fault, args=(faults,))]
+    processes += [FORK.Process(target=try_faults, args=(faults[i::WORKERS],)) for i in range(WORKERS)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    clean, *missed = (process.exitcode for process in processes)
+    print(f"{len(faults) - sum(missed)} of {len(faults)} faults caught")
+    return int(clean != 0 or sum(missed) > 0)
 
 
 if __name__ == "__main__":

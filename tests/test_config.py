@@ -47,11 +47,6 @@ def test_a_namespace_of_the_host_may_lack_fields():
     assert DFTConfig.from_args(args) == DFTConfig(loss_type="dft")
 
 
-def test_arguments_providers_return_the_parser():
-    parser = argparse.ArgumentParser()
-    assert DFTConfig.add_arguments(parser) is parser
-
-
 @pytest.mark.parametrize("loss_type", OBJECTIVES)
 def test_every_objective_can_be_configured(loss_type):
     assert DFTConfig(loss_type=loss_type).objective == OBJECTIVES[loss_type]()

@@ -17,10 +17,10 @@ STEPS = 3
 MODEL = (
     "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 256 --max-position-embeddings 256 "
     "--position-embedding-type rope --normalization RMSNorm --disable-bias-linear --attention-dropout 0 "
-    "--hidden-dropout 0 --make-vocab-size-divisible-by 128"
+    "--hidden-dropout 0 --make-vocab-size-divisible-by 64"  # 128 at TP 1 and 2
 )
 TRAINING = (
-    f"--train-iters {STEPS} --lr 1e-2 --lr-decay-style constant --global-batch-size 8 --micro-batch-size 2 "
+    f"--train-iters {STEPS} --lr 1e-2 --lr-decay-style constant --global-batch-size 6 --micro-batch-size 1 "
     "--clip-grad 1.0 --eval-iters 1 --eval-interval 100 --log-interval 1 --tensorboard-log-interval 1"
 )
 MOCK = "--mock-data --tokenizer-type NullTokenizer --vocab-size 120"
@@ -90,7 +90,9 @@ def alone_on_cpu(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def host(tmp_path_factory):
     folder = tmp_path_factory.mktemp("host")
-    subprocess.run([sys.executable, str(ROOT / "examples" / "make_chat_data.py"), str(folder / "chat")], check=True)
+    make_data = str(ROOT / "examples" / "make_chat_data.py")
+    # Lines of 240 tokens leave room for the padding that context parallelism adds to each conversation.
+    subprocess.run([sys.executable, make_data, str(folder / "chat"), "--seq-length", "240"], check=True)
     return Host(folder)
 
 
@@ -136,7 +138,10 @@ def test_nll_is_megatrons_own_run(host, checkpoint):
 )
 def test_layouts_agree_with_one_rank(host, checkpoint, ranks, layout):
     one = host.curves(f"{host.sft} {checkpoint} --loss-type dft")
-    agree(host.curves(f"{host.sft} {checkpoint} --loss-type dft {layout}", ranks=ranks), one, 2e-5)
+    many = host.curves(f"{host.sft} {checkpoint} --loss-type dft {layout}", ranks=ranks)
+    if "context" in layout:  # with --sft, Megatron validates with a mean over ranks of means over their tokens
+        one, many = ({tag: x for tag, x in run.items() if "validation" not in tag} for run in (one, many))
+    agree(many, one, 2e-5)
 
 
 @pytest.mark.host

@@ -63,7 +63,10 @@ IMPOSSIBLE = (
     "--use-torch-fsdp2",
 )
 # The functions to which Megatron gives a device.
-FACTORIES = "arange as_tensor empty empty_like full linspace ones rand randint randn tensor zeros".split()
+FACTORIES = (
+    *("arange", "as_tensor", "empty", "empty_like", "full", "linspace"),
+    *("ones", "rand", "randint", "randn", "tensor", "zeros"),
+)
 CPU = torch.device("cpu")
 
 
@@ -85,8 +88,8 @@ def complete_arguments(argv: list[str]) -> list[str]:
     Raises:
         ValueError: for a flag that asks for something only a GPU can do.
     """
-    given: dict[str, str | None] = {}
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    given = {}
+    for word, following in zip(argv, [*argv[1:], ""], strict=False):
         flag, equals, value = word.partition("=")
         given[flag] = value if equals else following
     for flag, values in POSSIBLE.items():
