@@ -70,7 +70,7 @@ class Power(Objective):
 
     def __call__(self, stats: TokenStats) -> tuple[Tensor, Tensor]:
         a = self.exponent(stats)
-        if isinstance(a, float) and a == 0.0:
+        if not isinstance(a, Tensor) and a == 0.0:
             return stats.nll, torch.ones_like(stats.nll)
         # expm1 keeps the digits of 1 - p^a when p is near 1 or a is small.
         return -torch.expm1(a * stats.logprob) / a, torch.exp(a * stats.logprob)

@@ -42,6 +42,8 @@ class LossOptions:
     inplace_backward: bool = False
 
     def __post_init__(self) -> None:
+        if self.true_vocab_size is not None and self.true_vocab_size < 1:
+            raise ValueError(f"true_vocab_size: expected at least 1, got {self.true_vocab_size}")
         if self.value not in VALUES:
             raise ValueError(f"value: expected one of {', '.join(VALUES)}, got {self.value!r}")
         if self.backend != "auto" and self.backend not in BACKENDS:
@@ -56,9 +58,9 @@ class LossOptions:
         width = logits.shape[-1]
         ranks, rank = (1, 0) if self.tp_group is None else (self.tp_group.size(), self.tp_group.rank())
         size = width * ranks if self.true_vocab_size is None else self.true_vocab_size
-        if not 0 < size <= width * ranks:
+        if size > width * ranks:
             raise ValueError(
-                f"true_vocab_size: expected 1 to {width * ranks} ({ranks} shards of {width} columns), got {size}"
+                f"true_vocab_size: expected at most {width * ranks} ({ranks} shards of {width} columns), got {size}"
             )
         return VocabShard(rank * width, min(max(size - rank * width, 0), width), size)
 
@@ -129,8 +131,9 @@ def token_loss(
 ) -> Tensor:  # [...]
     """The objective as a function of a cross entropy that someone else computed; nats in, nats out.
 
-    For every objective of the target's probability alone; its gate is the derivative with respect to `nll`. Tokens
-    that are not `valid` become 0. Raises ValueError for objectives that need more than the NLL.
+    For every objective of the target's probability alone; its gate is the derivative with respect to `nll`. The loss
+    is fp32 (fp64 for fp64), and 0 for tokens that are not `valid`. Raises ValueError for objectives that need more
+    than the NLL.
     """
     chosen = parse_objective(objective)
     if chosen.needs:
@@ -155,7 +158,7 @@ class _VocabParallelLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, target: Tensor, options: LossOptions):
         merged, stats = _merged_stats(logits, target, options, options.objective.needs)
-        loss, gate = (x.masked_fill(~stats.valid, 0.0) for x in options.objective(stats))
+        loss, gate = _loss_and_gate(options.objective, stats)
         ctx.save_for_backward(logits, target, merged.maximum, merged.log_sum, gate)
         ctx.options = options
         extras = (stats.logprob, stats.valid, stats.correct, stats.entropy, stats.collision)
@@ -166,8 +169,7 @@ class _VocabParallelLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream: Tensor, *_):
         logits, target, maximum, log_sum, gate = ctx.saved_tensors
-        # 0 stays 0 beside an inf or a NaN: masked by the host, or worth nothing to the objective.
-        coefficient = (upstream * gate).masked_fill((upstream == 0.0) | (gate == 0.0), 0.0)
+        coefficient = _coefficient(upstream, gate)
         rows = logits.reshape(-1, logits.shape[-1])
         out = rows if ctx.options.inplace_backward else torch.empty_like(rows)
         ctx.options.kernels().shard_gradient(
@@ -187,8 +189,8 @@ class _TokenLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, nll: Tensor, objective: Objective, valid: Tensor) -> Tensor:
-        stats = TokenStats(logprob=(-nll).clamp(max=0.0), valid=valid)
-        loss, gate = (x.masked_fill(~valid, 0.0) for x in objective(stats))
+        logprob = -nll.to(reference.accumulation_dtype(nll))
+        loss, gate = _loss_and_gate(objective, TokenStats(logprob.clamp(max=0.0), valid))
         ctx.save_for_backward(gate)
         return loss
 
@@ -196,7 +198,19 @@ class _TokenLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream: Tensor):
         (gate,) = ctx.saved_tensors
-        return (upstream * gate).masked_fill(gate == 0.0, 0.0), None, None
+        return _coefficient(upstream, gate), None, None
+
+
+def _loss_and_gate(objective: Objective, stats: TokenStats) -> tuple[Tensor, Tensor]:
+    """The objective's, 0 where a token is not valid; a NaN loss has a NaN gate, even if the gate is a constant."""
+    loss, gate = objective(stats)
+    gate = gate.masked_fill(stats.logprob.isnan(), torch.nan)
+    return loss.masked_fill(~stats.valid, 0.0), gate.masked_fill(~stats.valid, 0.0)
+
+
+def _coefficient(upstream: Tensor, gate: Tensor) -> Tensor:
+    """Their product, where 0 stays 0 beside an inf or a NaN: masked by the host, or worth nothing to the objective."""
+    return (upstream * gate).masked_fill((upstream == 0.0) | (gate == 0.0), 0.0)
 
 
 def _merged_stats(
@@ -235,8 +249,9 @@ def _check(logits: Tensor, target: Tensor, options: LossOptions) -> None:
         )
     if target.device != logits.device:
         raise ValueError(f"target: expected the device of the logits, {logits.device}, got {target.device}")
-    if options.inplace_backward and logits.is_leaf and logits.requires_grad:
+    owner = logits if logits._base is None else logits._base
+    if options.inplace_backward and owner.is_leaf and owner.requires_grad:
         raise ValueError(
-            "inplace_backward: expected logits computed by another operation, got a leaf, whose .grad would "
-            "share its memory; pass inplace_backward=False"
+            "inplace_backward: expected logits computed by another operation, got a leaf or a view of one, whose "
+            "values the gradient would overwrite; pass inplace_backward=False"
         )

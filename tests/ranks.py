@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import importlib.util
 import os
 import signal
 import tempfile
@@ -12,9 +13,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import Tensor
+
+needs_megatron = pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="needs megatron-core")
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
@@ -28,12 +33,12 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
         context = mp.start_processes(
             _rank, (world_size, folder, function, args, timeout), nprocs=world_size, join=False, start_method="spawn"
         )
-        deadline = None
+        started, deadline = False, time.monotonic() + 300.0  # to import everything, on a busy machine
         try:
             while not context.join(timeout=0.5):
-                if deadline is None and len(list(folder.glob("*.stack"))) == world_size:
-                    deadline = time.monotonic() + timeout  # not counting imports, which take what they take
-                if deadline is not None and time.monotonic() > deadline:
+                if not started and len(list(folder.glob("*.stack"))) == world_size:
+                    started, deadline = True, time.monotonic() + timeout
+                if time.monotonic() > deadline:
                     for process in context.processes:
                         os.kill(process.pid, signal.SIGUSR1)  # write your stack
                     time.sleep(1.0)
@@ -56,3 +61,12 @@ def _rank(rank: int, world_size: int, folder: Path, function: Callable[..., Any]
         torch.save(function(*args), folder / f"{rank}.result")
         dist.barrier()  # nobody leaves while another still talks to it
         dist.destroy_process_group()
+
+
+def megatron_cross_entropy() -> Callable[[Tensor, Tensor], Tensor]:
+    """On a rank: Megatron's unfused cross entropy, with all ranks as its tensor-parallel group, in any version."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=dist.get_world_size())
+    return vocab_parallel_cross_entropy

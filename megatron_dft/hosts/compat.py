@@ -77,6 +77,7 @@ def check_width(model: Any, logits: Tensor) -> None:
 
 
 def refuse_label_smoothing(label_smoothing: float) -> None:
+    """Refuse a target that is spread over several tokens."""
     if label_smoothing != 0.0:
         raise ValueError(
             f"label smoothing: expected 0, got {label_smoothing}; a smoothed target has no single probability to "
