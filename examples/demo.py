@@ -39,7 +39,7 @@ DATA = """
 """
 TRAINING = """
 --micro-batch-size 2 --global-batch-size 8 --lr-decay-style cosine --weight-decay 0.01 --clip-grad 1.0
---attention-dropout 0 --hidden-dropout 0 --seed 1234 --eval-iters 14
+--attention-dropout 0 --hidden-dropout 0 --seed 1234 --eval-iters 11
 --log-interval 1 --tensorboard-log-interval 1 --log-throughput
 """
 

@@ -6,12 +6,12 @@
     noisy_train.jsonl    600 conversations, a share of which (--noise) is wrong as real data is wrong:
                          swap  the reply belongs to another question, as in badly aligned scrapes
                          slip  one step has a wrong digit, and what follows is built on it, as when people slip
-    valid.jsonl          400 conversations, clean, about numbers that no training file asks for
-    tokenizer/          a Hugging Face tokenizer of whole words and single digits
+    valid.jsonl          400 conversations, clean; no training file has one of these sums in any wording or order
+    tokenizer/          a Hugging Face tokenizer of whole words, single digits and signs
 
 A line is a packed sequence in the form that Megatron's --sft reads: {"messages": [system, user, assistant, ...]},
-where each system message begins another conversation. A conversation has about 64 tokens, 37 of them the
-assistant's, and a line as many conversations as fit into --seq-length.
+where each system message begins another conversation. A conversation has about 54 tokens, 29 of them
+trained (the assistant's), and a line as many conversations as fit into --seq-length.
 """
 
 from __future__ import annotations
@@ -19,18 +19,23 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+
+Conversation = list[dict[str, str]]
+Problem = tuple[str, int, int]  # the sign and both numbers, the smaller one first
 
 SYSTEM = "Show every step."
 PLACES = 2  # digits of the numbers
 THINGS = ("pencils", "apples", "stamps", "tickets", "nails", "cards")
-TOKENS = r" ?[A-Za-z]+| ?\d|\s|[^\sA-Za-z\d]"  # a word with its space, one digit, or one sign
+TOKENS = r" ?[A-Za-z]+| ?[^\sA-Za-z]|\s"  # a word, a digit or a sign, each with the space before it
 SPECIAL = ("<unk>", "<SPECIAL_10>", "<SPECIAL_11>", "<SPECIAL_12>")  # of Megatron's nemotron-nano-v2 prompt format
 
 
 class Solver:
     """Works digit by digit, writes down each step, and slips at one of them if told so."""
+
+    problem: Problem
 
     def __init__(self, rng: random.Random, slips: bool) -> None:
         self.rng = rng
@@ -38,6 +43,7 @@ class Solver:
 
     def work(self, a: int, b: int, sign: str) -> tuple[list[str], int]:
         """The written steps of a + b, a - b, or a * b with a one-digit b, and the result."""
+        self.problem = (sign, min(a, b), max(a, b))
         slip_at = self.rng.randrange(PLACES) if self.slips else None
         steps, result, carry = [], 0, 0
         for place in range(PLACES):
@@ -47,44 +53,35 @@ class Solver:
             total = {"+": x + y + carry, "-": x - y - carry, "*": x * y + carry}[sign]
             borrow = total < 0
             if borrow:
-                note, total = f"{note} + {spaced(10)}", total + 10
+                note, total = f"{note} + 10", total + 10
             if place == slip_at:
                 total += (total % 10 + self.rng.randrange(1, 10)) % 10 - total % 10
             result += total % 10 * 10**place
             carry = 1 if borrow else total // 10
-            kept = f" , {'borrow' if sign == '-' else 'carry'} {carry}" if carry else ""
-            steps.append(f"{note} = {spaced(total)}{kept}")
+            kept = f", {'borrow' if sign == '-' else 'carry'} {carry}" if carry else ""
+            steps.append(f"{note} = {total}{kept}")
         return steps, result + 10**PLACES * carry
 
 
-def spaced(number: int) -> str:
-    """Each digit a token of its own: 305 -> 3 0 5."""
-    return " ".join(str(number))
-
-
 def addition(solver: Solver) -> tuple[str, list[str], str]:
-    a, b = numbers(solver.rng)
+    a, b = number(solver.rng), number(solver.rng)
     steps, result = solver.work(a, b, "+")
-    question = solver.rng.choice(("What is {} + {} ?", "Add {} and {} .", "Find the sum of {} and {} ."))
-    return question.format(spaced(a), spaced(b)), steps, f"The sum is {spaced(result)} ."
+    question = solver.rng.choice(("What is {} + {}?", "Add {} and {}.", "Find the sum of {} and {}."))
+    return question.format(a, b), steps, f"The sum is {result}."
 
 
 def subtraction(solver: Solver) -> tuple[str, list[str], str]:
-    b, a = sorted(numbers(solver.rng))
+    b, a = sorted((number(solver.rng), number(solver.rng)))
     steps, result = solver.work(a, b, "-")
-    question = solver.rng.choice(("What is {} - {} ?", "From {} take away {} .", "{} less {} is how much ?"))
-    return question.format(spaced(a), spaced(b)), steps, f"The difference is {spaced(result)} ."
+    question = solver.rng.choice(("What is {} - {}?", "From {} take away {}.", "{} less {} is how much?"))
+    return question.format(a, b), steps, f"The difference is {result}."
 
 
 def shopping(solver: Solver) -> tuple[str, list[str], str]:
     count, price, thing = number(solver.rng), solver.rng.randrange(2, 10), solver.rng.choice(THINGS)
     steps, result = solver.work(count, price, "*")
-    question = f"One of the {thing} costs {price} cents . What do {spaced(count)} {thing} cost ?"
-    return question, steps, f"They cost {spaced(result)} cents ."
-
-
-def numbers(rng: random.Random) -> tuple[int, int]:
-    return number(rng), number(rng)
+    question = f"One of the {thing} costs {price} cents. What do {count} {thing} cost?"
+    return question, steps, f"They cost {result} cents."
 
 
 def number(rng: random.Random) -> int:
@@ -94,20 +91,22 @@ def number(rng: random.Random) -> int:
 TOPICS: tuple[Callable[[Solver], tuple[str, list[str], str]], ...] = (addition, subtraction, shopping)
 
 
-def conversations(rng: random.Random, count: int, noise: float, seen: set[str]) -> Iterator[list[dict[str, str]]]:
-    """`count` conversations about questions that are not in `seen`, which grows."""
+def conversations(
+    rng: random.Random, count: int, noise: float, asked: dict[str, Problem], held_out: set[Problem]
+) -> Iterator[Conversation]:
+    """`count` conversations with questions that are not in `asked`, which grows, and no problem in `held_out`."""
     while count:
-        question, steps, answer = rng.choice(TOPICS)(Solver(rng, rng.random() < noise))
-        if question in seen:
+        solver = Solver(rng, rng.random() < noise)
+        question, steps, answer = rng.choice(TOPICS)(solver)
+        if question in asked or solver.problem in held_out:
             continue
-        seen.add(question)
+        asked[question] = solver.problem
         count -= 1
-        reply = " .\n".join([*steps, answer])
-        contents = {"system": SYSTEM, "user": question, "assistant": reply}
+        contents = {"system": SYSTEM, "user": question, "assistant": ".\n".join([*steps, answer])}
         yield [{"role": role, "content": content} for role, content in contents.items()]
 
 
-def swap_replies(rng: random.Random, items: list[list[dict[str, str]]], share: float) -> None:
+def swap_replies(rng: random.Random, items: list[Conversation], share: float) -> None:
     """Pass the replies of a share of the conversations on to the next one among them."""
     chosen = rng.sample(items, round(share * len(items)))
     replies = [conversation[-1] for conversation in chosen]
@@ -115,14 +114,14 @@ def swap_replies(rng: random.Random, items: list[list[dict[str, str]]], share: f
         conversation[-1] = reply
 
 
-def make_tokenizer(replies: list[list[dict[str, str]]], folder: Path):
+def make_tokenizer(items: Iterable[Conversation], folder: Path):
     """Every token of the data, in order of appearance; nothing is learned, so nothing depends on chance."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     split = pre_tokenizers.Split(Regex(TOKENS), "isolated")
     words = dict.fromkeys((*SPECIAL, "System", "User", "Assistant", "\n"))
-    for conversation in replies:
+    for conversation in items:
         for message in conversation:
             words |= dict.fromkeys(piece for piece, _ in split.pre_tokenize_str(message["content"]))
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
@@ -139,17 +138,19 @@ def make_tokenizer(replies: list[list[dict[str, str]]], folder: Path):
     return fast
 
 
-def pack(items: Iterator[list[dict[str, str]]], length: Callable[[list], int], limit: int) -> Iterator[list]:
-    """Conversations joined, in order, into lines of at most `limit` tokens."""
-    line: list[dict[str, str]] = []
-    used = 0
+def pack(items: Iterable[Conversation], length: Callable[[Conversation], int], limit: int) -> list[Conversation]:
+    """Lines of at most `limit` tokens; each conversation joins the first line that has room for it."""
+    lines: list[Conversation] = []
+    room: list[int] = []
     for item in items:
         size = length(item)
-        if used + size > limit:
-            yield line
-            line, used = [], 0
-        line, used = line + item, used + size
-    yield line
+        at = next((i for i, left in enumerate(room) if left >= size), len(room))
+        if at == len(room):
+            lines.append([])
+            room.append(limit)
+        lines[at] += item
+        room[at] -= size
+    return lines
 
 
 def main() -> None:
@@ -162,22 +163,22 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
 
-    rng, seen = random.Random(args.seed), set()
+    rng, asked = random.Random(args.seed), dict[str, Problem]()
     slips = args.noise if args.noise_kind == "slip" else 0.0
-    files = {
-        name: list(conversations(rng, count, noise, seen))
-        for name, count, noise in (("valid", 400, 0.0), ("base_train", 4000, 0.0), ("noisy_train", 600, slips))
-    }
+    files = {"valid": list(conversations(rng, 400, 0.0, asked, set()))}
+    held_out = set(asked.values())
+    for name, count, noise in (("base_train", 4000, 0.0), ("noisy_train", 600, slips)):
+        files[name] = list(conversations(rng, count, noise, asked, held_out))
     if args.noise_kind == "swap":
         swap_replies(rng, files["noisy_train"], args.noise)
     tokenizer = make_tokenizer(files["base_train"], args.out / "tokenizer")
 
-    def length(conversation: list[dict[str, str]]) -> int:
+    def length(conversation: Conversation) -> int:
         frame = 4 + 4 + 6  # what the prompt format puts around a system, a user and an assistant message
         return frame + sum(len(tokenizer.tokenize(message["content"])) for message in conversation)
 
     for name, items in files.items():
-        lines = list(pack(iter(items), length, args.seq_length))
+        lines = pack(items, length, args.seq_length)
         text = "".join(json.dumps({"messages": line}) + "\n" for line in lines)
         (args.out / f"{name}.jsonl").write_text(text)
         tokens = sum(map(length, items))
