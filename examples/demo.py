@@ -26,7 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 EXAMPLES = Path(__file__).resolve().parent
-BASE_STEPS, TUNE_STEPS, PARITY_STEPS = 400, 120, 8
+BASE_STEPS, TUNE_STEPS, EVAL_STEPS, PARITY_STEPS = 400, 120, 20, 8
 
 MODEL = """
 --num-layers 2 --hidden-size 128 --num-attention-heads 4 --ffn-hidden-size 512 --seq-length 256
@@ -131,11 +131,11 @@ def plot(path: Path, base: dict[str, list[float]], runs: dict[str, dict[str, lis
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
     for axis, (tag, title) in zip(axes.flat, panels.items(), strict=True):
         for (name, curves), color in zip(runs.items(), ("tab:gray", "tab:blue"), strict=True):
-            values = curves[tag]
-            steps = [round(TUNE_STEPS * (i + 1) / len(values)) for i in range(len(values))]
             if tag.endswith("validation"):  # both start from the base model
-                steps, values = [0, *steps], [base[tag][-1], *values]
-            axis.plot(steps, values, label=name, color=color)
+                values = [base[tag][-1], *curves[tag][: TUNE_STEPS // EVAL_STEPS]]
+                axis.plot(range(0, TUNE_STEPS + 1, EVAL_STEPS), values, label=name, color=color)
+            else:
+                axis.plot(range(1, TUNE_STEPS + 1), curves[tag], label=name, color=color)
         axis.set(title=title, xlabel="fine-tuning step")
         axis.grid(alpha=0.3)
     axes[0, 0].legend(title="--loss-type")
@@ -160,7 +160,7 @@ def main() -> None:
     )
     tune = (
         f"--load {checkpoint} --finetune --lr 5e-4 --lr-warmup-iters 10 "
-        f"--eval-interval {TUNE_STEPS // 6} --train-data-path {demo.data / 'noisy_train.jsonl'}"
+        f"--eval-interval {EVAL_STEPS} --train-data-path {demo.data / 'noisy_train.jsonl'}"
     )
     runs = {
         name: demo.train(name, tp=2, steps=TUNE_STEPS, flags=f"{tune} --loss-type {name}") for name in ("nll", "dft")
@@ -196,14 +196,16 @@ def report(summary: dict, out: Path) -> None:
     rows = {"base model": summary["base"], **{f"fine-tuned, {k}": v for k, v in summary["objectives"].items()}}
     for name, row in rows.items():
         print(f"{name:<22}{row['valid_lm_loss']:8.4f}{row['valid_prob']:9.4f}{row['valid_accuracy']:10.4f}")
-    nll, dft = (summary["objectives"][name]["valid_accuracy"] for name in ("nll", "dft"))
-    verdict = "more" if dft > nll else "fewer"
+    base, nll, dft = rows.values()
     print(
-        f"\nDFT predicts {abs(dft - nll):.2%} {verdict} of the clean targets than NLL after the same noisy fine-tune."
+        f"\nThe noise moved mean p on clean targets by {nll['valid_prob'] - base['valid_prob']:+.3f} under NLL and by "
+        f"{dft['valid_prob'] - base['valid_prob']:+.3f} under DFT; DFT's accuracy is "
+        f"{dft['valid_accuracy'] - nll['valid_accuracy']:+.2%} against NLL's."
     )
-    if dft <= nll:
+    if dft["valid_accuracy"] <= nll["valid_accuracy"]:
         print(
-            "DFT trusts what the base model already believes; where the data teaches something new, NLL learns faster."
+            "DFT gets no more targets right here: wrong replies contradict each other, so NLL loses confidence to them "
+            "but keeps\nits first choice, and DFT learns less from the right ones."
         )
     parity = summary["tp_parity"]
     print(

@@ -22,7 +22,7 @@ from torch import Tensor
 needs_megatron = pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="needs megatron-core")
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 300.0) -> list[Any]:
     """What `function(*args)` returned on each rank, in rank order.
 
     `function` must be importable (top level of a test module). A rank that raises or dies fails the caller with its

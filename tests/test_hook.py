@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 from functools import partial
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from megatron_dft import DFTConfig, install
+from megatron_dft import DFTConfig, TokenStats, install
 from megatron_dft.hosts import compat, hook
 
 pytest.importorskip("megatron.core")
@@ -287,6 +288,19 @@ def test_drop_in_has_megatrons_signature_and_the_dft_value(facts):
 def test_models_that_would_give_wrong_numbers_are_refused(facts, case, words):
     for word in words:
         assert word in facts[0]["errors"][case]
+
+
+def test_a_masked_token_is_worth_nothing_whatever_its_loss():
+    nll = torch.tensor([[0.5, torch.inf, torch.nan]])
+    setattr(nll, hook._STATS, TokenStats(-nll, torch.ones_like(nll, dtype=torch.bool)))
+    step = hook.with_metrics(
+        lambda data_iterator, model: (nll, partial(loss_func, torch.tensor([[1.0, 0.0, 0.0]]))), DFTConfig("dft")
+    )
+    output, func = step(None, None)
+    loss, tokens, report = func(output)
+    assert (loss.item(), tokens.item()) == (0.5, 1)
+    assert report["dft prob"].tolist() == pytest.approx([math.exp(-0.5), 1.0])
+    assert report["dft loss"].tolist() == pytest.approx([0.5 * math.exp(-0.5), 1.0])
 
 
 def test_a_module_without_a_language_model_is_refused():

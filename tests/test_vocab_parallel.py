@@ -259,11 +259,19 @@ def test_whoever_uses_overwritten_logits_gets_an_error():
             again.backward()
 
 
-@pytest.mark.parametrize("view", [lambda x: x, lambda x: x.view(24, 11), lambda x: x[:, :9]])
-def test_a_leaf_is_never_overwritten(view):
+LEAVES = {
+    "leaf": lambda x: x.requires_grad_(),
+    "view of a leaf": lambda x: x.requires_grad_().view(24, 11),
+    "columns of a leaf": lambda x: x.requires_grad_()[:, :9],
+    "leaf that is a view": lambda x: x.view(24, 11).requires_grad_(),
+}
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_a_leaf_is_never_overwritten(leaf):
     logits, target, _ = example()
     with pytest.raises(ValueError, match="inplace_backward: expected logits computed by another operation, got a leaf"):
-        vocab_parallel_dft_loss(view(logits.clone().requires_grad_()), target % 9, inplace_backward=True)
+        vocab_parallel_dft_loss(LEAVES[leaf](logits.clone()), target % 9, inplace_backward=True)
     assert not vocab_parallel_dft_loss(logits.detach(), target, inplace_backward=True).requires_grad
 
 
