@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dft import DFTConfig
+from megatron_dft.hosts import megatron_lm
+
 pytest.importorskip("megatron.training")
 pytest.importorskip("tensorboard")
 
@@ -184,6 +187,29 @@ def test_the_launcher_refuses_what_cannot_work_before_megatron_starts(flags, mes
     assert run.returncode == 1
     assert message in run.stderr
     assert "Traceback" not in run.stderr
+
+
+@pytest.mark.host
+def test_a_yaml_file_names_the_objective_in_place_of_flags(tmp_path):
+    from megatron.training.yaml_arguments import load_yaml
+
+    path = tmp_path / "run.yaml"
+    path.write_text("language_model:\n  num_layers: 2\ndft:\n  loss_type: tsallis:q=0.5\n  mtp: same\n")
+    arguments = load_yaml(str(path))
+    assert megatron_lm.run_config(arguments, DFTConfig()) == DFTConfig(loss_type="tsallis:q=0.5", mtp="same")
+    with pytest.raises(ValueError, match="expected the objective in one place"):
+        megatron_lm.run_config(arguments, DFTConfig(loss_type="dft"))
+    arguments.dft.los_type = "dft"
+    with pytest.raises(ValueError, match=r"got 'los_type'; did you mean 'loss_type'"):
+        megatron_lm.run_config(arguments, DFTConfig())
+
+
+def test_an_older_pretrain_is_refused():
+    def pretrain(train_valid_test_dataset_provider, model_provider, model_type, forward_step_func):
+        raise AssertionError
+
+    with pytest.raises(ValueError, match=r"expected one that takes a cfg_container.*megatron-core >= 0.19"):
+        megatron_lm.with_objective(pretrain, DFTConfig(loss_type="dft"))
 
 
 def test_the_launcher_explains_itself_and_names_a_missing_script():
