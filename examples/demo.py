@@ -145,10 +145,13 @@ def plot(path: Path, base: dict[str, list[float]], runs: dict[str, dict[str, lis
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
-    demo = Demo(parser.parse_args().out.resolve())
+    parser.add_argument("--noise-kind", choices=("swap", "slip"), default="swap", help="see make_chat_data.py")
+    args = parser.parse_args()
+    demo = Demo(args.out.resolve())
     start = time.monotonic()
 
-    subprocess.run([sys.executable, str(EXAMPLES / "make_chat_data.py"), str(demo.data)], check=True)
+    make_data = [sys.executable, str(EXAMPLES / "make_chat_data.py"), str(demo.data), "--noise-kind", args.noise_kind]
+    subprocess.run(make_data, check=True)
     checkpoint = demo.out / "base" / "checkpoint"
     print("training: clean data for the base model, then noisy data with one flag changed; 2 tensor-parallel ranks")
     base = demo.train(
@@ -168,6 +171,7 @@ def main() -> None:
     single = demo.train("tp1", tp=1, steps=TUNE_STEPS, flags=f"{tune} --loss-type dft --exit-interval {PARITY_STEPS}")
 
     summary = {
+        "noise_kind": args.noise_kind,
         "base": final(base),
         "objectives": {
             name: {"steps": TUNE_STEPS, "train_lm_loss": curves["lm loss"], **final(curves)}
@@ -204,8 +208,8 @@ def report(summary: dict, out: Path) -> None:
     )
     if dft["valid_accuracy"] <= nll["valid_accuracy"]:
         print(
-            "DFT gets no more targets right here: wrong replies contradict each other, so NLL loses confidence to them "
-            "but keeps\nits first choice, and DFT learns less from the right ones."
+            "DFT gets no more targets right here: the wrong replies contradict each other, so NLL loses confidence to "
+            "them but\nkeeps its first choice, and DFT learns less from the right ones."
         )
     parity = summary["tp_parity"]
     print(

@@ -225,5 +225,6 @@ def test_the_launcher_explains_itself_and_names_a_missing_script():
 def test_pretrain_gpt_of_a_megatron_lm_checkout_gives_the_same_run(host, checkpoint):
     script = Path(os.environ["MEGATRON_LM"]) / "pretrain_gpt.py"
     flags = f"{host.sft} {checkpoint} --loss-type dft --tensor-model-parallel-size 2"
-    theirs = host.curves(flags, ranks=2, script=script)
-    agree(theirs, host.curves(flags, ranks=2), 1e-6)
+    theirs, ours = host.curves(flags, ranks=2, script=script), host.curves(flags, ranks=2)
+    assert {"lm loss", "dft loss", "dft prob", "grad-norm"} <= set(theirs)
+    agree(theirs, {tag: ours[tag] for tag in theirs}, 1e-6)  # 0.19.0 does not validate after the last step

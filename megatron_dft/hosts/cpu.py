@@ -47,7 +47,7 @@ POSSIBLE = {
     "--distributed-backend": ("gloo",),
     "--attention-backend": ("auto", "local", "unfused"),
     "--cuda-graph-impl": ("none",),
-    "--moe-token-dispatcher-type": ("allgather", "alltoall"),
+    "--moe-token-dispatcher-type": ("allgather",),
 }
 IMPOSSIBLE = (
     "--enable-cuda-graph",
@@ -56,7 +56,6 @@ IMPOSSIBLE = (
     "--fp8-format",
     "--moe-grouped-gemm",
     "--optimizer-cpu-offload",
-    "--te-rng-tracker",
     "--tp-comm-overlap",
     "--use-flash-attn",
     "--use-megatron-fsdp",
