@@ -249,8 +249,8 @@ def _check(logits: Tensor, target: Tensor, options: LossOptions) -> None:
         )
     if target.device != logits.device:
         raise ValueError(f"target: expected the device of the logits, {logits.device}, got {target.device}")
-    owner = logits if logits._base is None else logits._base
-    if options.inplace_backward and owner.is_leaf and owner.requires_grad:
+    owners = [x for x in (logits, logits._base) if x is not None and x.is_leaf and x.requires_grad]
+    if options.inplace_backward and owners:
         raise ValueError(
             "inplace_backward: expected logits computed by another operation, got a leaf or a view of one, whose "
             "values the gradient would overwrite; pass inplace_backward=False"

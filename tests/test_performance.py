@@ -71,7 +71,7 @@ def test_memory_beyond_logits_and_gradient_is_below_64_mib(dtype):
     for (specification, inplace), extra in zip(CASES, map(int, out.stdout.split()), strict=True):
         allowed = 0 if inplace else TOKENS * VOCAB * DTYPES[dtype].itemsize
         assert extra < allowed + 64 * MIB, f"{specification}, inplace_backward={inplace}: {extra / MIB:.0f} MiB"
-        assert extra >= 0.5 * allowed, "the measurement misses even the gradient"
+        assert extra > 0.5 * allowed - MIB, "the measurement misses even the gradient"
 
 
 def time_ratios():
