@@ -12,6 +12,7 @@ correct but makes many small launches and asks the device which rows are live).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from megatron_dft.stats import COLLISION, ENTROPY, VocabShard, row_names
 
 CHUNK_ELEMENTS = 1 << 19  # 2 MiB of fp32 scratch
+LOG2_E = 1.0 / math.log(2.0)
 UNDERFLOW = -1e4  # e^-1e4 is 0 in every dtype, and 0 * -1e4 is 0 where 0 * -inf is NaN
 
 
@@ -40,11 +42,11 @@ def shard_stats(
         # An all -inf row has nothing to subtract: keep its exponentials at 0 instead of NaN.
         x.sub_(maximum.masked_fill(maximum.isneginf(), 0.0)[:, None])
         if ENTROPY in needs:
-            exponential = x.exp()
+            exponential = _exp_(x.clone())
             row["shifted_sum"][rows] = x.clamp_(min=UNDERFLOW).mul_(exponential).sum(1)
             x = exponential
         else:
-            x.exp_()
+            _exp_(x)
         row["sum"][rows] = x.sum(1)
         if COLLISION in needs:
             row["square_sum"][rows] = x.square_().sum(1)
@@ -67,7 +69,7 @@ def shard_gradient(
     out[:, shard.columns :] = 0.0
     scale = coefficient * torch.exp(-log_sum)
     for rows, x in _chunks(logits, live, shard):
-        x.sub_(maximum[rows][:, None]).exp_().mul_(scale[rows][:, None])
+        _exp_(x.sub_(maximum[rows][:, None])).mul_(scale[rows][:, None])
         column, owned = _local_column(target[rows], shard)
         if shard.columns:
             x.scatter_add_(1, column[:, None], (-coefficient[rows] * owned)[:, None])
@@ -77,6 +79,11 @@ def shard_gradient(
 def accumulation_dtype(logits: Tensor) -> torch.dtype:
     """fp64 for fp64, fp32 for everything else."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _exp_(x: Tensor) -> Tensor:
+    """e^x in place, as 2^(x log2 e): on AVX2 PyTorch's exp2 takes half the time of its exp."""
+    return x.mul_(LOG2_E).exp2_()
 
 
 def _chunks(logits: Tensor, live: Tensor, shard: VocabShard) -> Iterator[tuple[slice | Tensor, Tensor]]:

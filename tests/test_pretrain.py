@@ -75,17 +75,18 @@ class Host:
 
 
 def alone_on_cpu(folder: Path) -> Path:
-    """A script without the launcher needs the CPU ranks all the same; nothing else of ours is imported."""
+    """A script without the launcher needs the CPU ranks all the same, and a log that is complete; nothing else."""
     path = folder / "alone.py"
     path.write_text(
         "import runpy, sys\n"
         "from pathlib import Path\n"
-        "from megatron_dft.hosts import cpu\n"
+        "from megatron_dft.hosts import cpu, megatron_lm\n"
         "sys.argv = sys.argv[1:]\n"
         "sys.path.insert(0, str(Path(sys.argv[0]).parent))\n"
         "cpu.enable()\n"
         "sys.argv = [sys.argv[0], *cpu.complete_arguments(sys.argv[1:])]\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "megatron_lm.flush_tensorboard()\n"
     )
     return path
 

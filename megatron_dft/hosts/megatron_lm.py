@@ -45,19 +45,28 @@ def with_objective(pretrain: Callable[..., Any], command_line: DFTConfig) -> Cal
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         from megatron.training import get_args, print_rank_0
 
-        config = run_config(get_args(), command_line)
-        if not config.enabled:
-            return pretrain(*args, **kwargs)
-        compat.check_settings(get_args(), config)
         call = signature.bind(*args, **kwargs)
-        call.arguments["forward_step_func"] = with_metrics(call.arguments["forward_step_func"], config)
-        _hook_model(call, functools.partial(install, config=config))
-        print_rank_0(
-            f"> megatron_dft: objective {config.objective} replaces the cross entropy; `lm loss` stays the NLL"
-        )
-        return pretrain(*call.args, **call.kwargs)
+        config = run_config(get_args(), command_line)
+        if config.enabled:
+            compat.check_settings(get_args(), config)
+            call.arguments["forward_step_func"] = with_metrics(call.arguments["forward_step_func"], config)
+            _hook_model(call, functools.partial(install, config=config))
+            print_rank_0(
+                f"> megatron_dft: objective {config.objective} replaces the cross entropy; `lm loss` stays the NLL"
+            )
+        result = pretrain(*call.args, **call.kwargs)
+        flush_tensorboard()
+        return result
 
     return wrapped
+
+
+def flush_tensorboard() -> None:
+    """Megatron logs the last validation after its own last flush; a process that ends soon after would lose it."""
+    from megatron.training import get_tensorboard_writer
+
+    if writer := get_tensorboard_writer():
+        writer.flush()
 
 
 def run_config(args: Any, command_line: DFTConfig) -> DFTConfig:
