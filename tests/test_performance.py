@@ -2,6 +2,7 @@
 
 Memory is the peak of a fresh process, from /proc. Time is CPU time of one thread, which other processes on the
 machine disturb least: medians of interleaved runs, against the stock cross entropy and the one line that makes it DFT.
+`pytest tests/test_performance.py -s` prints what it measures.
 """
 
 import itertools
@@ -69,6 +70,7 @@ def test_memory_beyond_logits_and_gradient_is_below_64_mib(dtype):
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert out.returncode == 0, out.stderr
     for (specification, inplace), extra in zip(CASES, map(int, out.stdout.split()), strict=True):
+        print(f"\n{dtype}, {specification}, inplace_backward={inplace}: {extra / MIB:.0f} MiB", end="")
         allowed = 0 if inplace else TOKENS * VOCAB * DTYPES[dtype].itemsize
         assert extra < allowed + 64 * MIB, f"{specification}, inplace_backward={inplace}: {extra / MIB:.0f} MiB"
         assert extra > 0.5 * allowed - MIB, "the measurement misses even the gradient"
@@ -105,4 +107,5 @@ def ratios():
 def test_time_against_megatrons_cross_entropy_with_a_weight(ratios, dtype, limit):
     if ratios[dtype] > limit:  # once more: a real regression is there both times
         ratios = run_ranks(1, time_ratios)[0]
+    print(f"\n{dtype}: {ratios[dtype]:.2f} of the time of Megatron's cross entropy with a weight", end="")
     assert ratios[dtype] <= limit
