@@ -143,7 +143,7 @@ def plot(path: Path, base: dict[str, list[float]], runs: dict[str, dict[str, lis
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--noise-kind", choices=("swap", "slip"), default="swap", help="see make_chat_data.py")
+    parser.add_argument("--noise-kind", choices=("both", "swap", "slip"), default="both", help="see make_chat_data.py")
     parser.add_argument("--seed", type=int, default=1234, help="of Megatron's initialisation and order of the data")
     args = parser.parse_args()
     demo = Demo(args.out.resolve(), args.seed)

@@ -1,11 +1,12 @@
 """Write a small chat data set of worked arithmetic, clean and noisy, and a tokenizer for it. No download.
 
-    python examples/make_chat_data.py OUT_DIR [--noise 0.4] [--noise-kind swap] [--seed 1]
+    python examples/make_chat_data.py OUT_DIR [--noise 0.4] [--noise-kind both] [--seed 1]
 
     base_train.jsonl    4000 conversations, clean
     noisy_train.jsonl    600 conversations, a share of which (--noise) is wrong as real data is wrong:
                          swap  the reply belongs to another question, as in badly aligned scrapes
                          slip  one step has a wrong digit, and what follows is built on it, as when people slip
+                         both  half of the conversations are made in each way
     valid.jsonl          400 conversations, clean; no training file has one of these sums in any wording or order
     tokenizer/          a Hugging Face tokenizer of whole words, single digits and signs
 
@@ -157,20 +158,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--noise", type=float, default=0.4, help="share of wrong replies in noisy_train (0.4)")
-    parser.add_argument("--noise-kind", choices=("swap", "slip"), default="swap", help="how they are wrong (swap)")
+    parser.add_argument("--noise-kind", choices=("both", "swap", "slip"), default="both", help="how they are (both)")
     parser.add_argument("--seq-length", type=int, default=256, help="tokens in a line (256)")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
 
     rng, asked = random.Random(args.seed), dict[str, Problem]()
-    slips = args.noise if args.noise_kind == "slip" else 0.0
     files = {"valid": list(conversations(rng, 400, 0.0, asked, set()))}
     held_out = set(asked.values())
-    for name, count, noise in (("base_train", 4000, 0.0), ("noisy_train", 600, slips)):
-        files[name] = list(conversations(rng, count, noise, asked, held_out))
-    if args.noise_kind == "swap":
-        swap_replies(rng, files["noisy_train"], args.noise)
+    files["base_train"] = list(conversations(rng, 4000, 0.0, asked, held_out))
+    kinds = ("swap", "slip") if args.noise_kind == "both" else (args.noise_kind,)
+    noisy = files["noisy_train"] = []
+    for kind in kinds:
+        part = list(conversations(rng, 600 // len(kinds), args.noise * (kind == "slip"), asked, held_out))
+        swap_replies(rng, part, args.noise * (kind == "swap"))
+        noisy += part
+    rng.shuffle(noisy)
     tokenizer = make_tokenizer(files["base_train"], args.out / "tokenizer")
 
     def length(conversation: Conversation) -> int:
