@@ -27,6 +27,7 @@ from pathlib import Path
 
 EXAMPLES = Path(__file__).resolve().parent
 BASE_STEPS, TUNE_STEPS, EVAL_STEPS, PARITY_STEPS = 400, 120, 20, 8
+TIE = 0.01  # one --seed to another, the difference of the two accuracies moves by 0.7%
 
 MODEL = """
 --num-layers 2 --hidden-size 128 --num-attention-heads 4 --ffn-hidden-size 512 --seq-length 256
@@ -206,9 +207,9 @@ def report(summary: dict, out: Path) -> None:
         f"{dft['valid_prob'] - base['valid_prob']:+.3f} under DFT; DFT's accuracy is "
         f"{dft['valid_accuracy'] - nll['valid_accuracy']:+.2%} against NLL's."
     )
-    if dft["valid_accuracy"] <= nll["valid_accuracy"]:
+    if dft["valid_accuracy"] - nll["valid_accuracy"] < TIE:
         print(
-            "DFT gets no more targets right here: the wrong replies contradict each other, so NLL loses confidence to "
+            f"Below {TIE:.0%} is no clear win: the wrong replies contradict each other, so NLL loses confidence to "
             "them but\nkeeps its first choice, and DFT learns less from the right ones."
         )
     parity = summary["tp_parity"]
