@@ -217,7 +217,8 @@ def report(summary: dict, out: Path) -> None:
         f"TP=1 against TP=2, {parity['steps']} steps: largest relative difference {parity['lm_loss_max_rel']:.1e} "
         f"in the loss, {parity['grad_norm_max_rel']:.1e} in the gradient norm"
     )
-    print(f"{summary['seconds']} s; {out / 'summary.json'}, {out / 'curves.png'}")
+    shown = os.path.relpath(out)
+    print(f"{summary['seconds']} s; {shown}/summary.json, {shown}/curves.png")
 
 
 if __name__ == "__main__":
