@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -64,6 +65,7 @@ class Demo:
         command += ["--tensor-model-parallel-size", str(tp), "--train-iters", str(steps), "--seed", str(self.seed)]
         command += ["--tensorboard-dir", str(folder / "tensorboard"), "--data-cache-path", str(self.out / "cache")]
         command += ["--exit-interval", str(stop)] if stop else []
+        shutil.rmtree(folder / "tensorboard", ignore_errors=True)  # of an earlier demo: Megatron would add to it
         folder.mkdir(parents=True, exist_ok=True)
         show(command, folder / "log.txt", name, stop or steps)
         return read_curves(folder / "tensorboard")

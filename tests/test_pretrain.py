@@ -1,5 +1,6 @@
 """Unmodified scripts through Megatron's own pretrain() on real ranks, started as a user starts them."""
 
+import inspect
 import os
 import re
 import subprocess
@@ -211,6 +212,12 @@ def test_an_older_pretrain_is_refused():
 
     with pytest.raises(ValueError, match=r"expected one that takes a cfg_container.*megatron-core >= 0.19"):
         megatron_lm.with_objective(pretrain, DFTConfig(loss_type="dft"))
+
+
+def test_a_pretrain_that_offers_no_way_to_the_model_is_refused():
+    call = inspect.signature(lambda cfg_container, forward_step_func: None).bind(object(), None)
+    with pytest.raises(ValueError, match=r"expected a model_provider or .* got neither; use .* >= 0.19"):
+        megatron_lm._hook_model(call, lambda chunks: chunks)
 
 
 def test_the_launcher_explains_itself_and_names_a_missing_script():

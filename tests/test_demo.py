@@ -1,0 +1,41 @@
+"""The demo, with fewer steps: what it leaves behind, the second time as well."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("megatron.training")
+pytest.importorskip("matplotlib")
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+import demo
+
+STEPS = 12
+
+
+@pytest.mark.host
+def test_the_demo_ends_with_its_summary_and_a_second_one_gives_the_same(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(tmp_path)])
+    for name, value in {"BASE_STEPS": 24, "TUNE_STEPS": STEPS, "EVAL_STEPS": STEPS, "PARITY_STEPS": 2}.items():
+        monkeypatch.setattr(demo, name, value)
+    monkeypatch.setattr(demo, "TRAINING", demo.TRAINING.replace("--eval-iters 11", "--eval-iters 1"))
+
+    def summary():
+        demo.main()
+        return {key: x for key, x in json.loads((tmp_path / "summary.json").read_text()).items() if key != "seconds"}
+
+    first = summary()
+    for name, run in first["objectives"].items():
+        assert run["steps"] == len(run["train_lm_loss"]) == STEPS
+        assert 0.0 < run["valid_prob"] < 1.0 and 0.0 < run["valid_accuracy"] < 1.0 and run["valid_lm_loss"] > 0.0
+        assert ("train_dft_loss" in run) == (name == "dft")
+    nll, dft = (first["objectives"][name] for name in ("nll", "dft"))
+    assert nll["train_lm_loss"][0] == dft["train_lm_loss"][0]  # of the same checkpoint
+    assert nll["valid_lm_loss"] != dft["valid_lm_loss"]
+    assert all(value < 1e-4 for key, value in first["tp_parity"].items() if key != "steps")
+    assert {"torch", "megatron-core"} <= set(first["versions"])
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    assert "fine-tuned, dft" in capsys.readouterr().out
+    assert summary() == first
