@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 from torch.distributed import ProcessGroup
@@ -32,7 +33,8 @@ class DFTConfig:
         STOCK,
         str,
         f"Token-level training objective: {STOCK} leaves Megatron's own cross entropy untouched; otherwise one of "
-        f"{', '.join(OBJECTIVES)}, with parameters as in tsallis:q=0.5 or threshold:lo=0.1,base=prob.",
+        f"{', '.join(OBJECTIVES)}, with parameters as in tsallis:q=0.5 or threshold:lo=0.1,base=prob. "
+        "dft:start=1000,ramp=500 is nll for 1000 iterations, then blends into dft over 500.",
     )
     mtp: str = _setting(
         "nll", str, "Loss of multi-token-prediction heads: Megatron's own, or the same.", ("nll", "same")
@@ -58,8 +60,9 @@ class DFTConfig:
         """Whether anything is changed at all."""
         return self.loss_type != STOCK
 
-    @property
+    @cached_property
     def objective(self) -> Objective:
+        """One object for the loss and the report of a run, because a scheduled objective moves on with it."""
         return parse_objective(self.loss_type)
 
     def options(self, tp_group: ProcessGroup | None = None) -> LossOptions:

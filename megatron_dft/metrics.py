@@ -5,6 +5,7 @@
     dft gate      mean gate: the share of the plain cross entropy's gradient that is let through
     dft accuracy  share of targets that are the model's first choice
     dft entropy   mean entropy of the prediction, nats, for objectives that compute it anyway
+    dft blend     share of the objective in its blend with nll, for a scheduled one
 
 They come from the statistics of the loss itself: no second pass over the logits, no collective. The set of keys
 depends on the objective alone, never on the data, because Megatron takes it from the first micro-batch.
@@ -15,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_dft.objectives import Objective
+from megatron_dft.objectives import Objective, Scheduled
 from megatron_dft.stats import TokenStats
 
 
@@ -32,6 +33,8 @@ def token_metrics(
         columns["dft accuracy"] = stats.correct.float()
     if stats.entropy is not None:
         columns["dft entropy"] = stats.entropy
+    if isinstance(objective, Scheduled):
+        columns["dft blend"] = objective.blend(loss.device).expand_as(loss)
     count = weight.sum()
     return {name: torch.stack([_weighted_sum(x, weight), count]) for name, x in columns.items()}
 

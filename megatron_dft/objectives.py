@@ -10,6 +10,8 @@ kernels and no ranks, and work the size of the vocabulary never depends on it. T
     Reweighted   L = sg(w) l                 a detached weight on the cross entropy: dft, mix, focal, chord, entropy
     Power        L = (1 - p^a) / a, w = p^a  Box-Cox between nll (a -> 0) and prob (a = 1): tsallis, deft, cayley
 
+A `Scheduled` objective starts as nll and blends into another one while training goes on: "dft:start=1000,ramp=500".
+
 Values are in nats and defined everywhere: at p = 0 (a target logit of -inf) a weight of 0 makes a loss of 0, and a
 NaN in the statistics stays a NaN of its own token. Label smoothing is not part of the family.
 
@@ -22,13 +24,16 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from megatron_dft.stats import COLLISION, ENTROPY, TokenStats
+
+CPU = torch.device("cpu")
+SCHEDULE = {"start": int, "ramp": int}  # parameters of every objective
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,9 @@ class Objective:
 
     def __call__(self, stats: TokenStats) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
+
+    def begin(self, iteration: int) -> None:
+        """Told by a host before each training iteration 1, 2, ...; only a `Scheduled` objective listens."""
 
     def __str__(self) -> str:
         """The specification that `parse_objective` reads back."""
@@ -256,6 +264,64 @@ class Luffy(Objective):
         return self.gamma / shifted, self.gamma * stats.prob / shifted.square()
 
 
+@dataclass(frozen=True)
+class Scheduled(Objective):
+    """nll for `start` iterations, then over `ramp` more a linear blend into `then`, which stays.
+
+        L = (1-b) l + b L_then,   w = (1-b) + b w_then,   b = (iteration - start) / ramp within [0, 1]
+
+    With dft it is mix with a growing alpha. b is a tensor on the device, not a Python number, so that a captured graph
+    sees it move; it depends on the iteration alone, so it is the same on all ranks and after a restart.
+    """
+
+    then: Objective
+    start: int = 0
+    ramp: int = 0
+    _blend: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self._require(self.start >= 0 and self.ramp >= 0, "start >= 0 and ramp >= 0")
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.then.name
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return self.then.needs
+
+    def begin(self, iteration: int) -> None:
+        blend = min(max((iteration - self.start) / max(self.ramp, 1), 0.0), 1.0)
+        self._blend.setdefault(CPU, torch.zeros((), dtype=torch.float64))
+        for copy in self._blend.values():
+            copy.fill_(blend)
+
+    def blend(self, device: torch.device) -> Tensor:
+        """b as a tensor without dimensions. Raises ValueError before the first iteration was begun."""
+        if CPU not in self._blend:
+            raise ValueError(
+                f"objective {str(self)!r}: expected begin(iteration) before the first loss, which Megatron's "
+                "pretrain() does through our hook; call it in your own training loop, or drop start= and ramp="
+            )
+        if device not in self._blend:
+            self._blend[device] = self._blend[CPU].to(device)
+        return self._blend[device]
+
+    def __call__(self, stats: TokenStats) -> tuple[Tensor, Tensor]:
+        blend = self.blend(stats.logprob.device)
+        loss, gate = self.then(stats)
+        return _share(1.0 - blend, stats.nll) + _share(blend, loss), (1.0 - blend) + _share(blend, gate)
+
+    def __str__(self) -> str:
+        separator = "," if ":" in str(self.then) else ":"
+        return f"{self.then}{separator}start={self.start},ramp={self.ramp}"
+
+
+def _share(part: Tensor, x: Tensor) -> Tensor:
+    """part * x, and 0 of anything is 0."""
+    return torch.where(part == 0.0, 0.0, part * x)
+
+
 OBJECTIVES: dict[str, type[Objective]] = {
     objective.name: objective
     for objective in (NLL, DFT, Prob, Tsallis, Threshold, Cayley, DEFT, Entropy, Mix, Focal, Chord, Luffy)
@@ -263,7 +329,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 
 def parse_objective(specification: str | Objective) -> Objective:
-    """Read "dft" or "threshold:lo=0.1,base=prob"; an Objective is returned as it is.
+    """Read "dft", "threshold:lo=0.1,base=prob" or "dft:start=1000,ramp=500"; an Objective is returned as it is.
 
     Raises ValueError for an unknown name or parameter and for a value that is out of range.
     """
@@ -275,12 +341,12 @@ def parse_objective(specification: str | Objective) -> Objective:
             f"unknown objective {name!r}: expected one of {', '.join(OBJECTIVES)}{nearest(name, OBJECTIVES)}"
         )
     cls = OBJECTIVES[name]
-    kinds: dict[str, Any] = {f.name: type(f.default) for f in fields(cls)}
+    kinds: dict[str, Any] = {f.name: type(f.default) for f in fields(cls)} | SCHEDULE
     values: dict[str, Any] = {}
     for item in filter(None, parameters.split(",")):
         key, equals, value = item.partition("=")
         if not equals or key not in kinds:
-            known = ", ".join(f"{k}=" for k in kinds) or "no parameters"
+            known = ", ".join(f"{k}=" for k in kinds)
             raise ValueError(
                 f"objective {name!r}: expected {known}, got {item!r} in {specification!r}{nearest(key, kinds)}"
             )
@@ -289,8 +355,10 @@ def parse_objective(specification: str | Objective) -> Objective:
         try:
             values[key] = kinds[key](value)
         except ValueError:
-            raise ValueError(f"objective {name!r}: expected a number for {key}=, got {value!r}") from None
-    return cls(**values)
+            kind = "a whole number" if kinds[key] is int else "a number"
+            raise ValueError(f"objective {name!r}: expected {kind} for {key}=, got {value!r}") from None
+    schedule = {key: values.pop(key) for key in SCHEDULE if key in values}
+    return Scheduled(cls(**values), **schedule) if schedule else cls(**values)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ import torch
 from formulas import FORMULAS, example, loss_and_gradient, token
 
 from megatron_dft import OBJECTIVES, Objective, TokenStats, parse_objective, token_loss, vocab_parallel_dft_loss
-from megatron_dft.objectives import Power, Reweighted, Tsallis
+from megatron_dft.objectives import Power, Reweighted, Scheduled, Tsallis
 from megatron_dft.stats import ShardStats, token_stats
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-12}
@@ -178,6 +178,12 @@ def test_specification_is_read_back(specification):
     assert parse_objective(str(objective)) == objective and parse_objective(objective) is objective
 
 
+def test_a_schedule_is_read_back():
+    schedule = parse_objective("tsallis:ramp=5,q=0.25")
+    assert str(schedule) == "tsallis:q=0.25,start=0,ramp=5"
+    assert parse_objective(str(schedule)) == schedule == Scheduled(Tsallis(0.25), 0, 5)
+
+
 def test_omitted_parameters_keep_their_defaults():
     assert str(parse_objective("threshold:base=prob")) == "threshold:lo=0.1,hi=1.0,base=prob"
 
@@ -188,9 +194,9 @@ def test_omitted_parameters_keep_their_defaults():
         ("dtf", "unknown objective 'dtf': expected one of nll, dft, .*; did you mean 'dft'"),
         ("", "unknown objective ''"),
         ("DFT", "unknown objective 'DFT'"),
-        ("focal:gama=1", "'focal': expected gamma=, got 'gama=1' in 'focal:gama=1'; did you mean 'gamma'"),
-        ("dft:q=1", "'dft': expected no parameters, got 'q=1'"),
-        ("tsallis:0.5", "'tsallis': expected q=, got '0.5'"),
+        ("focal:gama=1", "'focal': expected gamma=, start=, ramp=, got 'gama=1' in 'focal:gama=1'; did you mean 'gamma'"),
+        ("dft:q=1", "'dft': expected start=, ramp=, got 'q=1'"),
+        ("tsallis:0.5", "'tsallis': expected q=, start=, ramp=, got '0.5'"),
         ("tsallis:q=half", "'tsallis': expected a number for q=, got 'half'"),
         ("tsallis:q=", "'tsallis': expected a number for q=, got ''"),
         ("tsallis:q=1,q=2", "'tsallis': q= is given twice in 'tsallis:q=1,q=2'; give it once"),
@@ -206,6 +212,9 @@ def test_omitted_parameters_keep_their_defaults():
         ("mix:alpha=1.1", "'mix': expected 0 <= alpha <= 1, got"),
         ("focal:gamma=-1", "'focal': expected gamma >= 0, got"),
         ("luffy:gamma=0", "'luffy': expected gamma > 0, got"),
+        ("dft:start=-1", "'dft': expected start >= 0 and ramp >= 0, got 'dft:start=-1,ramp=0'"),
+        ("dft:ramp=-1", "'dft': expected start >= 0 and ramp >= 0"),
+        ("dft:start=1.5", "'dft': expected a whole number for start=, got '1.5'"),
     ],
 )
 def test_wrong_specifications_are_refused(specification, message):
@@ -213,6 +222,54 @@ def test_wrong_specifications_are_refused(specification, message):
         parse_objective(specification)
     with pytest.raises(ValueError, match=message):
         vocab_parallel_dft_loss(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), objective=specification)
+
+
+@pytest.mark.parametrize(
+    ("start", "ramp", "blends"),
+    [
+        (0, 0, [1.0] * 6),
+        (2, 0, [0.0, 0.0, 1.0, 1.0, 1.0, 1.0]),
+        (2, 1, [0.0, 0.0, 1.0, 1.0, 1.0, 1.0]),
+        (0, 4, [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]),
+        (1, 4, [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]),
+    ],
+)
+@pytest.mark.parametrize("then", ["dft", "tsallis:q=0.5", "deft"])
+def test_a_schedule_goes_from_nll_to_its_objective(then, start, ramp, blends):
+    case = example()
+    schedule = parse_objective(f"{then}{',' if ':' in then else ':'}start={start},ramp={ramp}")
+    for iteration, blend in enumerate(blends, start=1):
+        schedule.begin(iteration)
+        mean = (1 - blend) * gradient("nll", *case) + blend * gradient(then, *case)
+        torch.testing.assert_close(gradient(schedule, *case), mean, **TOLERANCE)
+        stats = stats_at(0.001, 0.3, 0.99)
+        mean = (1 - blend) * stats.nll + blend * parse_objective(then)(stats)[0]
+        torch.testing.assert_close(schedule(stats)[0], mean, **TOLERANCE)
+        if then == "dft":
+            torch.testing.assert_close(schedule(stats), parse_objective(f"mix:alpha={blend}")(stats), **TOLERANCE)
+
+
+@pytest.mark.parametrize("iteration", [1, 9])
+def test_the_ends_of_a_schedule_have_the_bits_of_their_objectives(iteration):
+    schedule = parse_objective("dft:start=4,ramp=4")
+    schedule.begin(iteration)
+    stats = stats_at(0.0, 0.3, 1.0, NAN)
+    for ours, theirs in zip(schedule(stats), parse_objective("nll" if iteration == 1 else "dft")(stats), strict=True):
+        assert torch.equal(ours.nan_to_num(-1.0), theirs.nan_to_num(-1.0))
+
+
+def test_a_schedule_moves_the_tensor_that_a_captured_graph_reads():
+    schedule = parse_objective("dft:ramp=4")
+    schedule.begin(1)
+    captured = schedule.blend(torch.device("cpu"))
+    schedule.begin(3)
+    assert captured.item() == 0.75
+
+
+def test_a_schedule_that_nobody_drives_is_refused():
+    logits, target = torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"'dft:start=2,ramp=0'.*expected begin\(iteration\) before the first loss"):
+        vocab_parallel_dft_loss(logits, target, objective="dft:start=2")
 
 
 def test_an_objective_of_your_own_works():
