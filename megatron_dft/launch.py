@@ -27,21 +27,21 @@ def main(words: list[str]) -> None:
     script, words = words[0], words[1:]
     if not os.path.isfile(script):
         sys.exit(f"megatron_dft.launch: expected the path of a Python script, got {script!r}; the script comes first")
+    sys.path.insert(0, os.path.dirname(os.path.abspath(script)))  # a checkout's own Megatron goes before a wheel's
     device, words = _device(words)
     try:
         config = _config(words)
         if device == "cpu":
             from megatron_dft.hosts import cpu
 
-            cpu.enable()
             words = cpu.complete_arguments(words)
+            cpu.enable()
+        from megatron_dft.hosts import megatron_lm
+
+        megatron_lm.enable(config)
     except ValueError as error:
         sys.exit(f"megatron_dft.launch: {error}")
-    from megatron_dft.hosts import megatron_lm
-
     sys.argv = [script, *words]
-    sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
-    megatron_lm.enable(config)
     runpy.run_path(script, run_name="__main__")
 
 

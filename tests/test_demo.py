@@ -2,14 +2,12 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("megatron.training")
 pytest.importorskip("matplotlib")
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 import demo
 
 STEPS = 12

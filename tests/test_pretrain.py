@@ -1,104 +1,69 @@
 """Unmodified scripts through Megatron's own pretrain() on real ranks, started as a user starts them."""
 
+import importlib.util
 import inspect
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from demo import read_curves
+from host_runs import EXAMPLE, ROOT, UNTIMED, Host, agree
 
-from megatron_dft import DFTConfig
+from megatron_dft import DFTConfig, parse_objective
 from megatron_dft.hosts import megatron_lm
+from megatron_dft.hosts.iterations import TokenCount, followed
 
-pytest.importorskip("megatron.training")
 pytest.importorskip("tensorboard")
 
-ROOT = Path(__file__).resolve().parent.parent
-EXAMPLE = ROOT / "examples" / "pretrain_gpt.py"
 STEPS = 3
 MODEL = (
     "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 256 --max-position-embeddings 256 "
     "--position-embedding-type rope --normalization RMSNorm --disable-bias-linear --attention-dropout 0 "
-    "--hidden-dropout 0 --make-vocab-size-divisible-by 64"  # 128 at TP 1 and 2
-)
-TRAINING = (
+    "--hidden-dropout 0 --make-vocab-size-divisible-by 64 "  # 128 at TP 1 and 2
     f"--train-iters {STEPS} --lr 1e-2 --lr-decay-style constant --global-batch-size 6 --micro-batch-size 1 "
-    "--clip-grad 1.0 --eval-iters 1 --eval-interval 100 --log-interval 1 --tensorboard-log-interval 1"
+    "--clip-grad 1.0 --eval-iters 1 --eval-interval 100 --log-interval 1 --tensorboard-log-interval 1 --num-workers 0 "
 )
-MOCK = "--mock-data --tokenizer-type NullTokenizer --vocab-size 120"
-UNTIMED = re.compile("lm loss|dft |grad-norm|learning-rate|mtp")
-
-sys.path.insert(0, str(ROOT / "examples"))
+MOCK = MODEL + "--mock-data --tokenizer-type NullTokenizer --vocab-size 120 "
 
 
-class Host:
-    """Starts runs that share one checkpoint and one data set."""
+class ChatHost(Host):
+    """Runs of the example on packed conversations, all from one checkpoint."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.chat = folder / "chat"
-        self.runs: dict[tuple, dict[str, list[float]]] = {}
-
-    @property
-    def sft(self) -> str:
-        return (
+        super().__init__(folder)
+        make_data = str(ROOT / "examples" / "make_chat_data.py")
+        # Lines of 240 tokens leave room for the padding that context parallelism adds to each conversation.
+        subprocess.run([sys.executable, make_data, str(folder / "chat"), "--seq-length", "240"], check=True)
+        chat = folder / "chat"
+        self.sft = MODEL + (
             "--sft --tokenizer-type SFTTokenizer --sft-tokenizer-prompt-format nemotron-nano-v2 "
             "--no-create-attention-mask-in-dataloader --calculate-per-token-loss "
-            f"--tokenizer-model {self.chat / 'tokenizer'} --train-data-path {self.chat / 'noisy_train.jsonl'} "
-            f"--valid-data-path {self.chat / 'valid.jsonl'} --data-cache-path {self.folder / 'cache'}"
+            f"--tokenizer-model {chat / 'tokenizer'} --train-data-path {chat / 'noisy_train.jsonl'} "
+            f"--valid-data-path {chat / 'valid.jsonl'} --data-cache-path {folder / 'cache'} "
         )
 
-    def start(self, flags: str, *, ranks: int = 1, script: Path = EXAMPLE, alone: bool = False):
-        """One torchrun launch; returns (exit code, output, folder of the TensorBoard files)."""
-        logs = self.folder / f"run{len(list(self.folder.glob('run*')))}"
-        logs.mkdir()
-        program = [str(alone_on_cpu(self.folder))] if alone else ["-m", "megatron_dft.launch"]
+    def begin(self, flags, *, script=EXAMPLE, **kwargs):
+        return super().begin(flags, script=script, **kwargs)
+
+    def torchrun(self, flags: str, ranks: int, script: Path) -> tuple[dict[str, list[float]], str]:
+        """Curves and output of a run that is started as a user starts it."""
+        logs = self.folder / f"torchrun{len(list(self.folder.glob('torchrun*')))}"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command += [*program, str(script), *MODEL.split(), *TRAINING.split(), *flags.split()]
-        command += ["--tensorboard-dir", str(logs), *([] if alone else ["--device", "cpu"])]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
-        run = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
-        return run.returncode, run.stdout + run.stderr, logs
-
-    def curves(self, flags: str, **kwargs) -> dict[str, list[float]]:
-        """What a run wrote to TensorBoard; each distinct run is started once."""
-        from demo import read_curves
-
-        key = (flags, *kwargs.items())
-        if key not in self.runs:
-            code, output, logs = self.start(flags, **kwargs)
-            assert code == 0, output[-6000:]
-            self.runs[key] = {tag: values for tag, values in read_curves(logs).items() if UNTIMED.search(tag)}
-            assert len(self.runs[key]["lm loss"]) == STEPS
-        return self.runs[key]
-
-
-def alone_on_cpu(folder: Path) -> Path:
-    """A script without the launcher needs the CPU ranks all the same, and a log that is complete; nothing else."""
-    path = folder / "alone.py"
-    path.write_text(
-        "import runpy, sys\n"
-        "from pathlib import Path\n"
-        "from megatron_dft.hosts import cpu, megatron_lm\n"
-        "sys.argv = sys.argv[1:]\n"
-        "sys.path.insert(0, str(Path(sys.argv[0]).parent))\n"
-        "cpu.enable()\n"
-        "sys.argv = [sys.argv[0], *cpu.complete_arguments(sys.argv[1:])]\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        "megatron_lm.flush_tensorboard()\n"
-    )
-    return path
+        command += ["-m", "megatron_dft.launch", str(script), *flags.split(), "--tensorboard-dir", str(logs)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        run = subprocess.run(
+            [*command, "--device", "cpu"], capture_output=True, text=True, timeout=240, env=environment, check=False
+        )
+        assert run.returncode == 0, run.stdout + run.stderr
+        return {t: x for t, x in read_curves(logs).items() if UNTIMED.search(t)}, run.stdout + run.stderr
 
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("host")
-    make_data = str(ROOT / "examples" / "make_chat_data.py")
-    # Lines of 240 tokens leave room for the padding that context parallelism adds to each conversation.
-    subprocess.run([sys.executable, make_data, str(folder / "chat"), "--seq-length", "240"], check=True)
-    return Host(folder)
+    pytest.importorskip("megatron.training")
+    return ChatHost(tmp_path_factory.mktemp("host"))
 
 
 @pytest.fixture(scope="module")
@@ -109,10 +74,8 @@ def checkpoint(host):
     return f"--load {path} --finetune"
 
 
-def agree(ours, theirs, tolerance):
-    assert set(ours) == set(theirs)
-    for tag in theirs:
-        assert ours[tag] == pytest.approx(theirs[tag], rel=tolerance, abs=1e-7), tag
+def megatron_has_pretrain():
+    return importlib.util.find_spec("megatron") and importlib.util.find_spec("megatron.training")
 
 
 @pytest.mark.host
@@ -167,11 +130,25 @@ def test_entropy_is_reported_where_it_is_computed(host, checkpoint):
 
 
 @pytest.mark.host
-def test_context_parallelism_without_per_token_loss_is_refused_before_the_model_is_built(host):
-    code, output, _ = host.start(f"{MOCK} --loss-type dft --context-parallel-size 2", ranks=2)
+def test_settings_are_refused_before_the_model_is_built(host):
+    code, output = host.start(f"{MOCK} --loss-type dft --context-parallel-size 2", ranks=2)
     assert code != 0
     assert "expected --calculate-per-token-loss with --context-parallel-size 2" in output
     assert "number of parameters" not in output
+
+
+@pytest.mark.host
+def test_the_log_says_once_what_is_different(host):
+    run = host.begin(f"{MOCK} --loss-type dft --tensor-model-parallel-size 2", ranks=2)
+    assert run.wait() == 0
+    assert run.output().count("> megatron_dft: objective dft replaces the cross entropy") == 1
+    assert run.output().count("--calculate-per-token-loss makes it a mean over all tokens") == 1
+
+
+@pytest.mark.host
+def test_torchrun_starts_the_same_run(host, checkpoint):
+    flags = f"{host.sft} {checkpoint} --loss-type dft --tensor-model-parallel-size 2"
+    assert host.torchrun(flags, 2, EXAMPLE)[0] == host.curves(flags, ranks=2)
 
 
 @pytest.mark.host
@@ -206,18 +183,37 @@ def test_a_yaml_file_names_the_objective_in_place_of_flags(tmp_path):
         megatron_lm.run_config(arguments, DFTConfig())
 
 
-def test_an_older_pretrain_is_refused():
-    def pretrain(train_valid_test_dataset_provider, model_provider, model_type, forward_step_func):
+def test_a_pretrain_that_nobody_knows_is_refused():
+    def pretrain(train_valid_test_dataset_provider, model_provider, model_type, forward_step):
         raise AssertionError
 
-    with pytest.raises(ValueError, match=r"expected one that takes a cfg_container.*megatron-core >= 0.19"):
+    with pytest.raises(ValueError, match=r"expected one that takes a forward_step_func.* got pretrain\(train_valid"):
         megatron_lm.with_objective(pretrain, DFTConfig(loss_type="dft"))
 
 
 def test_a_pretrain_that_offers_no_way_to_the_model_is_refused():
     call = inspect.signature(lambda cfg_container, forward_step_func: None).bind(object(), None)
-    with pytest.raises(ValueError, match=r"expected a model_provider or .* got neither; use .* >= 0.19"):
+    with pytest.raises(ValueError, match=r"expected a model_provider or .* got neither; use .* 0.17 to 0.19"):
         megatron_lm._hook_model(call, lambda chunks: chunks)
+
+
+@pytest.mark.host
+def test_a_training_loop_that_nobody_knows_is_refused(monkeypatch):
+    from megatron.training import training
+
+    monkeypatch.delattr(training, "train_step")
+    expected = r"megatron.training.training: expected a function train_step\(\)"
+    with pytest.raises(ValueError, match=expected), followed(parse_objective("dft"), TokenCount()):
+        pass
+
+
+@pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="needs megatron-core")
+@pytest.mark.skipif(megatron_has_pretrain(), reason="for megatron-core without megatron.training, as 0.16.1")
+def test_a_megatron_without_pretrain_is_refused():
+    command = [sys.executable, "-m", "megatron_dft.launch", str(EXAMPLE), "--loss-type", "dft", "--device", "cpu"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    assert "expected a Megatron with its own pretrain(), got none" in run.stderr
 
 
 def test_the_launcher_explains_itself_and_names_a_missing_script():
@@ -231,8 +227,10 @@ def test_the_launcher_explains_itself_and_names_a_missing_script():
 @pytest.mark.host
 @pytest.mark.skipif("MEGATRON_LM" not in os.environ, reason="MEGATRON_LM does not name a Megatron-LM checkout")
 def test_pretrain_gpt_of_a_megatron_lm_checkout_gives_the_same_run(host, checkpoint):
-    script = Path(os.environ["MEGATRON_LM"]) / "pretrain_gpt.py"
+    checkout = Path(os.environ["MEGATRON_LM"])
     flags = f"{host.sft} {checkpoint} --loss-type dft --tensor-model-parallel-size 2"
-    theirs, ours = host.curves(flags, ranks=2, script=script), host.curves(flags, ranks=2)
+    theirs, output = host.torchrun(flags, 2, checkout / "pretrain_gpt.py")
+    ours = host.curves(flags, ranks=2)
+    assert str(checkout / "megatron" / "core") in output  # of its warnings: not the wheel's Megatron
     assert {"lm loss", "dft loss", "dft prob", "grad-norm"} <= set(theirs)
     agree(theirs, {tag: ours[tag] for tag in theirs}, 1e-6)  # 0.19.0 does not validate after the last step

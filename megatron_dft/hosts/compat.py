@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_dft.config import DFTConfig
 
+KNOWN_HOSTS = "use Megatron-LM or megatron-core 0.17 to 0.19, or a megatron_dft that knows yours"
 # Settings of Megatron-LM that put another loss in the place of the language-modelling loss.
 OTHER_LOSSES = {
     "logits_load_dir": "--logits-load-dir (distillation from cached logits)",

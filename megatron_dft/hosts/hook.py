@@ -54,15 +54,23 @@ def install(model_chunks: Sequence[torch.nn.Module], config: DFTConfig) -> Seque
     return model_chunks
 
 
-def with_metrics(forward_step: Callable[..., Any], config: DFTConfig) -> Callable[..., Any]:
-    """The same forward_step; the loss_func it returns reports the metrics of the objective as well."""
+def with_metrics(
+    forward_step: Callable[..., Any],
+    config: DFTConfig,
+    count_tokens: Callable[[Tensor], None] = lambda num_tokens: None,
+) -> Callable[..., Any]:
+    """The same forward_step; the loss_func it returns reports the metrics of the objective as well.
+
+    Args:
+        count_tokens: gets Megatron's num_tokens of each micro-batch that trains.
+    """
     if not config.enabled:
         return forward_step
 
     @functools.wraps(forward_step)
     def wrapped(data_iterator: Any, model: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         output, loss_func = forward_step(data_iterator, model, *args, **kwargs)
-        return output, None if loss_func is None else _reporting(loss_func, config.objective)
+        return output, None if loss_func is None else _reporting(loss_func, config.objective, count_tokens)
 
     return wrapped
 
@@ -134,7 +142,9 @@ def _mark_labels(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         setattr(kwargs["labels"], _MAIN_HEAD, True)
 
 
-def _reporting(loss_func: Callable[..., Any], objective: Objective) -> Callable[..., Any]:
+def _reporting(
+    loss_func: Callable[..., Any], objective: Objective, count_tokens: Callable[[Tensor], None]
+) -> Callable[..., Any]:
     @functools.wraps(loss_func)
     def wrapped(output: Tensor, **kwargs: Any) -> Any:
         if kwargs.get("non_loss_data"):
@@ -150,6 +160,8 @@ def _reporting(loss_func: Callable[..., Any], objective: Objective) -> Callable[
         loss_mask = loss_mask.view(output.shape)
         # A masked token is worth nothing, even where its NLL is inf or NaN.
         loss, num_tokens, report = loss_func(output.masked_fill(loss_mask == 0.0, 0.0), **kwargs)
+        if torch.is_grad_enabled():
+            count_tokens(num_tokens)
         return loss, num_tokens, {**report, **token_metrics(stats, objective, loss_mask)}
 
     return wrapped

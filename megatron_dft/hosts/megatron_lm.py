@@ -16,6 +16,7 @@ from typing import Any
 from megatron_dft.config import DFTConfig
 from megatron_dft.hosts import compat
 from megatron_dft.hosts.hook import install, with_metrics
+from megatron_dft.hosts.iterations import TokenCount, followed
 
 
 def enable(command_line: DFTConfig) -> None:
@@ -23,38 +24,56 @@ def enable(command_line: DFTConfig) -> None:
 
     Args:
         command_line: what the flags say; a `dft:` block in --yaml-cfg takes the place of flags.
-    """
-    import megatron.training
-    import megatron.training.arguments
 
+    Raises:
+        ValueError: if the Megatron that is installed has no `pretrain()`.
+    """
+    try:
+        import megatron.training
+        import megatron.training.arguments
+    except ModuleNotFoundError as error:
+        if not str(error.name).startswith("megatron"):
+            raise
+        raise ValueError(
+            f"expected a Megatron with its own pretrain(), got none ({error}); use a Megatron-LM checkout or "
+            "megatron-core >= 0.17, or call install() in your own training loop"
+        ) from None
     arguments: Any = megatron.training.arguments
     arguments.add_megatron_arguments = _with_flags(arguments.add_megatron_arguments)
     megatron.training.pretrain = with_objective(megatron.training.pretrain, command_line)
 
 
 def with_objective(pretrain: Callable[..., Any], command_line: DFTConfig) -> Callable[..., Any]:
-    """Megatron's `pretrain()`, with the loss installed."""
+    """Megatron's `pretrain()`, with the loss installed. Three generations differ in who parses the arguments and how
+    the model is given:
+
+        0.17    pretrain(datasets, model_provider, ..., extra_args_provider)   parses them itself
+        0.18    pretrain(cfg_container, datasets, model_provider, ...)         the script has parsed them
+        0.19    pretrain(cfg_container, datasets, ..., model_provider=None)    the configuration can build the model
+    """
     signature = inspect.signature(pretrain)
-    if "cfg_container" not in signature.parameters:
+    known = signature.parameters.keys()
+    if "forward_step_func" not in known or not {"cfg_container", "extra_args_provider"} & known:
         raise ValueError(
-            f"pretrain(): expected one that takes a cfg_container, got pretrain{signature}; "
-            "use Megatron-LM or megatron-core >= 0.19"
+            "pretrain(): expected one that takes a forward_step_func, and a cfg_container or an extra_args_provider, "
+            f"got pretrain{signature}; {compat.KNOWN_HOSTS}"
         )
 
     @functools.wraps(pretrain)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        from megatron.training import get_args, print_rank_0
-
         call = signature.bind(*args, **kwargs)
-        config = run_config(get_args(), command_line)
-        if config.enabled:
-            compat.check_settings(get_args(), config)
-            call.arguments["forward_step_func"] = with_metrics(call.arguments["forward_step_func"], config)
-            _hook_model(call, functools.partial(install, config=config))
-            print_rank_0(
-                f"> megatron_dft: objective {config.objective} replaces the cross entropy; `lm loss` stays the NLL"
-            )
-        result = pretrain(*call.args, **call.kwargs)
+        settings = _settings(call)
+        config = run_config(settings, command_line)
+        if not config.enabled:
+            return pretrain(*args, **kwargs)
+        compat.check_settings(settings, config)
+        tokens = TokenCount()
+        forward_step = call.arguments["forward_step_func"]
+        call.arguments["forward_step_func"] = with_metrics(forward_step, config, tokens.add)
+        _hook_model(call, functools.partial(install, config=config))
+        _announce(settings, config)
+        with followed(config.objective, tokens):
+            result = pretrain(*call.args, **call.kwargs)
         flush_tensorboard()
         return result
 
@@ -87,6 +106,29 @@ def _with_flags(add_megatron_arguments: Callable[[ArgumentParser], ArgumentParse
     return wrapped
 
 
+def _settings(call: inspect.BoundArguments) -> Any:
+    """Megatron's arguments: as the script has parsed them, or as pretrain() is about to."""
+    if "extra_args_provider" not in call.signature.parameters:
+        from megatron.training import get_args
+
+        return get_args()
+    from megatron.training.arguments import parse_args
+
+    return parse_args(call.arguments.get("extra_args_provider"))
+
+
+def _announce(settings: Any, config: DFTConfig) -> None:
+    """Say once what is different from now on; it is too early for Megatron's print_rank_0."""
+    if settings.rank != 0:
+        return
+    print(f"> megatron_dft: objective {config.objective} replaces the cross entropy; `lm loss` stays the NLL")
+    if not settings.calculate_per_token_loss:
+        print(
+            "> megatron_dft: the gradient is a mean of the means of micro-batches and ranks, Megatron's default, in "
+            "which a token weighs more where few are valid; --calculate-per-token-loss makes it a mean over all tokens"
+        )
+
+
 def _hook_model(call: inspect.BoundArguments, hook: Callable[[list], Any]) -> None:
     """Reach the model chunks before they are wrapped: through the script's provider, or the model's configuration."""
     provider = call.arguments.get("model_provider")
@@ -105,5 +147,5 @@ def _hook_model(call: inspect.BoundArguments, hook: Callable[[list], Any]) -> No
     else:
         raise ValueError(
             "pretrain(): expected a model_provider or a configuration with model.pre_wrap_hooks, got neither; "
-            "use Megatron-LM or megatron-core >= 0.19"
+            f"{compat.KNOWN_HOSTS}"
         )

@@ -1,0 +1,129 @@
+"""Run training scripts through Megatron's own pretrain() on real CPU ranks, a second or two each.
+
+Importing Megatron takes longer than a small run. So ranks are forked from a server process that imports it once, and
+otherwise start as torchrun starts them: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import re
+import runpy
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from demo import read_curves
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLE = ROOT / "examples" / "pretrain_gpt.py"
+SCRIPT = ROOT / "tests" / "training_script.py"
+UNTIMED = re.compile("lm loss|dft |grad-norm|learning-rate|mtp|valid tokens(?! per)")
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["host_preload"])
+
+# The server finds modules to preload here; it passes over those that it does not find.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+class Host:
+    """Starts runs that share a folder for logs, data and checkpoints; remembers what each run has logged."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.known: dict[tuple, dict[str, list[float]]] = {}
+
+    def begin(self, flags: str, *, ranks: int = 1, script: Path = SCRIPT, alone: bool = False, **environment) -> Run:
+        """Start the ranks; `alone` leaves the launcher out."""
+        folder = self.folder / f"run{len(list(self.folder.glob('run*')))}"
+        folder.mkdir()
+        return Run(folder, script, [*flags.split(), "--tensorboard-dir", str(folder)], ranks, alone, environment)
+
+    def start(self, flags: str, **kwargs) -> tuple[int, str]:
+        """Exit code and output of a whole run."""
+        run = self.begin(flags, **kwargs)
+        return run.wait(), run.output()
+
+    def curves(self, flags: str, **kwargs) -> dict[str, list[float]]:
+        """What a run wrote to TensorBoard, but for times; each distinct run is started once."""
+        key = (flags, *kwargs.items())
+        if key not in self.known:
+            run = self.begin(flags, **kwargs)
+            assert run.wait() == 0, run.output()[-6000:]
+            self.known[key] = run.curves()
+        return self.known[key]
+
+
+class Run:
+    """The ranks of one run, and what it writes."""
+
+    def __init__(
+        self, folder: Path, script: Path, words: list[str], ranks: int, alone: bool, environment: dict[str, str]
+    ) -> None:
+        self.folder = folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        size = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        environment = environment | size | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        self.processes = [
+            FORK.Process(target=_rank, args=(str(rank), environment, folder, script, words, alone))
+            for rank in range(ranks)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def wait(self, timeout: float = 120.0) -> int:
+        """The exit code, 0 or that of the first rank that failed; the others are killed soon after."""
+        deadline = time.monotonic() + timeout
+        while any(process.is_alive() for process in self.processes):
+            time.sleep(0.02)
+            if any(process.exitcode for process in self.processes):
+                deadline = min(deadline, time.monotonic() + 5.0)
+            if time.monotonic() > deadline:
+                self.kill()
+        self.kill()  # what killed ranks have left behind
+        return next((process.exitcode for process in self.processes if process.exitcode), 0)
+
+    def kill(self) -> None:
+        """As a machine that loses power would: SIGKILL, all at once."""
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.join()
+
+    def output(self) -> str:
+        return "\n".join(path.read_text(errors="replace") for path in sorted(self.folder.glob("rank*.txt")))
+
+    def curves(self) -> dict[str, list[float]]:
+        return {tag: values for tag, values in read_curves(self.folder).items() if UNTIMED.search(tag)}
+
+
+def agree(ours: dict[str, list[float]], theirs: dict[str, list[float]], tolerance: float = 1e-5) -> None:
+    """Fails unless two runs logged the same."""
+    assert set(ours) == set(theirs)
+    for tag in theirs:
+        assert ours[tag] == pytest.approx(theirs[tag], rel=tolerance, abs=1e-7), tag
+
+
+def _rank(rank: str, environment: dict[str, str], folder: Path, script: Path, words: list[str], alone: bool) -> None:
+    with (folder / f"rank{rank}.txt").open("w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    os.setsid()
+    assert "megatron.training" in sys.modules, "the server has not preloaded Megatron"
+    os.environ |= environment | {"RANK": rank, "LOCAL_RANK": rank}
+    if not alone:
+        from megatron_dft import launch
+
+        return launch.main([str(script), *words, "--device", "cpu"])
+    from megatron_dft.hosts import cpu, megatron_lm
+
+    sys.argv = [str(script), *cpu.complete_arguments(words)]
+    runpy.run_path(str(script), run_name="__main__")
+    megatron_lm.flush_tensorboard()

@@ -1,0 +1,100 @@
+"""What a run leaves behind and takes up again: after a crash, in another layout, with another objective."""
+
+import re
+import signal
+
+import pytest
+from host_runs import Host, agree
+from test_layouts import CP2, MODEL, MODELS, PER_TOKEN, PP2, TP2
+
+pytest.importorskip("megatron.training")
+pytest.importorskip("tensorboard")
+pytestmark = pytest.mark.host
+
+STEPS, SAVED, CRASH = 8, 4, 6  # a checkpoint after every 4 steps; the crash is in the middle of step 6
+RAMP = "dft:start=2,ramp=4"
+RUN = (
+    f"{MODEL} {MODELS['dense']} {PER_TOKEN} --train-iters {STEPS} --save-interval {SAVED} --lr 1e-2 "
+    "--global-batch-size 8 --micro-batch-size 2 "
+)
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    return Host(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="module")
+def whole(host):
+    """The curves of a run that nothing has interrupted, and the folder of its checkpoints."""
+    folder = host.folder / "whole"
+    return host.curves(f"{RUN} {TP2} --loss-type {RAMP} --save {folder}", ranks=2), folder
+
+
+def rest(curves):
+    """The steps after the checkpoint, and the evaluation at the end."""
+    return {tag: values[SAVED:] if len(values) == STEPS else values for tag, values in curves.items()}
+
+
+def loaded(folder, step=SAVED):
+    """Flags to go on from the checkpoint of that step."""
+    return f"--load {folder} --ckpt-step {step} "
+
+
+def test_a_killed_run_goes_on_exactly(host, whole):
+    flags = f"{RUN} {TP2} --loss-type {RAMP} --save {host.folder / 'killed'} "
+    killed = host.begin(flags, ranks=2, DIE_IN_ITERATION=str(CRASH))
+    assert killed.wait() == -signal.SIGKILL
+    steps = [int(step) for step in re.findall(rf"iteration +(\d+)/ +{STEPS}", killed.output())]
+    assert steps == list(range(1, CRASH))
+    assert host.curves(f"{flags} --load {host.folder / 'killed'}", ranks=2) == rest(whole[0])
+
+
+@pytest.mark.parametrize(("layout", "ranks"), [("", 1), (PP2, 2), (TP2 + PP2, 4), (CP2, 2)])
+def test_a_run_goes_on_in_another_layout(host, whole, layout, ranks):
+    curves, folder = whole
+    agree(host.curves(f"{RUN} {layout} --loss-type {RAMP} {loaded(folder)}", ranks=ranks), rest(curves))
+
+
+@pytest.mark.parametrize(("first", "then"), [("nll", "dft"), ("dft", "nll"), ("ce", "dft"), ("dft", "ce")])
+def test_a_run_goes_on_with_another_objective(host, first, then):
+    folder = host.folder / first
+    before = host.curves(f"{RUN} --loss-type {first} --save {folder}")
+    after = host.curves(f"{RUN} --loss-type {then} {loaded(folder)}")
+    assert after["lm loss"][0] == before["lm loss"][SAVED]  # of the same weights
+    assert (after["grad-norm"][0] < before["grad-norm"][SAVED]) == (then == "dft")
+    tokens = {"ce": 0, "nll": sum(before.get("valid tokens", [])[:SAVED]), "dft": 0}
+    if then == "dft":
+        assert after["valid tokens total"][0] == tokens[first] + after["valid tokens"][0]
+
+
+def test_a_schedule_is_nll_then_a_blend_then_its_objective(host, whole):
+    curves, _ = whole
+    assert curves["dft blend"] == [0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    nll = host.curves(f"{RUN} {TP2} --loss-type nll", ranks=2)
+    for tag in ("lm loss", "dft loss", "dft gate", "grad-norm"):
+        assert curves[tag][:2] == nll[tag][:2]
+    assert curves["dft gate"][5:] == curves["dft prob"][5:]
+    assert 0.0 < curves["dft gate"][3] < 1.0
+
+
+def test_evaluation_alone_takes_the_schedule_from_the_checkpoint(host, whole):
+    code, output = host.start(f"{RUN} --loss-type {RAMP} {loaded(whole[1])} --skip-train")
+    assert code == 0, output
+    assert "dft blend value: 5.000000E-01" in output
+
+
+def test_a_fine_tuning_start_counts_from_zero(host, whole):
+    curves = host.curves(f"{RUN} --loss-type {RAMP} {loaded(whole[1])} --finetune --exit-interval 3")
+    assert curves["valid tokens total"][0] == curves["valid tokens"][0]
+    assert curves["dft blend"] == [0.0, 0.0, 0.25]
+
+
+def test_log_and_checkpoint_name_the_objective(host, whole):
+    from megatron.core.dist_checkpointing import load_common_state_dict
+
+    saved = load_common_state_dict(str(whole[1] / f"iter_{STEPS:07d}"))["args"]
+    assert (saved.loss_type, saved.loss_mtp, saved.loss_backend) == (RAMP, "nll", "auto")
+    run = next(path for path in host.folder.glob("run*/rank*.txt") if RAMP in path.read_text())
+    assert f"objective {RAMP} replaces the cross entropy" in run.read_text()
+    assert re.search(rf"loss_type \.+ {RAMP}", run.read_text())

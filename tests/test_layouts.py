@@ -1,0 +1,173 @@
+"""Every parallel layout, through Megatron's own pretrain(), against the same run on one rank.
+
+Each run starts from one checkpoint, so that initialisation per pipeline stage does not matter, and trains in fp32 on
+data of which whole samples are masked, as are whole micro-batches and ranks. Whatever is logged must agree: losses,
+gradient norms, our metrics, token counts, evaluation.
+"""
+
+import itertools
+import math
+import re
+
+import pytest
+from demo import read_curves
+from host_runs import ROOT, Host, agree
+
+pytest.importorskip("megatron.training")
+pytest.importorskip("tensorboard")
+pytestmark = pytest.mark.host
+
+STEPS, BATCH = 3, 8
+MODEL = (
+    "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 "
+    "--position-embedding-type rope --normalization RMSNorm --disable-bias-linear --attention-dropout 0 "
+    "--hidden-dropout 0 --tokenizer-type NullTokenizer --vocab-size 30 --make-vocab-size-divisible-by 16 "  # 32
+    "--lr-decay-style constant --clip-grad 1.0 --eval-iters 2 --eval-interval 100 --log-interval 1 "
+    "--tensorboard-log-interval 1 --num-workers 0 "
+)
+UNTIED = "--untie-embeddings-and-output-weights "
+MODELS = {
+    "dense": UNTIED,
+    "tied": "",
+    "mtp": UNTIED + "--mtp-num-layers 1 ",
+    "moe": UNTIED + "--num-experts 4 --moe-router-topk 2 --moe-router-load-balancing-type none "
+    "--moe-token-dispatcher-type allgather ",
+}
+TP2 = "--tensor-model-parallel-size 2 "
+PP2 = "--pipeline-model-parallel-size 2 "
+CP2 = "--context-parallel-size 2 "
+SP = "--sequence-parallel "
+DP = "--use-distributed-optimizer "  # over the ranks that are left
+VPP = "--num-layers-per-virtual-pipeline-stage 1 "
+EP2 = "--expert-model-parallel-size 2 "
+PER_TOKEN = "--calculate-per-token-loss "
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    return Host(tmp_path_factory.mktemp("layouts"))
+
+
+@pytest.fixture(scope="module")
+def flags(host):
+    """flags(model): what a run of that model has in common, from its checkpoint on."""
+
+    def of(model, steps=STEPS, batch=BATCH):
+        path, common = host.folder / model, MODEL + MODELS[model]
+        host.curves(f"{common} {PER_TOKEN} {training(40, 1e-2, 16)} --micro-batch-size 8 --save {path}")
+        return f"{common} {training(steps, 1e-3, batch)} --load {path} --finetune "
+
+    return of
+
+
+def training(steps, lr, batch):
+    return f"--train-iters {steps} --save-interval {steps} --lr {lr} --global-batch-size {batch}"
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "ranks"),
+    [
+        ("dense", TP2, 2),
+        ("dense", TP2 + SP, 2),
+        ("dense", PP2, 2),
+        ("dense", PP2 + VPP, 2),
+        ("dense", CP2, 2),
+        ("dense", DP, 2),
+        ("dense", TP2 + PP2, 4),
+        ("dense", TP2 + CP2, 4),
+        ("dense", CP2 + PP2, 4),
+        ("dense", CP2 + DP, 4),
+        ("dense", TP2 + SP + PP2 + VPP + DP, 8),
+        ("dense", "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 " + TP2, 2),
+        ("dense", "--recompute-granularity selective " + PP2, 2),
+        ("tied", TP2, 2),
+        ("tied", PP2, 2),
+        ("moe", EP2 + DP, 2),
+        ("moe", EP2 + TP2 + SP + DP, 4),
+        ("mtp", TP2, 2),
+        ("mtp", PP2, 2),
+    ],
+)
+def test_layouts_agree_with_one_rank(host, flags, model, layout, ranks):
+    common = f"{flags(model)} {PER_TOKEN} --micro-batch-size 1 --loss-type dft "
+    agree(host.curves(common + layout, ranks=ranks), host.curves(common))
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "ranks"),
+    [
+        ("dense", TP2 + PP2, 4),
+        ("dense", "--bf16 " + TP2, 2),
+        ("mtp", "--loss-mtp same " + CP2, 2),
+        ("moe", EP2 + DP, 2),
+    ],
+)
+def test_nll_is_megatrons_own_run_in_the_same_layout(host, flags, model, layout, ranks):
+    """Not on one rank: of multi-token prediction under CP, Megatron itself weighs each rank's part by its own count."""
+    common = f"{flags(model)} {PER_TOKEN} --micro-batch-size 1 "
+    ours = host.curves(f"{common} {layout} --loss-type nll", ranks=ranks)
+    stock = host.curves(common + layout.replace("--loss-mtp same", ""), ranks=ranks)
+    agree({tag: ours[tag] for tag in stock}, stock, 1e-3 if "bf16" in layout else 1e-5)
+
+
+def test_bf16_agrees_with_one_rank(host, flags):
+    common = f"{flags('dense')} {PER_TOKEN} --micro-batch-size 1 --loss-type dft --bf16 "
+    agree(host.curves(common + TP2, ranks=2), host.curves(common), 1e-3)  # a quarter of the spacing of bf16
+
+
+@pytest.mark.parametrize("mtp", ["nll", "same"])
+def test_multi_token_prediction_keeps_its_loss_or_takes_the_objective(host, flags, mtp):
+    common = f"{flags('mtp')} {PER_TOKEN} --micro-batch-size 1 "
+    stock, ours = host.curves(common), host.curves(f"{common} --loss-type dft --loss-mtp {mtp}")
+    assert ours["mtp_1 loss"][0] == pytest.approx(stock["mtp_1 loss"][0], rel=1e-6)  # a value is always the NLL
+    other = host.curves(f"{common} --loss-type dft --loss-mtp {'same' if mtp == 'nll' else 'nll'}")
+    assert (ours["grad-norm"][0] < other["grad-norm"][0]) == (mtp == "same")
+    agree(host.curves(f"{common} --loss-type dft --loss-mtp {mtp} {PP2}", ranks=2), ours)
+
+
+# Normalisation. A batch of 4 samples, of which one has no valid token, one a single one, one some, and one all.
+NORMALISATION = {  # what the README says: grad norm of the first step with per-token loss, and without
+    "1 rank, micro-batch 4": ("--micro-batch-size 4", 1),
+    "1 rank, 2 micro-batches of 2": ("--micro-batch-size 2", 1),
+    "1 rank, 4 micro-batches of 1": ("--micro-batch-size 1", 1),
+    "DP 2, 1 micro-batch of 2 each": ("--micro-batch-size 2 " + DP, 2),
+    "DP 2, 2 micro-batches of 1 each": ("--micro-batch-size 1 " + DP, 2),
+    "CP 2, 4 micro-batches of 1": ("--micro-batch-size 1 " + CP2, 2),
+}
+
+
+@pytest.mark.parametrize("layout", NORMALISATION)
+def test_gradients_are_of_the_mean_over_all_tokens_or_of_the_mean_of_means_as_the_readme_says(host, flags, layout):
+    words, ranks = NORMALISATION[layout]
+    row = re.search(rf"^\| {re.escape(layout)} \| (\S+) \| (\S+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    common = f"{flags('dense', batch=4)} --loss-type dft "
+    per_token = host.curves(f"{common} {PER_TOKEN} {words}", ranks=ranks)
+    agree(per_token, host.curves(f"{common} {PER_TOKEN} --micro-batch-size 4"))
+    assert f"{per_token['grad-norm'][0]:.4f}" == row[1]
+    if "CP" in layout:
+        code, output = host.start(common + words, ranks=ranks)
+        assert code != 0 and "expected --calculate-per-token-loss with --context-parallel-size 2" in output
+        assert row[2] == "refused"
+    else:
+        default = host.curves(common + words, ranks=ranks)
+        assert default["lm loss"][0] == pytest.approx(per_token["lm loss"][0], rel=1e-6)
+        assert f"{default['grad-norm'][0]:.4f}" == row[2]
+
+
+def test_a_rank_without_valid_tokens_trains_on(host, flags):
+    """Of each batch of 2, the first rank gets samples without a valid token or with some, the second with 1 or all."""
+    common = f"{flags('dense', batch=2)} --loss-type dft --micro-batch-size 1 "
+    for words in (PER_TOKEN + DP, PER_TOKEN + CP2, DP):
+        curves = host.curves(common + words, ranks=2)
+        assert curves["valid tokens"][0] == 1 and len(curves["lm loss"]) == STEPS
+        assert all(math.isfinite(value) for values in curves.values() for value in values)
+
+
+def test_tokens_are_counted_and_shown_by_every_writer(host, flags):
+    run = host.begin(f"{flags('dense')} {PER_TOKEN} --micro-batch-size 1 --loss-type dft {CP2} {DP}", ranks=4)
+    assert run.wait() == 0
+    curves, every = run.curves(), read_curves(run.folder)
+    assert curves["valid tokens total"] == list(itertools.accumulate(curves["valid tokens"]))
+    assert all(value > 0.0 for value in every["valid tokens per second"])
+    assert "valid tokens validation" not in every
+    assert re.search(r"valid tokens: .* valid tokens total: .* valid tokens per second: ", run.output())
