@@ -18,15 +18,12 @@ pytest.importorskip("megatron.core")
 SEQUENCE, BATCH, VOCAB = 8, 3, 64  # s != b, so that a swapped [s, b] and [b, s] shows
 
 
-def gpt(**settings):
-    """A tiny GPTModel with the same weights on every call."""
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
+def transformer_config(**settings):
+    """Tiny, and without the kernels that only CUDA has."""
     from megatron.core.transformer import TransformerConfig
 
-    parallel_output = settings.pop("parallel_output", True)
-    config = TransformerConfig(
-        num_layers=1,
+    return TransformerConfig(
+        num_layers=settings.pop("num_layers", 1),
         hidden_size=16,
         num_attention_heads=2,
         tensor_model_parallel_size=torch.distributed.get_world_size(),
@@ -38,6 +35,15 @@ def gpt(**settings):
         bias_activation_fusion=False,
         **settings,
     )
+
+
+def gpt(**settings):
+    """A tiny GPTModel with the same weights on every call."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
+
+    parallel_output = settings.pop("parallel_output", True)
+    config = transformer_config(**settings)
     torch.manual_seed(1)
     spec = get_gpt_layer_local_spec()
     mtp = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False) if config.mtp_num_layers else None

@@ -184,6 +184,7 @@ def _megatron() -> None:
     _dataset_helpers()
     _norm()
     _attention()
+    _pipeline()
     if importlib.util.find_spec("megatron.training"):
         _initialization()
 
@@ -210,6 +211,7 @@ def _dataset_helpers() -> None:
 
 def _norm() -> None:
     """PyTorch's norms serve sequence parallelism, which Megatron refuses them, when their gradients are summed."""
+    from megatron.core.extensions.transformer_engine import TENorm
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     host_new = WrappedTorchNorm.__new__
@@ -221,6 +223,8 @@ def _norm() -> None:
         return norm
 
     _patch(WrappedTorchNorm, __new__=new)
+    # Hybrid models end in Transformer Engine's norm, whatever their layers are made of.
+    _patch(TENorm, __new__=lambda cls, *args, has_residual=False, **kwargs: WrappedTorchNorm(*args, **kwargs))
 
 
 def _attention() -> None:
@@ -249,6 +253,20 @@ def _attention() -> None:
         return _packed_or_context_parallel(self, query, key, value, packed_seq_params)
 
     _patch(DotProductAttention, __init__=init, forward=forward)
+
+
+def _pipeline() -> None:
+    """gloo sends in the background, from the tensor itself, which therefore lives on when Megatron frees it."""
+    from megatron.core.pipeline_parallel import schedules
+
+    host_deallocate = schedules.deallocate_output_tensor
+
+    def deallocate(out: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(out, Tensor):
+            _patch(out, megatron_dft_sent=out.data)
+        host_deallocate(out, *args, **kwargs)
+
+    _patch(schedules, deallocate_output_tensor=deallocate)
 
 
 def _packed_or_context_parallel(module: Any, query: Tensor, key: Tensor, value: Tensor, packed: Any) -> Tensor:

@@ -1,0 +1,142 @@
+"""The loss on other models than a plain GPT, on two tensor-parallel ranks: Megatron's own loss against ours."""
+
+import importlib.util
+
+import pytest
+import torch
+from ranks import run_ranks
+from test_hook import BATCH, SEQUENCE, VOCAB, batch, dft_line, forward, gpt, same, start, transformer_config
+
+from megatron_dft import DFTConfig, install
+
+pytest.importorskip("megatron.core")
+
+IMAGE_LENGTH, IMAGE_TOKEN = 5, -200
+
+
+def hybrid():
+    """Attention and MLP layers of a hybrid stack; Mamba layers need CUDA kernels."""
+    from hybrid_stack import stack
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+    return HybridModel(
+        transformer_config(num_layers=4),
+        stack,
+        VOCAB,
+        SEQUENCE,
+        hybrid_layer_pattern="*-*-",
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=False,
+    )
+
+
+def llava():
+    """A language model behind the embeddings of images, which come from another pipeline stage."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.multimodal.llava_model import LLaVAModel
+
+    vision = transformer_config()
+    vision.vision_model_type = "clip"
+    model = LLaVAModel(
+        transformer_config(),
+        get_gpt_layer_local_spec(),
+        VOCAB,
+        SEQUENCE + IMAGE_LENGTH,
+        vision_transformer_config=vision,
+        vision_transformer_layer_spec=None,
+        drop_vision_class_token=False,
+        vision_projection_config=transformer_config(),
+        vision_projection_layer_spec=None,
+        language_position_embedding_type="rope",
+        img_h=28,
+        img_w=28,
+        add_encoder=False,
+    )
+    model.set_input_tensor([torch.linspace(-1, 1, IMAGE_LENGTH * BATCH * 16).view(IMAGE_LENGTH, BATCH, 16)])
+    return model
+
+
+def frozen():
+    """Only one layer is trained, and the output layer is not: the gradient of the logits still passes through."""
+    model = gpt()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("linear_qkv" in name)
+    return model
+
+
+class LowRank(torch.nn.Module):
+    """x -> x A B, added to what a frozen linear layer computes."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.a = torch.nn.Parameter(torch.randn(linear.weight.shape[1], 2))
+        self.b = torch.nn.Parameter(torch.randn(2, linear.weight.shape[0]))
+        linear.register_forward_hook(lambda module, args, out: (out[0] + args[0] @ self.a @ self.b, out[1]))
+
+
+def lora():
+    """Every weight of the base is frozen, the output layer's too."""
+    model = gpt().requires_grad_(False)
+    model.adapter = LowRank(model.decoder.layers[0].self_attention.linear_qkv)
+    return model
+
+
+def forward_with_images(model, tokens, labels, loss_mask):
+    """The first token of each text is an image; its labels and mask grow with it."""
+    tokens = torch.cat([torch.full((BATCH, 1), IMAGE_TOKEN), tokens[:, 1:]], dim=1)
+    images = torch.zeros(BATCH, 3, 28, 28)
+    loss, mask = model(images, tokens, torch.arange(SEQUENCE).expand(BATCH, -1), None, labels, loss_mask)
+    return loss * mask  # Megatron's own has a loss where the label is -100
+
+
+MODELS = {"llava": (llava, forward_with_images), "frozen": (frozen, forward), "lora": (lora, forward)}
+if importlib.util.find_spec("megatron.core.models.hybrid") is not None:
+    MODELS["hybrid"] = (hybrid, forward)
+
+
+def loss_and_gradients(name, objective, transform=lambda loss: loss):
+    """Of one micro-batch under the objective, None: Megatron's own loss; then None where a parameter has none."""
+    make, forward_step = MODELS[name]
+    torch.manual_seed(1)
+    model = make()
+    if name in ("llava", "hybrid"):
+        with torch.no_grad():
+            getattr(model, "language_model", model).output_layer.weight.mul_(40.0)
+    if objective:
+        install([model], DFTConfig(loss_type=objective))
+    loss = forward_step(model, *batch())
+    upstream = torch.linspace(0.0, 1.5, loss.numel()).view(loss.shape)
+    (transform(loss) * upstream).sum().backward()
+    return loss.detach(), {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+
+
+def on_ranks():
+    start()
+    facts = {}
+    for name in MODELS:
+        facts[name, "stock"] = loss_and_gradients(name, None)
+        facts[name, "stock with the line"] = loss_and_gradients(name, None, dft_line)
+        for objective in ("nll", "dft"):
+            facts[name, objective] = loss_and_gradients(name, objective)
+    return facts
+
+
+@pytest.fixture(scope="module")
+def facts():
+    return run_ranks(2, on_ranks, timeout=150)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_nll_is_the_models_own_loss_and_gradient(facts, name):
+    for rank in facts:
+        same(rank[name, "nll"], rank[name, "stock"], 2e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_dft_is_the_models_own_loss_with_the_line_on_top(facts, name):
+    for rank in facts:
+        loss, gradients = rank[name, "dft"]
+        same(loss, rank[name, "stock"][0], 2e-5)
+        same(gradients, rank[name, "stock with the line"][1], 2e-5)
+        trained = {n for n, gradient in gradients.items() if gradient is not None and gradient.any()}
+        assert trained and (name not in ("frozen", "lora") or not any("output_layer" in n for n in trained))
