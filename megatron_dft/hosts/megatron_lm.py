@@ -11,6 +11,7 @@ import functools
 import inspect
 from argparse import ArgumentParser
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from megatron_dft.config import DFTConfig
@@ -64,15 +65,7 @@ def with_objective(pretrain: Callable[..., Any], command_line: DFTConfig) -> Cal
         call = signature.bind(*args, **kwargs)
         settings = _settings(call)
         config = run_config(settings, command_line)
-        if not config.enabled:
-            return pretrain(*args, **kwargs)
-        compat.check_settings(settings, config)
-        tokens = TokenCount()
-        forward_step = call.arguments["forward_step_func"]
-        call.arguments["forward_step_func"] = with_metrics(forward_step, config, tokens.add)
-        _hook_model(call, functools.partial(install, config=config))
-        _announce(settings, config)
-        with followed(config.objective, tokens):
+        with _prepared(call, settings, config) if config.enabled else nullcontext():
             result = pretrain(*call.args, **call.kwargs)
         flush_tensorboard()
         return result
@@ -115,6 +108,16 @@ def _settings(call: inspect.BoundArguments) -> Any:
     from megatron.training.arguments import parse_args
 
     return parse_args(call.arguments.get("extra_args_provider"))
+
+
+def _prepared(call: inspect.BoundArguments, settings: Any, config: DFTConfig) -> AbstractContextManager[None]:
+    """Put the objective into the arguments of pretrain(); within the result, the training loop follows it."""
+    compat.check_settings(settings, config)
+    tokens = TokenCount()
+    call.arguments["forward_step_func"] = with_metrics(call.arguments["forward_step_func"], config, tokens.add)
+    _hook_model(call, functools.partial(install, config=config))
+    _announce(settings, config)
+    return followed(config.objective, tokens)
 
 
 def _announce(settings: Any, config: DFTConfig) -> None:
