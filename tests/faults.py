@@ -44,6 +44,8 @@ POISON = ("vocab_parallel", "poisons_its_token_alone")
 LIMITS = ("objectives", "impossible_certain_and_broken")
 TP_FORMULA = ("tensor_parallel", "whole_vocabulary and 2-dft")
 WHOLE_COLLECTIVES = ("tensor_parallel", "gathers_once and 2")
+SCHEDULE = ("objectives", "schedule_goes")
+CP_RUN = ("layouts", "agree_with_one_rank and CP and not x")
 METRIC = ("metrics", "weighted_sum")
 
 # fmt: off
@@ -142,6 +144,16 @@ FAULTS = [
     Fault("threshold keeps the gate", "objectives", "gate.masked_fill(outside, 0.0)", "gate", *FORMULA),
     Fault("dft without its weight", "objectives", "return stats.prob\n", "return torch.ones_like(stats.prob)\n",
           "objectives", "peaks_at"),
+    Fault("blend the wrong way round", "objectives", "_share(1.0 - blend, stats.nll) + _share(blend, loss)",
+          "_share(blend, stats.nll) + _share(1.0 - blend, loss)", *SCHEDULE),
+    Fault("blend of the loss alone", "objectives", "(1.0 - blend) + _share(blend, gate)", "gate", *SCHEDULE),
+    Fault("ramp one iteration late", "objectives", "(iteration - self.start)", "(iteration - 1 - self.start)",
+          *SCHEDULE),
+    Fault("0 x inf in a blend", "objectives", "torch.where(part == 0.0, 0.0, part * x)", "part * x",
+          "objectives", "ends_of_a_schedule"),
+    Fault("blend fixed in a captured graph", "objectives",
+          "        for copy in self._blend.values():\n            copy.fill_(blend)",
+          "        self._blend[CPU] = torch.tensor(blend, dtype=torch.float64)", "objectives", "captured_graph"),
     # Inside a host
     Fault("batch and sequence swapped in the host", "hosts/hook", "labels.transpose(0, 1).contiguous(), options",
           "labels.reshape(labels.shape[::-1]), options", "hook", "hosts_own_loss"),
@@ -155,11 +167,36 @@ FAULTS = [
           "hook", "adds_up"),
     Fault("inf of a masked token", "hosts/hook", "output.masked_fill(loss_mask == 0.0, 0.0)", "output",
           "hook", "is_worth_nothing"),
+    Fault("main head taken for another", "hosts/hook", "not hasattr(labels, _MAIN_HEAD)", "hasattr(labels, _MAIN_HEAD)",
+          "hook", "multi_token"),
     Fault("wrong gradient let through", "hosts/compat", "cp > 1 and", "cp > 2 and", "hook", "fight_with"),
     Fault("contiguous slices", "hosts/cpu_attention", "torch.minimum(chunk, chunks - 1 - chunk) == cp_rank",
           "chunk // 2 == cp_rank", "cpu_host", "front_and_a_back"),
     Fault("documents see each other", "hosts/cpu_attention",
           "(query_document[:, None] == key_document) & ", "", "cpu_host", "its_formula"),
+    # A whole run: layouts, iterations, checkpoints
+    Fault("hook lost on one virtual stage", "hosts/hook", "for chunk in model_chunks:",
+          "for chunk in model_chunks[:1]:", "layouts", "agree_with_one_rank and interleaved and not DP"),
+    Fault("mean of means", "metrics", "[_weighted_sum(x, weight), count]",
+          "[_weighted_sum(x, weight) / count.clamp(min=1.0), torch.ones_like(count)]", *CP_RUN),
+    Fault("context parallelism forgotten", "hosts/iterations", "all_reduce(count)",
+          "all_reduce(count, group=parallel_state.get_data_parallel_group())", *CP_RUN),
+    Fault("tokens counted by each tensor-parallel rank", "hosts/iterations",
+          " // parallel_state.get_tensor_model_parallel_world_size()", "",
+          "layouts", "agree_with_one_rank and tied and TP"),
+    Fault("tokens of evaluation counted", "hosts/hook", "if torch.is_grad_enabled():", "if True:",
+          "layouts", "tokens_of_training"),
+    Fault("tokens never forgotten", "hosts/iterations", "count.zero_()", "pass", "layouts", "tokens_of_training"),
+    Fault("tokens lost in a checkpoint", "hosts/iterations", "getattr(checkpoint_args, TOTAL, 0)", "0",
+          "checkpoints", "another_objective and nll-dft"),
+    Fault("schedule late", "hosts/iterations", "run.curr_iteration + 1", "run.curr_iteration",
+          "checkpoints", "then_a_blend"),
+    Fault("schedule starts again in evaluation", "hosts/iterations",
+          'signature.bind(*args, **kwargs).arguments["iteration"]', "1", "checkpoints", "evaluation_alone"),
+    Fault("report of another schedule", "config", "    @cached_property\n    def objective",
+          "    @property\n    def objective", "config", "share_one"),
+    Fault("training loop left changed", "hosts/iterations", "            setattr(module, name, original)",
+          "            pass", "pretrain", "left_as_it_was"),
     # What a user sees
     Fault("batch and sequence swapped", "vocab_parallel", "if target.shape != logits.shape[:-1]:",
           "if target.numel() * logits.shape[-1] != logits.numel():", "vocab_parallel", "does_not_fit"),
@@ -197,7 +234,7 @@ def try_in_copy(fault: Fault | None, files: Sequence[str], expression: str) -> t
     """Exit status and output of the tests on a copy of the library, with the fault put in."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
-        for part in ("megatron_dft", "tests"):
+        for part in ("megatron_dft", "tests", "examples"):
             shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", folder)
         if fault:

@@ -88,3 +88,9 @@ def test_wrong_flags_are_refused(words, capsys):
     with pytest.raises(SystemExit):
         parse(*words)
     assert words[0] in capsys.readouterr().err
+
+
+def test_loss_and_report_share_one_objective():
+    config = DFTConfig(loss_type="dft:start=2")
+    config.objective.begin(1)
+    assert config.options().objective is config.objective

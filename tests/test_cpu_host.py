@@ -270,6 +270,12 @@ def on_one_rank_of_megatron():
     made = [torch.zeros(2, device="cuda"), torch.empty(2, device=torch.cuda.current_device()), torch.ones(2).cuda()]
     made += [torch.ones(2).to("cuda:0"), torch.ones(2).to(device=0), torch.tensor([1.0], pin_memory=True)]
     results["devices"] = {x.device.type for x in made}
+    from megatron.core.pipeline_parallel import schedules
+
+    sent = torch.arange(4.0)
+    on_its_way = sent.data_ptr()
+    schedules.deallocate_output_tensor(sent, True)
+    results["sent"] = [sent.numel(), sent.megatron_dft_sent.data_ptr() == on_its_way, sent.megatron_dft_sent.tolist()]
     results["type"] = [torch.ones(1).bfloat16().type(), torch.ones(1).type(torch.float64).dtype]
     return results
 
@@ -327,3 +333,8 @@ def test_each_region_has_its_own_random_stream_that_a_seed_restores(megatron):
 def test_a_cuda_device_means_the_cpu(megatron):
     assert megatron[0]["devices"] == {"cpu"}
     assert megatron[0]["type"] == ["torch.cuda.BFloat16Tensor", torch.float64]
+
+
+@pytest.mark.host
+def test_a_tensor_that_gloo_still_sends_outlives_its_deallocation(megatron):
+    assert megatron[0]["sent"] == [1, True, [0.0, 1.0, 2.0, 3.0]]

@@ -40,6 +40,7 @@ SP = "--sequence-parallel "
 DP = "--use-distributed-optimizer "  # over the ranks that are left
 VPP = "--num-layers-per-virtual-pipeline-stage 1 "
 EP2 = "--expert-model-parallel-size 2 "
+RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 "
 PER_TOKEN = "--calculate-per-token-loss "
 
 
@@ -64,31 +65,32 @@ def training(steps, lr, batch):
     return f"--train-iters {steps} --save-interval {steps} --lr {lr} --global-batch-size {batch}"
 
 
-@pytest.mark.parametrize(
-    ("model", "layout", "ranks"),
-    [
-        ("dense", TP2, 2),
-        ("dense", TP2 + SP, 2),
-        ("dense", PP2, 2),
-        ("dense", PP2 + VPP, 2),
-        ("dense", CP2, 2),
-        ("dense", DP, 2),
-        ("dense", TP2 + PP2, 4),
-        ("dense", TP2 + CP2, 4),
-        ("dense", CP2 + PP2, 4),
-        ("dense", CP2 + DP, 4),
-        ("dense", TP2 + SP + PP2 + VPP + DP, 8),
-        ("dense", "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 " + TP2, 2),
-        ("dense", "--recompute-granularity selective " + PP2, 2),
-        ("tied", TP2, 2),
-        ("tied", PP2, 2),
-        ("moe", EP2 + DP, 2),
-        ("moe", EP2 + TP2 + SP + DP, 4),
-        ("mtp", TP2, 2),
-        ("mtp", PP2, 2),
-    ],
-)
-def test_layouts_agree_with_one_rank(host, flags, model, layout, ranks):
+LAYOUTS = {  # model, flags, ranks
+    "TP": ("dense", TP2, 2),
+    "TP with SP": ("dense", TP2 + SP, 2),
+    "PP": ("dense", PP2, 2),
+    "interleaved PP": ("dense", PP2 + VPP, 2),
+    "CP": ("dense", CP2, 2),
+    "DP": ("dense", DP, 2),
+    "TP x PP": ("dense", TP2 + PP2, 4),
+    "TP x CP": ("dense", TP2 + CP2, 4),
+    "CP x PP": ("dense", CP2 + PP2, 4),
+    "CP x DP": ("dense", CP2 + DP, 4),
+    "TP with SP x interleaved PP x DP": ("dense", TP2 + SP + PP2 + VPP + DP, 8),
+    "full recomputation, TP": ("dense", RECOMPUTE + TP2, 2),
+    "selective recomputation, PP": ("dense", "--recompute-granularity selective " + PP2, 2),
+    "tied, TP": ("tied", TP2, 2),
+    "tied, PP": ("tied", PP2, 2),
+    "EP": ("moe", EP2 + DP, 2),
+    "EP x TP with SP": ("moe", EP2 + TP2 + SP + DP, 4),
+    "MTP, TP": ("mtp", TP2, 2),
+    "MTP, PP": ("mtp", PP2, 2),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_agree_with_one_rank(host, flags, name):
+    model, layout, ranks = LAYOUTS[name]
     common = f"{flags(model)} {PER_TOKEN} --micro-batch-size 1 --loss-type dft "
     agree(host.curves(common + layout, ranks=ranks), host.curves(common))
 
@@ -163,10 +165,12 @@ def test_a_rank_without_valid_tokens_trains_on(host, flags):
         assert all(math.isfinite(value) for values in curves.values() for value in values)
 
 
-def test_tokens_are_counted_and_shown_by_every_writer(host, flags):
-    run = host.begin(f"{flags('dense')} {PER_TOKEN} --micro-batch-size 1 --loss-type dft {CP2} {DP}", ranks=4)
+def test_tokens_of_training_are_counted_and_shown_by_every_writer(host, flags):
+    common = f"{flags('dense')} {PER_TOKEN} --micro-batch-size 1 --loss-type dft "
+    run = host.begin(f"{common} {CP2} {DP} --eval-interval 1", ranks=4)
     assert run.wait() == 0
     curves, every = run.curves(), read_curves(run.folder)
+    assert curves["valid tokens"] == host.curves(common)["valid tokens"]
     assert curves["valid tokens total"] == list(itertools.accumulate(curves["valid tokens"]))
     assert all(value > 0.0 for value in every["valid tokens per second"])
     assert "valid tokens validation" not in every

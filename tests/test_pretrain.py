@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -113,6 +114,31 @@ def test_layouts_agree_with_one_rank(host, checkpoint, ranks, layout):
 
 
 @pytest.mark.host
+def test_packed_conversations_train_as_they_do_unpacked(host, checkpoint):
+    """Two conversations to a line, and the same ones in lines of their own: one batch of all of them."""
+    lines = (host.folder / "chat" / "noisy_train.jsonl").read_text().splitlines()
+    packed = [json.loads(line)["messages"] for line in lines]
+    packed = [line for line in packed if sum(message["role"] == "system" for message in line) > 1][:4]
+    conversations = [part for line in packed for part in split_at_system(line)]
+    gradient = {}
+    for name, data in {"packed": packed, "unpacked": conversations}.items():
+        path = host.folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"messages": line}) + "\n" for line in data))
+        flags = host.sft.replace(str(host.folder / "chat" / "noisy_train.jsonl"), str(path))
+        curves = host.curves(f"{flags} {checkpoint} --loss-type dft --global-batch-size {len(data)} --train-iters 1")
+        gradient[name] = [curves[tag] for tag in ("lm loss", "dft loss", "dft prob", "valid tokens", "grad-norm")]
+    assert len(conversations) > len(packed)
+    for ours, theirs in zip(gradient["packed"], gradient["unpacked"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def split_at_system(messages):
+    """The conversations of a packed line, each of which begins with a system message."""
+    starts = [i for i, message in enumerate(messages) if message["role"] == "system"]
+    return [messages[i:j] for i, j in zip(starts, [*starts[1:], None], strict=True)]
+
+
+@pytest.mark.host
 def test_dft_lets_less_gradient_through_and_reports_the_nll(host, checkpoint):
     stock = host.curves(f"{host.sft} {checkpoint}")
     dft = host.curves(f"{host.sft} {checkpoint} --loss-type dft")
@@ -207,6 +233,19 @@ def test_a_training_loop_that_nobody_knows_is_refused(monkeypatch):
         pass
 
 
+@pytest.mark.host
+def test_the_training_loop_is_left_as_it_was():
+    from megatron.training import checkpointing, training
+
+    def loop():
+        return training.train_step, training.evaluate_and_print_results, checkpointing.check_checkpoint_args
+
+    before = loop()
+    with followed(parse_objective("dft"), TokenCount()):
+        assert not set(loop()) & set(before)
+    assert loop() == before
+
+
 @pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="needs megatron-core")
 @pytest.mark.skipif(megatron_has_pretrain(), reason="for megatron-core without megatron.training, as 0.16.1")
 def test_a_megatron_without_pretrain_is_refused():
@@ -234,3 +273,16 @@ def test_pretrain_gpt_of_a_megatron_lm_checkout_gives_the_same_run(host, checkpo
     assert str(checkout / "megatron" / "core") in output  # of its warnings: not the wheel's Megatron
     assert {"lm loss", "dft loss", "dft prob", "grad-norm"} <= set(theirs)
     agree(theirs, {tag: ours[tag] for tag in theirs}, 1e-6)  # 0.19.0 does not validate after the last step
+
+
+@pytest.mark.host
+@pytest.mark.skipif("MEGATRON_LM" not in os.environ, reason="MEGATRON_LM does not name a Megatron-LM checkout")
+def test_pretrain_hybrid_of_a_megatron_lm_checkout_takes_the_loss(host):
+    """Attention and MLP layers; Mamba layers need CUDA kernels."""
+    script = Path(os.environ["MEGATRON_LM"]) / "pretrain_hybrid.py"
+    flags = MOCK.replace("--num-layers 2", "--hybrid-layer-pattern *-*- --spec hybrid_stack stack")
+    runs = {loss: host.torchrun(f"{flags} --loss-type {loss}", 1, script)[0] for loss in ("ce", "nll", "dft")}
+    agree({tag: runs["nll"][tag] for tag in runs["ce"]}, runs["ce"])
+    assert runs["dft"]["lm loss"][0] == pytest.approx(runs["ce"]["lm loss"][0], rel=1e-6)
+    split = host.torchrun(f"{flags} --loss-type dft --tensor-model-parallel-size 2", 2, script)[0]
+    agree(split, runs["dft"], 2e-5)
