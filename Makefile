@@ -7,7 +7,7 @@ PYTHON311 ?= PYENV_VERSION=3.11 python3.11
 RUN := .venv/bin/python
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-py311 faults check format clean
+.PHONY: demo test test-py311 test-0.17.1 test-0.18.2 test-versions faults check format clean
 
 demo: .venv/installed
 	$(RUN) examples/demo.py --out runs/demo
@@ -18,6 +18,13 @@ test: .venv/installed
 # The host-independent part on the oldest supported pair: Python 3.11 with megatron-core 0.16.1.
 test-py311: .venv311/installed
 	.venv311/bin/python -m pytest -m "not host"
+
+# The hosts between: their own wheel, in front of the one in .venv.
+test-0.17.1 test-0.18.2: test-%: .versions/%
+	PYTHONPATH=$(CURDIR)/.versions/$* $(RUN) -m pytest tests/test_hook.py tests/test_models.py tests/test_layouts.py tests/test_checkpoints.py
+
+# Every generation of Megatron that is supported (MEGATRON_LM=/path/to/checkout adds that one).
+test-versions: test-py311 test-0.17.1 test-0.18.2 test
 
 # Apply each deliberate fault to a copy of the library; the tests must catch every one.
 faults: .venv/installed
@@ -44,5 +51,9 @@ format: .venv/installed
 	.venv311/bin/python $(PIP_INSTALL) torch==2.13.0 megatron-core==0.16.1 numpy pytest -e .
 	@touch $@
 
+.versions/%: .venv/installed
+	$(RUN) $(PIP_INSTALL) --no-deps --target $@ megatron-core==$*
+	@touch $@
+
 clean:
-	rm -rf .venv .venv311 runs build dist *.egg-info
+	rm -rf .venv .venv311 .versions runs build dist *.egg-info

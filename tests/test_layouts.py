@@ -139,7 +139,7 @@ NORMALISATION = {  # what the README says: grad norm of the first step with per-
 
 
 @pytest.mark.parametrize("layout", NORMALISATION)
-def test_gradients_are_of_the_mean_over_all_tokens_or_of_the_mean_of_means_as_the_readme_says(host, flags, layout):
+def test_gradients_are_means_over_tokens_or_means_of_means_as_the_readme_says(host, flags, layout):
     words, ranks = NORMALISATION[layout]
     row = re.search(rf"^\| {re.escape(layout)} \| (\S+) \| (\S+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
     common = f"{flags('dense', batch=4)} --loss-type dft "

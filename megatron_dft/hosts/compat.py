@@ -38,7 +38,7 @@ def check_settings(settings: Any, config: DFTConfig) -> None:
             "Engine's (--cross-entropy-fusion-impl te); omit --cross-entropy-loss-fusion, our loss is fused already"
         )
     cp = getattr(settings, "context_parallel_size", 1)
-    if cp > 1 and not settings.calculate_per_token_loss:
+    if cp > 1 and not getattr(settings, "calculate_per_token_loss", False):
         raise ValueError(
             f"--loss-type {config.loss_type}: expected --calculate-per-token-loss with --context-parallel-size {cp}, "
             "got Megatron's default, which divides by each rank's own token count and gives a wrong gradient when "

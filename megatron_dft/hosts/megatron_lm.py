@@ -125,7 +125,7 @@ def _announce(settings: Any, config: DFTConfig) -> None:
     if settings.rank != 0:
         return
     print(f"> megatron_dft: objective {config.objective} replaces the cross entropy; `lm loss` stays the NLL")
-    if not settings.calculate_per_token_loss:
+    if not getattr(settings, "calculate_per_token_loss", False):
         print(
             "> megatron_dft: the gradient is a mean of the means of micro-batches and ranks, Megatron's default, in "
             "which a token weighs more where few are valid; --calculate-per-token-loss makes it a mean over all tokens"
