@@ -22,18 +22,15 @@ def transformer_config(**settings):
     """Tiny, and without the kernels that only CUDA has."""
     from megatron.core.transformer import TransformerConfig
 
+    tiny = {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2}
     return TransformerConfig(
-        num_layers=settings.pop("num_layers", 1),
-        hidden_size=16,
-        num_attention_heads=2,
-        tensor_model_parallel_size=torch.distributed.get_world_size(),
+        **{"tensor_model_parallel_size": torch.distributed.get_world_size(), **tiny, **settings},
         hidden_dropout=0.0,
         attention_dropout=0.0,
         use_cpu_initialization=True,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         bias_activation_fusion=False,
-        **settings,
     )
 
 

@@ -6,7 +6,7 @@ an attention; `complete_arguments` adds the flags without which it would call CU
 
     tensors     a CUDA device means the CPU; only functions that take a device are wrapped, no other operation pays
     torch.cuda  one device with the CPU's random state; is_available() stays False, for all who ask before they use it
-    megatron    start without CUDA, random state, norms under sequence parallelism, attention
+    megatron    start without CUDA, random state, norms, attention, tensors on their way to the next pipeline stage
 
 Everything else is Megatron's own (model, schedules, optimizer, checkpoints, all parallel layouts), so losses and
 gradients mean what they mean on a GPU. What it prints about time, throughput and memory does not, and nothing
