@@ -53,10 +53,10 @@ def host(tmp_path_factory):
 def flags(host):
     """flags(model): what a run of that model has in common, from its checkpoint on."""
 
-    def of(model, steps=STEPS, batch=BATCH):
+    def of(model, batch=BATCH):
         path, common = host.folder / model, MODEL + MODELS[model]
         host.curves(f"{common} {PER_TOKEN} {training(40, 1e-2, 16)} --micro-batch-size 8 --save {path}")
-        return f"{common} {training(steps, 1e-3, batch)} --load {path} --finetune "
+        return f"{common} {training(STEPS, 1e-3, batch)} --load {path} --finetune "
 
     return of
 
