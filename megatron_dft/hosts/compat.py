@@ -6,6 +6,7 @@ The checks on settings take Megatron's argparse namespace or its TransformerConf
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,16 @@ OTHER_LOSSES = {
     "export_kd_teacher_load": "--export-kd-teacher-load (ModelOpt distillation)",
     "perform_rl_step": "--perform-rl-step (reinforcement learning)",
 }
+
+
+def check_pretrain(signature: inspect.Signature) -> None:
+    """Refuse a `pretrain()` of a generation that is older or newer than those we know."""
+    offered = signature.parameters.keys()
+    if "forward_step_func" not in offered or not {"cfg_container", "extra_args_provider"} & offered:
+        raise ValueError(
+            "pretrain(): expected one that takes a forward_step_func, and a cfg_container or an extra_args_provider, "
+            f"got pretrain{signature}; {KNOWN_HOSTS}"
+        )
 
 
 def check_settings(settings: Any, config: DFTConfig) -> None:

@@ -53,12 +53,7 @@ def with_objective(pretrain: Callable[..., Any], command_line: DFTConfig) -> Cal
         0.19    pretrain(cfg_container, datasets, ..., model_provider=None)    the configuration can build the model
     """
     signature = inspect.signature(pretrain)
-    known = signature.parameters.keys()
-    if "forward_step_func" not in known or not {"cfg_container", "extra_args_provider"} & known:
-        raise ValueError(
-            "pretrain(): expected one that takes a forward_step_func, and a cfg_container or an extra_args_provider, "
-            f"got pretrain{signature}; {compat.KNOWN_HOSTS}"
-        )
+    compat.check_pretrain(signature)
 
     @functools.wraps(pretrain)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
