@@ -72,8 +72,6 @@ def loss_func(loss_mask: torch.Tensor, output: torch.Tensor, model=None) -> tupl
 
 def forward_step(data_iterator, model) -> tuple[torch.Tensor, partial]:
     """Per-token loss [b, s] of one micro-batch; a stage of the pipeline is given what it needs, and else None."""
-    if model.training and os.environ.get("DIE_IN_ITERATION") == str(get_args().curr_iteration + 1):
-        os.kill(os.getpid(), signal.SIGKILL)  # for tests of what a crash leaves behind
     first, last, mtp = (get_attr_wrapped_model(model, f"{name}_process") for name in ("pre", "post", "mtp"))
     batch = {name: on_this_cp_rank(value.cuda()) for name, value in next(data_iterator).items()}
     needs_tokens, needs_labels = first or mtp, last or mtp
@@ -84,6 +82,8 @@ def forward_step(data_iterator, model) -> tuple[torch.Tensor, partial]:
         labels=batch["labels"] if needs_labels else None,
         loss_mask=batch["loss_mask"] if needs_labels else None,
     )
+    if model.training and os.environ.get("DIE_IN_ITERATION") == str(get_args().curr_iteration + 1):
+        os.kill(os.getpid(), signal.SIGKILL)  # between forward and backward: what does a crash leave behind?
     return output, partial(loss_func, batch["loss_mask"])
 
 
