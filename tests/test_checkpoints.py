@@ -36,9 +36,9 @@ def rest(curves):
     return {tag: values[SAVED:] if len(values) == STEPS else values for tag, values in curves.items()}
 
 
-def loaded(folder, step=SAVED):
-    """Flags to go on from the checkpoint of that step."""
-    return f"--load {folder} --ckpt-step {step} "
+def loaded(folder):
+    """Flags to go on from the first checkpoint of a run."""
+    return f"--load {folder} --ckpt-step {SAVED} "
 
 
 def test_a_killed_run_goes_on_exactly(host, whole):

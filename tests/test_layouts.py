@@ -145,6 +145,7 @@ def test_gradients_are_means_over_tokens_or_means_of_means_as_the_readme_says(ho
     common = f"{flags('dense', batch=4)} --loss-type dft "
     per_token = host.curves(f"{common} {PER_TOKEN} {words}", ranks=ranks)
     agree(per_token, host.curves(f"{common} {PER_TOKEN} --micro-batch-size 4"))
+    assert per_token["valid tokens"][0] == 0 + 1 + 13 + 32
     assert f"{per_token['grad-norm'][0]:.4f}" == row[1]
     if "CP" in layout:
         code, output = host.start(common + words, ranks=ranks)

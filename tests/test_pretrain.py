@@ -16,8 +16,6 @@ from megatron_dft import DFTConfig, parse_objective
 from megatron_dft.hosts import megatron_lm
 from megatron_dft.hosts.iterations import TokenCount, followed
 
-pytest.importorskip("tensorboard")
-
 STEPS = 3
 MODEL = (
     "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 256 --max-position-embeddings 256 "
@@ -64,6 +62,7 @@ class ChatHost(Host):
 @pytest.fixture(scope="module")
 def host(tmp_path_factory):
     pytest.importorskip("megatron.training")
+    pytest.importorskip("tensorboard")
     return ChatHost(tmp_path_factory.mktemp("host"))
 
 

@@ -66,7 +66,7 @@ def run(virtual, config=None, transform=lambda loss: loss):
     step = partial(forward_step, transform=transform)
     if config:
         install(model, config)
-        step = hook.with_metrics(partial(forward_step, transform=transform), config)
+        step = hook.with_metrics(step, config)
     batches = [batch(seed) for seed in range(MICRO_BATCHES)]
     batches[1][2].zero_()  # nothing to learn here
     reports = get_forward_backward_func()(
