@@ -15,8 +15,8 @@ from typing import Any
 
 from torch.distributed import ProcessGroup
 
+from megatron_dft.autograd import BACKENDS, LossOptions
 from megatron_dft.objectives import OBJECTIVES, Objective, nearest, parse_objective
-from megatron_dft.vocab_parallel import LossOptions
 
 STOCK = "ce"
 
@@ -43,7 +43,7 @@ class DFTConfig:
         None, int, "Leave padding columns, from this id on, out of the softmax. Default: keep them, as Megatron does."
     )
     backend: str = _setting(
-        "auto", str, "Implementation: torch, or auto for the best one available.", ("auto", "torch")
+        "auto", str, "Implementation: triton, torch, or auto for Triton on GPUs and PyTorch elsewhere.", BACKENDS
     )
     inplace_backward: bool = _setting(
         True, bool, "Write the gradient over the logits, which saves a buffer of their size."

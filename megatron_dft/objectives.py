@@ -328,6 +328,13 @@ OBJECTIVES: dict[str, type[Objective]] = {
 }
 
 
+def loss_and_gate(objective: Objective, stats: TokenStats) -> tuple[Tensor, Tensor]:
+    """The objective's, 0 where a token is not valid; a NaN loss has a NaN gate, even if the gate is a constant."""
+    loss, gate = objective(stats)
+    gate = gate.masked_fill(stats.logprob.isnan(), torch.nan)
+    return loss.masked_fill(~stats.valid, 0.0), gate.masked_fill(~stats.valid, 0.0)
+
+
 def parse_objective(specification: str | Objective) -> Objective:
     """Read "dft", "threshold:lo=0.1,base=prob" or "dft:start=1000,ramp=500"; an Objective is returned as it is.
 

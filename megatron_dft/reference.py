@@ -1,10 +1,11 @@
-"""Backend "torch": one shard's statistics and gradient, in plain PyTorch.
+"""Backend "torch": the three steps of the loss in plain PyTorch.
 
-`shard_stats` reads the logits once and never writes to them; `shard_gradient` reads them again and writes
-coefficient x (softmax - onehot), over the logits if told so. Rows that are ignored, or whose coefficient is 0, are
-not read at all. This is the truth that other backends are tested against, and the fast path on a CPU: rows are taken
-in chunks that stay in the cache, copied into one fp32 scratch buffer (fp64 for fp64) and worked on in place there,
-so memory beyond the logits is a few MiB and each number is rounded once.
+`shard_stats` reads the logits once and never writes to them; `merge` turns the parts of all ranks into the loss;
+`shard_gradient` reads the logits again and writes coefficient x (softmax - onehot), over the logits if told so. Rows
+that are ignored, or whose coefficient is 0, are not read at all. This is the truth that other backends are tested
+against, and the fast path on a CPU: rows are taken in chunks that stay in the cache, copied into one fp32 scratch
+buffer (fp64 for fp64) and worked on in place there, so memory beyond the logits is a few MiB and each number is
+rounded once.
 
 Cost on the logits: one read forward; one read and one write backward. Left out: GPU speed (on CUDA this backend is
 correct but makes many small launches and asks the device which rows are live).
@@ -14,12 +15,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from megatron_dft.stats import COLLISION, ENTROPY, VocabShard, row_names
+from megatron_dft.objectives import Objective, loss_and_gate
+from megatron_dft.stats import COLLISION, ENTROPY, TokenStats, VocabShard, merge_shards, row_names, token_stats
 
+NAME = "torch"
 CHUNK_ELEMENTS = 1 << 19  # 2 MiB of fp32 scratch
 LOG2_E = 1.0 / math.log(2.0)
 UNDERFLOW = -1e4  # e^-1e4 is 0 in every dtype, and 0 * -1e4 is 0 where 0 * -inf is NaN
@@ -28,11 +32,12 @@ UNDERFLOW = -1e4  # e^-1e4 is 0 in every dtype, and 0 * -1e4 is 0 where 0 * -inf
 def shard_stats(
     logits: Tensor,  # [N, V/tp]
     target: Tensor,  # [N] int64, global ids
-    valid: Tensor,  # [N] bool
+    ignore_index: int,
     shard: VocabShard,
     needs: frozenset[str],
 ) -> Tensor:  # [K, N], rows as in `stats.row_names`
-    """Sums over this shard's columns, relative to the shard's own maximum; zeros at rows that are not valid."""
+    """Sums over this shard's columns, relative to the shard's own maximum; zeros at rows that are ignored."""
+    valid = target != ignore_index
     names = row_names(needs)
     out = logits.new_zeros(len(names), len(logits), dtype=accumulation_dtype(logits))
     row = dict(zip(names, out, strict=True))
@@ -54,16 +59,34 @@ def shard_stats(
     return out
 
 
+def merge(
+    shards: Tensor,  # [R, K, N] each shard's sums, relative to its own maximum
+    target: Tensor,  # [...] int64, N tokens
+    ignore_index: int,
+    vocab_size: int,
+    objective: Objective,
+    needs: frozenset[str],
+    value: str,
+) -> tuple[Tensor, Tensor, TokenStats]:
+    """The loss [...], what the gradient needs [3, ...] (maximum, log of the sum, gate), and the statistics."""
+    merged = merge_shards(shards.view(*shards.shape[:2], *target.shape), needs)
+    stats = token_stats(merged, target != ignore_index, vocab_size)
+    loss, gate = loss_and_gate(objective, stats)
+    saved = torch.stack([merged.maximum, merged.log_sum, gate])
+    return (-stats.logprob if value == "nll" else loss.clone()), saved, replace(stats, loss=loss, gate=saved[2])
+
+
 def shard_gradient(
     logits: Tensor,  # [N, V/tp]
     target: Tensor,  # [N] int64, global ids
-    maximum: Tensor,  # [N] over the whole vocabulary
-    log_sum: Tensor,  # [N] log of the sum of e^(x - maximum) over the whole vocabulary
-    coefficient: Tensor,  # [N] upstream gradient x gate
+    saved: Tensor,  # [3, N] maximum and log-sum over the whole vocabulary, gate
+    upstream: Tensor,  # [N]
     shard: VocabShard,
     out: Tensor,  # [N, V/tp], may be `logits` itself
 ) -> None:
-    """Write coefficient x (softmax - onehot) to `out`; rows with coefficient 0 and padding columns become 0."""
+    """Write upstream x gate x (softmax - onehot) to `out`; where upstream or gate is 0, and in padding, it is 0."""
+    maximum, log_sum, gate = saved
+    coefficient = gated(upstream, gate)
     live = coefficient != 0.0
     out.index_fill_(0, (~live).nonzero().squeeze(1), 0.0)
     out[:, shard.columns :] = 0.0
@@ -79,6 +102,11 @@ def shard_gradient(
 def accumulation_dtype(logits: Tensor) -> torch.dtype:
     """fp64 for fp64, fp32 for everything else."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def gated(upstream: Tensor, gate: Tensor) -> Tensor:
+    """Their product, where 0 stays 0 beside an inf or a NaN: masked by the host, or worth nothing to the objective."""
+    return (upstream * gate).masked_fill((upstream == 0.0) | (gate == 0.0), 0.0)
 
 
 def _exp_(x: Tensor) -> Tensor:

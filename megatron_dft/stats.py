@@ -65,6 +65,8 @@ class TokenStats:
     entropy: Tensor | None = None  # [...] nats
     collision: Tensor | None = None  # [...] sum of squared probabilities
     vocab_size: int | None = None
+    loss: Tensor | None = None  # [...] value of the objective that was applied, nats
+    gate: Tensor | None = None  # [...] and its gate
 
     @cached_property
     def nll(self) -> Tensor:

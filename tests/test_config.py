@@ -70,7 +70,7 @@ def test_a_host_reports_the_nll_and_is_given_every_setting():
         ({"loss_type": "focal:gamma=-1"}, "'focal': expected gamma >= 0"),
         ({"loss_type": None}, "dft: loss_type: expected str, got None"),
         ({"mtp": "none"}, "dft: mtp: expected one of nll, same, got 'none'"),
-        ({"backend": "triton"}, "dft: backend: expected one of auto, torch, got 'triton'"),
+        ({"backend": "cuda"}, "dft: backend: expected one of auto, torch, triton, got 'cuda'"),
         ({"true_vocab_size": "7"}, "dft: true_vocab_size: expected int, got '7'"),
         ({"true_vocab_size": True}, "dft: true_vocab_size: expected int, got True"),
         ({"loss_type": "dft", "true_vocab_size": 0}, "true_vocab_size: expected .*, got 0"),

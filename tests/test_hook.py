@@ -299,7 +299,9 @@ def test_models_that_would_give_wrong_numbers_are_refused(facts, case, words):
 
 def test_a_masked_token_is_worth_nothing_whatever_its_loss():
     nll = torch.tensor([[0.5, torch.inf, torch.nan]])
-    setattr(nll, hook._STATS, TokenStats(-nll, torch.ones_like(nll, dtype=torch.bool)))
+    prob = torch.exp(-nll)
+    stats = TokenStats(-nll, torch.ones_like(nll, dtype=torch.bool), loss=prob * nll, gate=prob)
+    setattr(nll, hook._STATS, stats)
     step = hook.with_metrics(
         lambda data_iterator, model: (nll, partial(loss_func, torch.tensor([[1.0, 0.0, 0.0]]))), DFTConfig("dft")
     )

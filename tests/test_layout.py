@@ -15,13 +15,16 @@ FLOORS = {
     "version": 0,
     "stats": 0,
     "objectives": 1,
-    "reference": 1,
-    "vocab_parallel": 2,
-    "config": 3,
-    "metrics": 3,
-    "hosts": 4,
-    "launch": 5,
-    "__init__": 6,
+    "reference": 2,
+    "triton_kernels": 2,
+    "metrics": 2,
+    "autograd": 3,
+    "compiled": 4,
+    "config": 4,
+    "vocab_parallel": 5,
+    "hosts": 6,
+    "launch": 7,
+    "__init__": 8,
 }
 HOST_PACKAGES = {"megatron", "nemo", "transformers", "transformer_engine", "datasets", "apex", "lightning"}
 FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in PACKAGE.rglob("*.py")}

@@ -1,13 +1,15 @@
 """The report of a micro-batch: [sum, count] pairs that add up over micro-batches and ranks."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from formulas import FORMULAS, example, token
 
-from megatron_dft import parse_objective, vocab_stats
+from megatron_dft import parse_objective
+from megatron_dft.autograd import LossOptions, loss_and_stats
 from megatron_dft.metrics import token_metrics
 from megatron_dft.stats import ENTROPY
-from megatron_dft.vocab_parallel import LossOptions, loss_and_stats
 
 KEYS = ["dft loss", "dft prob", "dft gate", "dft accuracy"]
 
@@ -87,9 +89,15 @@ def test_without_a_target_every_pair_is_zero():
             assert not any(pair.any() for pair in report(specification, logits, *none).values())
 
 
-def test_statistics_that_were_not_computed_are_left_out():
+def test_a_statistic_that_is_not_there_is_left_out():
     logits, target, mask = make_case()
     objective = parse_objective("dft")
-    assert list(token_metrics(vocab_stats(logits, target), objective, mask)) == [*KEYS, "dft entropy"]
-    metrics = report("dft", logits.bfloat16(), target, mask.bool())  # a mask may be bool
+    _, stats = loss_and_stats(logits, target, LossOptions(objective))
+    assert list(token_metrics(replace(stats, correct=None), objective, mask)) == KEYS[:3]
+    assert list(token_metrics(replace(stats, entropy=stats.nll), objective, mask)) == [*KEYS, "dft entropy"]
+
+
+def test_a_mask_may_be_bool_and_logits_bf16():
+    logits, target, mask = make_case()
+    metrics = report("dft", logits.bfloat16(), target, mask.bool())
     assert {pair.dtype for pair in metrics.values()} == {torch.float32}

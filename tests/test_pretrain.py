@@ -166,7 +166,8 @@ def test_settings_are_refused_before_the_model_is_built(host):
 def test_the_log_says_once_what_is_different(host):
     run = host.begin(f"{MOCK} --loss-type dft --tensor-model-parallel-size 2", ranks=2)
     assert run.wait() == 0
-    assert run.output().count("> megatron_dft: objective dft replaces the cross entropy") == 1
+    said = "> megatron_dft: objective dft replaces the cross entropy; `lm loss` stays the NLL; backend torch"
+    assert run.output().count(said) == 1
     assert run.output().count("--calculate-per-token-loss makes it a mean over all tokens") == 1
 
 

@@ -3,6 +3,7 @@
 import os
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -183,6 +184,49 @@ def test_nll_is_megatrons_cross_entropy():
         torch.testing.assert_close(loss, stock_loss, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(gradient, stock_gradient, rtol=1e-6, atol=1e-6)
         assert gradient.abs().max() > 0.1
+
+
+def weight_gradients(backend):
+    """Megatron's output layer and the loss over its logits, two micro-batches: fused accumulation, deferred, plain."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import layers
+
+    # The CUDA extension that Megatron calls here, in PyTorch.
+    layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(
+        wgrad_gemm_accum_fp32=lambda rows, gradient, main_grad: main_grad.addmm_(gradient.t(), rows)
+    )
+    parallel_state.initialize_model_parallel()
+    _, target, upstream = example(6, 4, vocab=VOCAB)
+    generator = torch.Generator().manual_seed(0)
+    batches = torch.randn(2, 6, 4, 8, generator=generator)
+    weight = torch.nn.Parameter(torch.randn(VOCAB, 8, generator=generator))
+    weight.main_grad = torch.zeros(VOCAB, 8)
+    plain, deferred = torch.nn.Parameter(weight.detach().clone()), []
+    hidden_gradients = []
+    ways = [(False, plain, False, None), (True, weight, True, None), (True, weight, True, deferred)]
+    for inplace, leaf, fused, buffer in ways:
+        for batch in batches:
+            hidden = batch.clone().requires_grad_()
+            logits = layers.linear_with_grad_accumulation_and_async_allreduce(
+                hidden, leaf, None, fused, False, False, grad_output_buffer=buffer
+            )
+            loss = vocab_parallel_dft_loss(logits, target, inplace_backward=inplace, backend=backend)
+            loss.backward(upstream.float())
+            hidden_gradients.append(hidden.grad)
+    later = sum(g.flatten(0, 1).t() @ x.flatten(0, 1) for g, x in zip(deferred, batches, strict=True))
+    return plain.grad, weight.main_grad, later, hidden_gradients
+
+
+@needs_megatron
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_gradient_accumulation_fusion_takes_the_gradient_over_the_logits(backend):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    ((plain, fused, deferred, hidden),) = run_ranks(1, weight_gradients, backend)
+    torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(deferred, plain, rtol=1e-5, atol=1e-6)
+    for first, second, third in zip(hidden[:2], hidden[2:4], hidden[4:], strict=True):
+        torch.testing.assert_close((second, third), (first, first), rtol=1e-5, atol=1e-6)
 
 
 def fails_on_rank_1(how):

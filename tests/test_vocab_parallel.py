@@ -9,7 +9,8 @@ from formulas import FORMULAS, example, loss_and_gradient, token
 from torch.utils.checkpoint import checkpoint
 
 from megatron_dft import parse_objective, reference, token_loss, vocab_parallel_dft_loss, vocab_stats
-from megatron_dft.stats import COLLISION, ENTROPY, VocabShard, merge_shards, token_stats
+from megatron_dft.objectives import DFT
+from megatron_dft.stats import COLLISION, ENTROPY, VocabShard
 
 EXACT = {"rtol": 0.0, "atol": 0.0, "equal_nan": True}
 TOLERANCE = {"rtol": 0.0, "atol": 1e-12}
@@ -331,7 +332,7 @@ def test_checkpointing_and_saved_tensor_hooks_change_nothing(inplace):
 @pytest.mark.parametrize("empty", [None, 0, 1])  # and a shard whose logits are all -inf
 @pytest.mark.parametrize("apart", [3.0, 900.0])  # the shards' maxima: all of them count; e^900 overflows
 def test_any_split_of_the_vocabulary_merges_to_the_whole(width, empty, apart):
-    logits, target, _ = example(vocab=16)
+    logits, target, upstream = example(vocab=16)
     target %= 9
     logits += torch.linspace(0.0, apart, 16)
     logits[::2] = logits[::2].flip(1)
@@ -340,19 +341,16 @@ def test_any_split_of_the_vocabulary_merges_to_the_whole(width, empty, apart):
     if empty is not None and width < 16:
         parts[empty].fill_(-INF)
         target = torch.where(target // width == empty, 8, target)
-    valid = torch.ones_like(target, dtype=torch.bool)
-    sums = [reference.shard_stats(x, target, valid, s, ALL) for x, s in zip(parts, shards, strict=True)]
-    merged = merge_shards(torch.stack(sums), ALL)
-    stats = token_stats(merged, valid, 9)
+    sums = [reference.shard_stats(x, target, -100, s, ALL) for x, s in zip(parts, shards, strict=True)]
+    loss, saved, stats = reference.merge(torch.stack(sums), target, -100, 9, DFT(), ALL, "objective")
     t = token(logits[:, :9], target)
     relative = {"rtol": 1e-12, "atol": 1e-12}
-    assert_same((stats.nll, stats.entropy, stats.collision), (t.l, t.H, t.C), relative)
+    assert_same((stats.nll, stats.entropy, stats.collision, loss), (t.l, t.H, t.C, t.p * t.l), relative)
 
-    _, expected = loss_and_gradient("nll", logits, target, t.p, 9)
+    _, expected = loss_and_gradient("dft", logits, target, upstream, 9)
     gradient = torch.full_like(logits, NAN)
     for x, s in zip(parts, shards, strict=True):
-        out = gradient[:, s.start : s.start + width]
-        reference.shard_gradient(x, target, merged.maximum, merged.log_sum, t.p, s, out)
+        reference.shard_gradient(x, target, saved, upstream, s, gradient[:, s.start : s.start + width])
     assert_same((gradient,), (expected,))
 
 
@@ -429,7 +427,7 @@ def test_token_loss_refuses_what_needs_the_vocabulary(specification):
             "target: expected the device .* cpu, got meta",
         ),
         ({"value": "loss"}, "value: expected one of objective, nll, got 'loss'"),
-        ({"backend": "cuda"}, "backend: expected one of auto, torch, got 'cuda'"),
+        ({"backend": "cuda"}, "backend: expected one of auto, torch, triton, got 'cuda'"),
         ({"true_vocab_size": 0}, "true_vocab_size: expected .*, got 0"),
         ({"true_vocab_size": 9}, r"true_vocab_size: expected at most 8 \(1 shards of 8 columns\), got 9"),
     ],

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_dft.config import DFTConfig
@@ -48,6 +49,7 @@ def check_settings(settings: Any, config: DFTConfig) -> None:
             f"--loss-type {config.loss_type}: expected Megatron's own cross entropy underneath, got Transformer "
             "Engine's (--cross-entropy-fusion-impl te); omit --cross-entropy-loss-fusion, our loss is fused already"
         )
+    backend(config)
     cp = getattr(settings, "context_parallel_size", 1)
     if cp > 1 and not getattr(settings, "calculate_per_token_loss", False):
         raise ValueError(
@@ -60,6 +62,12 @@ def check_settings(settings: Any, config: DFTConfig) -> None:
             "--loss-mtp nll: expected forward passes through the model, got --overlap-moe-expert-parallel-comm, under "
             "which the heads cannot be told apart; use --loss-mtp same"
         )
+
+
+def backend(config: DFTConfig) -> str:
+    """What computes the loss of bf16 logits here; refused where it cannot run."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return config.options().kernels(device, torch.bfloat16).NAME
 
 
 def check_model(model: Any, config: DFTConfig) -> None:

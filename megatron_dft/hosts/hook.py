@@ -23,12 +23,13 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_dft.autograd import loss_and_stats
 from megatron_dft.config import DFTConfig
 from megatron_dft.hosts import compat
 from megatron_dft.metrics import token_metrics
 from megatron_dft.objectives import Objective
 from megatron_dft.stats import TokenStats
-from megatron_dft.vocab_parallel import loss_and_stats, vocab_parallel_dft_loss
+from megatron_dft.vocab_parallel import vocab_parallel_dft_loss
 
 _STATS = "megatron_dft_stats"  # on the output of the model
 _MAIN_HEAD = "megatron_dft_main_head"  # on the labels that were given to the model

@@ -119,7 +119,10 @@ def _announce(settings: Any, config: DFTConfig) -> None:
     """Say once what is different from now on; it is too early for Megatron's print_rank_0."""
     if settings.rank != 0:
         return
-    print(f"> megatron_dft: objective {config.objective} replaces the cross entropy; `lm loss` stays the NLL")
+    print(
+        f"> megatron_dft: objective {config.objective} replaces the cross entropy; `lm loss` stays the NLL; "
+        f"backend {compat.backend(config)}"
+    )
     if not getattr(settings, "calculate_per_token_loss", False):
         print(
             "> megatron_dft: the gradient is a mean of the means of micro-batches and ranks, Megatron's default, in "

@@ -1,0 +1,165 @@
+"""The loss as one autograd function: it joins a backend, the one collective, and an objective.
+
+    forward     shard statistics -> all-gather of [3..5, tokens] over the tensor-parallel group -> merge -> objective
+    backward    (upstream x gate) x (softmax - onehot), from the logits and three numbers per token; no collective
+
+Per token the forward sends 3 values (one more each for entropy and collision, when the objective needs them) and
+saves 3: the maximum, the log of the sum relative to it (together they would lose digits when logits are large) and
+the gate. The gate is never differentiated, so dL/dlogits = gate x (softmax - onehot) exactly, for every objective.
+
+A backend is a module with `shard_stats`, `merge` and `shard_gradient`: reference.py, triton_kernels.py. For
+comparison, Megatron's unfused cross entropy makes three all-reduces, overwrites fp32 logits in forward and saves a
+softmax of the size of the logits. Left out here: the output layer itself, and how a host calls this.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+from megatron_dft import reference
+from megatron_dft.objectives import Objective
+from megatron_dft.stats import TokenStats, VocabShard
+
+VALUES = ("objective", "nll")
+BACKENDS = ("auto", "torch", "triton")
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The options of `vocab_parallel_dft_loss`, checked once; a host builds them when it installs the loss."""
+
+    objective: Objective
+    tp_group: ProcessGroup | None = None
+    ignore_index: int = -100
+    value: str = "objective"
+    true_vocab_size: int | None = None
+    backend: str = "auto"
+    inplace_backward: bool = False
+
+    def __post_init__(self) -> None:
+        if self.true_vocab_size is not None and self.true_vocab_size < 1:
+            raise ValueError(f"true_vocab_size: expected at least 1, got {self.true_vocab_size}")
+        if self.value not in VALUES:
+            raise ValueError(f"value: expected one of {', '.join(VALUES)}, got {self.value!r}")
+        if self.backend not in BACKENDS:
+            raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {self.backend!r}")
+
+    def kernels(self, device: torch.device, dtype: torch.dtype) -> ModuleType:
+        """The backend for such logits. Raises ValueError where it cannot run; then no other one takes its place."""
+        automatic = "triton" if device.type == "cuda" and dtype != torch.float64 else "torch"
+        if (automatic if self.backend == "auto" else self.backend) == "torch":
+            return reference
+        try:
+            from megatron_dft import triton_kernels  # `import megatron_dft` needs torch alone
+        except ImportError as error:
+            raise ValueError(
+                "backend 'triton': expected the triton package, which CUDA builds of PyTorch bring along, got "
+                f"{error}; install it, or use backend='torch'"
+            ) from error
+        triton_kernels.check(device, dtype)
+        return triton_kernels
+
+    def shard(self, logits: Tensor) -> VocabShard:
+        """This rank's columns, after checking the vocabulary size against the width of the logits."""
+        width = logits.shape[-1]
+        ranks, rank = (1, 0) if self.tp_group is None else (self.tp_group.size(), self.tp_group.rank())
+        size = width * ranks if self.true_vocab_size is None else self.true_vocab_size
+        if size > width * ranks:
+            raise ValueError(
+                f"true_vocab_size: expected at most {width * ranks} ({ranks} shards of {width} columns), got {size}"
+            )
+        return VocabShard(rank * width, min(max(size - rank * width, 0), width), size)
+
+
+def loss_and_stats(logits: Tensor, target: Tensor, options: LossOptions) -> tuple[Tensor, TokenStats]:
+    """`vocab_parallel_dft_loss` together with the statistics that its one pass yields anyway."""
+    owners = [x for x in (logits, logits._base) if x is not None and x.is_leaf and x.requires_grad]
+    if options.inplace_backward and owners:
+        raise ValueError(
+            "inplace_backward: expected logits computed by another operation, got a leaf or a view of one, whose "
+            "values the gradient would overwrite; pass inplace_backward=False"
+        )
+    loss, *stats = _VocabParallelLoss.apply(logits, target, options)
+    logprob, valid, correct, entropy, collision, value, gate = stats
+    vocab_size = options.shard(logits).vocab_size
+    return loss, TokenStats(logprob, valid, correct, entropy, collision, vocab_size, value, gate)
+
+
+class _VocabParallelLoss(torch.autograd.Function):
+    """Joins kernels and objectives; the loss is differentiable, the statistics are not."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, target: Tensor, options: LossOptions):
+        loss, saved, stats = loss_forward(logits, target, options, options.objective.needs)
+        ctx.save_for_backward(logits, target, saved)
+        ctx.options = options
+        ctx.set_materialize_grads(False)  # no zeros for the statistics
+        extras = (stats.logprob, stats.valid, stats.correct, stats.entropy, stats.collision, stats.loss, stats.gate)
+        ctx.mark_non_differentiable(*(x for x in extras if x is not None))
+        return loss, *extras
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor, *_):
+        logits, target, saved = ctx.saved_tensors
+        return loss_backward(logits, target, saved, upstream, ctx.options, ctx.options.inplace_backward), None, None
+
+
+def loss_forward(
+    logits: Tensor, target: Tensor, options: LossOptions, needs: frozenset[str]
+) -> tuple[Tensor, Tensor, TokenStats]:
+    """The loss [...], what backward needs [3, ...], and the statistics of the whole vocabulary [...]."""
+    check(logits, target)
+    kernels, shard = options.kernels(logits.device, logits.dtype), options.shard(logits)
+    packed = kernels.shard_stats(_rows(logits), target.reshape(-1), options.ignore_index, shard, needs)
+    shards = _all_gather(packed, options.tp_group)
+    return kernels.merge(
+        shards, target.contiguous(), options.ignore_index, shard.vocab_size, options.objective, needs, options.value
+    )
+
+
+def loss_backward(
+    logits: Tensor, target: Tensor, saved: Tensor, upstream: Tensor, options: LossOptions, inplace: bool
+) -> Tensor:
+    """The gradient of the logits, over them if `inplace`."""
+    kernels, rows = options.kernels(logits.device, logits.dtype), _rows(logits)
+    out = rows if inplace else torch.empty_like(rows)
+    shard = options.shard(logits)
+    kernels.shard_gradient(rows, target.reshape(-1), saved.view(3, -1), upstream.reshape(-1), shard, out)
+    return out.view(logits.shape)
+
+
+def _rows(logits: Tensor) -> Tensor:
+    """[..., V/tp] -> [N, V/tp] with the words of a row next to each other; a copy only where memory demands it."""
+    rows = logits.reshape(-1, logits.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _all_gather(packed: Tensor, group: ProcessGroup | None) -> Tensor:
+    """[K, N] of each rank -> [R, K, N] in rank order, on every rank."""
+    if group is None or group.size() == 1:
+        return packed[None]
+    gathered = packed.new_empty(group.size() * packed.shape[0], packed.shape[1])
+    torch.distributed.all_gather_into_tensor(gathered, packed, group=group)
+    return gathered.view(group.size(), *packed.shape)
+
+
+def check(logits: Tensor, target: Tensor) -> None:
+    """Refuse what would give a wrong number; the device is never asked."""
+    if logits.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        raise ValueError(f"logits: expected bf16, fp16, fp32 or fp64, got {logits.dtype}")
+    if target.dtype != torch.int64:
+        raise ValueError(f"target: expected int64 token ids, got {target.dtype}; convert them with .long()")
+    if target.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"target: expected shape {tuple(logits.shape[:-1])} for logits {tuple(logits.shape)}, got "
+            f"{tuple(target.shape)}; Megatron's logits are [s, b, V/tp], its labels [b, s]: transpose them"
+        )
+    if target.device != logits.device:
+        raise ValueError(f"target: expected the device of the logits, {logits.device}, got {target.device}")

@@ -1,0 +1,468 @@
+"""Backend "triton": the three steps of the loss as three CUDA kernels, at the memory floor.
+
+    shard_stats      one program per row: one read of the shard, one exponential per logit
+    merge            one thread per token: the parts of all ranks -> statistics, the objective's loss and gate
+    shard_gradient   one program per tile of a row: one read and one write, over the logits if told so
+
+Per bf16 logit that is 2 bytes forward and 4 backward: nobody who is given logits, and learns what the loss is worth
+only in backward, can move less. Rows that are ignored, or whose gradient is 0, are not read; they cost the 2 bytes
+of writing zeros. Arithmetic is fp32 and every result is rounded once. There are no atomics, no autotuning, no
+launch that depends on data and no question to the device: results are the same bits every time, and all of it can be
+captured in a CUDA graph.
+
+Shape of the work: a row is cut at 16-byte boundaries into vectors of VEC logits; LANES lanes (one per thread) take
+one vector each, UNROLL at a time. Each lane keeps its own running maximum and its own sums, so the loop needs no
+barrier, and one rescaling per UNROLL x VEC logits. A vector is taken whole or not at all, so that loads stay 16 bytes
+wide for every width and row stride; the few logits before the first and behind the last boundary, the edge, are one
+more tile that is masked logit by logit. Row offsets are int64: there may be more than 2^31 logits.
+
+Left out: fp64, and the mean of `cayley`, which is not a function of one token: that objective, and those that users
+write, are applied by PyTorch operations after `merge`. The kernels run on CPU tensors when TRITON_INTERPRET=1 was
+set before triton was imported, slowly, for tests.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_dft.objectives import (
+    DEFT,
+    DFT,
+    NLL,
+    Chord,
+    Entropy,
+    Focal,
+    Luffy,
+    Mix,
+    Objective,
+    Prob,
+    Scheduled,
+    Threshold,
+    Tsallis,
+    loss_and_gate,
+)
+from megatron_dft.stats import COLLISION, ENTROPY, TokenStats, VocabShard, row_names
+
+NAME = "triton"
+LOG2_E = tl.constexpr(1.4426950408889634)
+INF = tl.constexpr(float("inf"))
+UNDERFLOW = tl.constexpr(-1e4)  # e^-1e4 is 0, and 0 * -1e4 is 0 where 0 * -inf is NaN
+UNROLL = 4
+TOKENS = 128  # of one program of `merge`
+
+# How the members of the family are computed by `_objective`: the branch and its two parameters.
+FORMS: dict[type[Objective], Callable[[Any], tuple[str, float, float]]] = {
+    NLL: lambda o: ("mix", 0.0, 1.0),
+    DFT: lambda o: ("mix", 1.0, 0.0),
+    Mix: lambda o: ("mix", o.alpha, 1.0 - o.alpha),
+    Prob: lambda o: ("power", 1.0, 0.0),
+    Tsallis: lambda o: ("power", o.q, 0.0) if o.q else ("mix", 0.0, 1.0),
+    DEFT: lambda o: ("collision power", 0.0, 0.0),
+    Threshold: lambda o: (f"{o.base} between", o.lo, o.hi),
+    Entropy: lambda o: {
+        "ratio": ("entropy", 1.0, 0.0),
+        "complement": ("entropy", -1.0, 1.0),
+        "exponential": ("exponential entropy", 0.0, 0.0),
+    }[o.form],
+    Focal: lambda o: ("focal", o.gamma, 0.0),
+    Chord: lambda o: ("chord", 0.0, 0.0),
+    Luffy: lambda o: ("luffy", o.gamma, 0.0),
+}
+
+
+def check(device: torch.device, dtype: torch.dtype) -> None:
+    """Raises ValueError for logits that these kernels cannot take."""
+    if dtype == torch.float64:
+        raise ValueError("backend 'triton': expected bf16, fp16 or fp32 logits, got fp64; use backend='torch'")
+    if device.type != "cuda" and isinstance(stats_kernel, triton.runtime.JITFunction):
+        raise ValueError(
+            f"backend 'triton': expected logits on a CUDA device, got {device.type}; use backend='torch' or 'auto'"
+        )
+
+
+def shard_stats(
+    logits: Tensor,  # [N, V/tp], words next to each other
+    target: Tensor,  # [N] int64, global ids
+    ignore_index: int,
+    shard: VocabShard,
+    needs: frozenset[str],
+) -> Tensor:  # [K, N], rows as in `stats.row_names`
+    """Sums over this shard's columns, relative to the shard's own maximum; zeros at rows that are ignored."""
+    out = torch.empty(len(row_names(needs)), len(logits), dtype=torch.float32, device=logits.device)
+    if len(logits):
+        lanes, vector = _shape(logits)
+        with torch.cuda.device_of(logits):
+            stats_kernel[(len(logits),)](
+                *(logits, target, out),
+                *(logits.stride(0), shard.columns, shard.start, shard.vocab_size, ignore_index, len(logits)),
+                *(ENTROPY in needs, COLLISION in needs, lanes, vector, UNROLL),
+                num_warps=lanes // 32,
+            )
+    return out
+
+
+def merge(
+    shards: Tensor,  # [R, K, N] each shard's sums, relative to its own maximum
+    target: Tensor,  # [...] int64, N tokens
+    ignore_index: int,
+    vocab_size: int,
+    objective: Objective,
+    needs: frozenset[str],
+    value: str,
+) -> tuple[Tensor, Tensor, TokenStats]:
+    """The loss [...], what the gradient needs [3, ...] (maximum, log of the sum, gate), and the statistics."""
+    shape, n = target.shape, target.numel()
+    result = torch.empty(shape, dtype=torch.float32, device=target.device)
+    columns = torch.empty(5 + len(needs), *shape, dtype=torch.float32, device=target.device)
+    flags = torch.empty(2, *shape, dtype=torch.bool, device=target.device)
+    then = objective.then if isinstance(objective, Scheduled) else objective
+    form, first, second = FORMS.get(type(then), lambda o: ("", 0.0, 0.0))(then)
+    blend = objective.blend(target.device) if isinstance(objective, Scheduled) and form else None
+    if n:
+        with torch.cuda.device_of(target):
+            merge_kernel[(triton.cdiv(n, TOKENS),)](
+                *(shards, target, result, columns, flags, blend),
+                *(n, len(shards), ignore_index, math.log(max(vocab_size, 2)), first, second),
+                *(form, value == "nll", blend is not None, ENTROPY in needs, COLLISION in needs, TOKENS),
+                num_warps=TOKENS // 32,
+            )
+    saved, (logprob, loss), extra = columns[:3], columns[3:5], list(columns[5:])
+    stats = TokenStats(
+        logprob=logprob,
+        valid=flags[0],
+        correct=flags[1],
+        entropy=extra.pop(0) if ENTROPY in needs else None,
+        collision=extra.pop(0) if COLLISION in needs else None,
+        vocab_size=vocab_size,
+        loss=loss,
+        gate=saved[2],
+    )
+    if not form:  # an objective that is not a function of one token's statistics, or not ours
+        for place, applied in zip((loss, saved[2]), loss_and_gate(objective, stats), strict=True):
+            place.copy_(applied)
+        result.copy_(-logprob if value == "nll" else loss)
+    return result, saved, stats
+
+
+def shard_gradient(
+    logits: Tensor,  # [N, V/tp], words next to each other
+    target: Tensor,  # [N] int64, global ids
+    saved: Tensor,  # [3, N] maximum and log-sum over the whole vocabulary, gate
+    upstream: Tensor,  # [N]
+    shard: VocabShard,
+    out: Tensor,  # [N, V/tp], may be `logits` itself
+) -> None:
+    """Write upstream x gate x (softmax - onehot) to `out`; where upstream or gate is 0, and in padding, it is 0."""
+    n, width = logits.shape
+    if n and width:
+        lanes, vector = _shape(logits)
+        tiles = triton.cdiv(width, lanes * vector * UNROLL)
+        with torch.cuda.device_of(logits):
+            gradient_kernel[(n * tiles,)](
+                *(logits, target, saved, upstream, out),
+                *(logits.stride(0), out.stride(0) - logits.stride(0), upstream.stride(0)),
+                *(width, shard.columns, shard.start, n, tiles),
+                *(lanes, vector, UNROLL),
+                num_warps=lanes // 32,
+            )
+    if out.data_ptr() == logits.data_ptr():
+        torch.autograd.graph.increment_version(out)
+
+
+def _shape(logits: Tensor) -> tuple[int, int]:
+    """LANES, and VEC: how many logits are 16 bytes."""
+    return (128 if logits.shape[1] <= 32768 else 256), 16 // logits.element_size()
+
+
+@triton.jit
+def stats_kernel(
+    X,
+    TARGET,
+    OUT,  # [K, N]
+    row_stride,
+    columns,
+    start,
+    vocab_size,
+    ignore_index,
+    n,
+    ENTROPY: tl.constexpr,
+    COLLISION: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """One row of `shard_stats`."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(TARGET + row)
+    OUT += row
+    if target == ignore_index:
+        for k in tl.static_range(3 + ENTROPY + COLLISION):
+            tl.store(OUT + k * n, 0.0)
+        return
+
+    begin = row * row_stride
+    first, vectors = _body(begin, columns, VEC)
+    unroll = tl.arange(0, UNROLL)[:, None, None]
+    lane = tl.arange(0, LANES)[None, :, None]
+    word = tl.arange(0, VEC)[None, None, :]
+    index = unroll * LANES + lane
+    m = tl.full((LANES,), -INF, tl.float32)
+    s = tl.zeros((LANES, VEC), tl.float32)
+    a = tl.zeros((LANES, VEC), tl.float32)
+    q = tl.zeros((LANES, VEC), tl.float32)
+    for i in range(0, vectors, UNROLL * LANES):
+        whole = i + index < vectors
+        x = tl.load(X + (first + i + index) * VEC + word, whole, -INF, eviction_policy="evict_first")
+        m, s, a, q = _accumulate(x.to(tl.float32), m, s, a, q, ENTROPY, COLLISION)
+    if vectors * VEC < columns:
+        column, is_edge = _edge(lane * VEC + word, first * VEC - begin, vectors * VEC, columns)
+        x = tl.load(X + begin + column, is_edge, -INF)
+        m, s, a, q = _accumulate(x.to(tl.float32), m, s, a, q, ENTROPY, COLLISION)
+
+    maximum = tl.max(m, 0)
+    shift = _difference(m, maximum)
+    scale = tl.exp2(shift * LOG2_E)
+    if ENTROPY:
+        a = (a + shift[:, None] * s) * scale[:, None]
+        tl.store(OUT + 3 * n, tl.sum(tl.sum(a, 1), 0))
+    if COLLISION:
+        q = q * (scale * scale)[:, None]
+        tl.store(OUT + (3 + ENTROPY) * n, tl.sum(tl.sum(q, 1), 0))
+    s = s * scale[:, None]
+    tl.store(OUT, maximum)
+    tl.store(OUT + n, tl.sum(tl.sum(s, 1), 0))
+    owned = (target >= start) & (target < start + columns)
+    logit = tl.load(X + begin + target - start, owned, 0.0).to(tl.float32)
+    outside = (target < 0) | (target >= vocab_size)
+    tl.store(OUT + 2 * n, tl.where(outside, float("nan"), logit))
+
+
+@triton.jit
+def _accumulate(x, m, s, a, q, ENTROPY: tl.constexpr, COLLISION: tl.constexpr):
+    """Add logits x [UNROLL, LANES, VEC] to the sums s, a, q [LANES, VEC] relative to the maxima m [LANES]."""
+    larger = tl.maximum(m, tl.max(tl.max(x, 2), 0))
+    shift = _difference(m, larger)
+    scale = tl.exp2(shift * LOG2_E)
+    distance = x - tl.where(larger == -INF, 0.0, larger)[None, :, None]
+    e = tl.exp2(distance * LOG2_E)
+    if ENTROPY:
+        a = (a + shift[:, None] * s) * scale[:, None] + tl.sum(tl.where(distance > UNDERFLOW, distance, 0.0) * e, 0)
+    if COLLISION:
+        q = q * (scale * scale)[:, None] + tl.sum(e * e, 0)
+    return larger, s * scale[:, None] + tl.sum(e, 0), a, q
+
+
+@triton.jit
+def _difference(m, larger):
+    """m - larger, and 0 where m is -inf: nothing was seen there, all sums are 0."""
+    return tl.where(m == -INF, 0.0, m - larger)
+
+
+@triton.jit
+def _body(begin, columns, VEC: tl.constexpr):
+    """Of the row that begins at a logit: the first 16-byte vector in it, and how many of them are whole."""
+    first = (begin + VEC - 1) // VEC
+    return first, tl.maximum((begin + columns) // VEC - first, 0).to(tl.int32)
+
+
+@triton.jit
+def _edge(index, head, body, end):
+    """Column of the index-th logit outside the whole vectors, [head, head + body), and whether there is one."""
+    column = tl.where(index < head, index, index + body)
+    return column, column < end
+
+
+@triton.jit
+def merge_kernel(
+    SHARDS,  # [R, K, N]
+    TARGET,
+    RESULT,  # [N]
+    COLUMNS,  # [5.., N] maximum, log-sum, gate, logprob, loss[, entropy][, collision]
+    FLAGS,  # [2, N] valid, correct
+    BLEND,  # [] of a schedule
+    n,
+    ranks,
+    ignore_index,
+    log_vocab_size,
+    first,
+    second,
+    FORM: tl.constexpr,
+    NLL: tl.constexpr,
+    SCHEDULED: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    COLLISION: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """TOKENS tokens of `merge`."""
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    real = token < n
+    valid = (tl.load(TARGET + token, real, ignore_index) != ignore_index) & real
+    COLUMNS += token
+    FLAGS += token
+    K: tl.constexpr = 3 + ENTROPY + COLLISION
+
+    maximum = tl.full((TOKENS,), -INF, tl.float32)
+    for r in range(ranks):
+        maximum = tl.maximum(maximum, tl.load(SHARDS + r * K * n + token, real, -INF))
+    s = tl.zeros((TOKENS,), tl.float32)
+    a = tl.zeros((TOKENS,), tl.float32)
+    q = tl.zeros((TOKENS,), tl.float32)
+    target_logit = tl.zeros((TOKENS,), tl.float32)
+    for r in range(ranks):  # in the order of the ranks: the same bits on each of them
+        part = SHARDS + r * K * n + token
+        shift = _difference(tl.load(part, real, -INF), maximum)
+        scale = tl.exp(shift)
+        part_s = tl.load(part + n, real, 0.0)
+        s += part_s * scale
+        target_logit += tl.load(part + 2 * n, real, 0.0)
+        if ENTROPY:
+            a += (tl.load(part + 3 * n, real, 0.0) + shift * part_s) * scale
+        if COLLISION:
+            q += tl.load(part + (3 + ENTROPY) * n, real, 0.0) * (scale * scale)
+
+    log_sum = tl.log(s)
+    distance = target_logit - maximum
+    logprob = distance - log_sum
+    logprob = tl.where(logprob > 0.0, 0.0, logprob)  # rounding can leave +1e-7; a NaN stays
+    logprob = tl.where(valid, logprob, 0.0)
+    entropy = log_sum - a / s
+    entropy = tl.where(valid, tl.where(entropy < 0.0, 0.0, entropy), 0.0)
+    collision = q / (s * s)
+    collision = tl.where(valid, tl.where(collision > 1.0, 1.0, collision), 0.0)
+    if FORM != "":
+        loss, gate = _objective(logprob, entropy / log_vocab_size, entropy, collision, first, second, FORM)
+        if SCHEDULED:
+            blend = tl.load(BLEND).to(tl.float32)
+            loss = _share(1.0 - blend, -logprob) + _share(blend, loss)
+            gate = (1.0 - blend) + _share(blend, gate)
+        loss = tl.where(valid, loss, 0.0)
+        gate = tl.where(valid, tl.where(logprob != logprob, logprob, gate), 0.0)
+        tl.store(COLUMNS + 2 * n, gate, real)
+        tl.store(COLUMNS + 4 * n, loss, real)
+        tl.store(RESULT + token, -logprob if NLL else loss, real)
+    tl.store(COLUMNS, maximum, real)
+    tl.store(COLUMNS + n, log_sum, real)
+    tl.store(COLUMNS + 3 * n, logprob, real)
+    if ENTROPY:
+        tl.store(COLUMNS + 5 * n, entropy, real)
+    if COLLISION:
+        tl.store(COLUMNS + (5 + ENTROPY) * n, collision, real)
+    tl.store(FLAGS, valid, real)
+    tl.store(FLAGS + n, valid & (distance >= 0.0), real)
+
+
+@triton.jit
+def _objective(logprob, uncertainty, entropy, collision, first, second, FORM: tl.constexpr):
+    """Loss and gate, as in objectives.py; uncertainty is H / ln V."""
+    prob = tl.exp(logprob)
+    if FORM == "power" or FORM == "collision power":
+        a = first if FORM == "power" else tl.maximum(collision, 1e-38)
+        gate = tl.exp(a * logprob)
+        loss = -_expm1(a * logprob) / a
+    elif FORM == "nll between" or FORM == "prob between":
+        outside = (prob < first) | (prob > second)
+        gate = tl.where(outside, 0.0, 1.0 if FORM == "nll between" else prob)
+        loss = tl.where(outside, 0.0, -logprob if FORM == "nll between" else -_expm1(logprob))
+    elif FORM == "luffy":
+        gate = first * prob / ((prob + first) * (prob + first))
+        loss = first / (prob + first)
+    else:
+        if FORM == "mix":
+            gate = first * prob + second
+        elif FORM == "focal":
+            gate = _pow(-_expm1(logprob), first)
+        elif FORM == "chord":
+            gate = prob * -_expm1(logprob)
+        elif FORM == "entropy":
+            gate = first * tl.where(uncertainty > 1.0, 1.0, uncertainty) + second
+        else:
+            tl.static_assert(FORM == "exponential entropy")
+            gate = tl.exp(-entropy)
+        loss = _share(gate, -logprob)
+    return loss, gate
+
+
+@triton.jit
+def _share(part, x):
+    """part * x, and 0 of anything is 0."""
+    return tl.where(part == 0.0, 0.0, part * x)
+
+
+@triton.jit
+def _pow(x, y):
+    """x^y for x in [0, 1] and y >= 0; 0^0 is 1."""
+    return tl.where(y == 0.0, 1.0, tl.where(x == 0.0, 0.0, tl.exp2(y * tl.log2(x))))
+
+
+@triton.jit
+def _expm1(x):
+    """e^x - 1 for x <= 0; by its series where the difference would lose digits."""
+    series = 1.0 + x / 9.0
+    for i in tl.static_range(7):
+        series = 1.0 + x / (8.0 - i) * series
+    return tl.where(x > -0.7, x * series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def gradient_kernel(
+    X,
+    TARGET,
+    SAVED,  # [3, N]
+    UPSTREAM,
+    OUT,
+    row_stride,
+    out_stride_difference,  # of a row in OUT: as a difference, 0 in place, it shows that OUT is cut at the same words
+    upstream_stride,
+    width,
+    columns,
+    start,
+    n,
+    tiles,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """One tile of a row of `shard_gradient`."""
+    program = tl.program_id(0)
+    row = (program // tiles).to(tl.int64)
+    tile = program % tiles
+    upstream = tl.load(UPSTREAM + row * upstream_stride).to(tl.float32)
+    gate = tl.load(SAVED + 2 * n + row)
+    maximum = tl.load(SAVED + row)
+    log_sum = tl.load(SAVED + n + row)
+    target = tl.load(TARGET + row) - start
+
+    coefficient = tl.where((upstream == 0.0) | (gate == 0.0), 0.0, upstream * gate)
+    begin = row * row_stride
+    first, vectors = _body(begin, width, VEC)
+    head = (first * VEC - begin).to(tl.int32)
+    OUT += row * out_stride_difference
+    lane = tl.arange(0, LANES)[None, :, None]
+    word = tl.arange(0, VEC)[None, None, :]
+    index = tile * UNROLL * LANES + tl.arange(0, UNROLL)[:, None, None] * LANES + lane
+    whole = index < vectors
+    column = head + index * VEC + word
+    _write_error(X, OUT, (first + index) * VEC + word, whole, column, columns, target, maximum, log_sum, coefficient)
+    if (tile == 0) & (vectors * VEC < width):
+        edge, is_edge = _edge(lane * VEC + word, head, vectors * VEC, width)
+        _write_error(X, OUT, begin + edge, is_edge, edge, columns, target, maximum, log_sum, coefficient)
+
+
+@triton.jit
+def _write_error(X, OUT, offset, mask, column, columns, target, maximum, log_sum, coefficient):
+    """coefficient x (softmax - onehot) of the logits at offset; without reading them where it is 0."""
+    if coefficient == 0.0:
+        tl.store(OUT + offset, tl.zeros(offset.shape, OUT.dtype.element_ty), mask)
+    else:
+        x = tl.load(X + offset, mask, 0.0, eviction_policy="evict_first").to(tl.float32)
+        softmax = tl.exp2((x - maximum) * LOG2_E) * (coefficient * tl.exp(-log_sum))
+        error = tl.where(column == target, softmax - coefficient, softmax)
+        error = tl.where(column < columns, error, 0.0)
+        tl.store(OUT + offset, error.to(OUT.dtype.element_ty), mask)

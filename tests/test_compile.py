@@ -1,0 +1,104 @@
+"""torch.compile sees the loss as one operator forward and one backward, of either backend; no graph is broken."""
+
+import pytest
+import torch
+from formulas import example
+
+from megatron_dft import compiled, parse_objective, vocab_parallel_dft_loss
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EXACT = {"rtol": 0.0, "atol": 0.0}
+SPECIFICATIONS = ["nll", "dft", "deft", "entropy:form=complement", "cayley", "dft:start=2,ramp=4"]
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request):
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _from_the_start():
+    torch._dynamo.reset()
+
+
+def make_case():
+    logits, target, upstream = (x.to(DEVICE) for x in example(4, 2))
+    return logits.float().requires_grad_(), target, upstream.float()
+
+
+def run(function, logits, target, upstream, *others):
+    loss = function(logits, target, *others)
+    return loss.detach(), torch.autograd.grad(loss, logits, upstream)[0]
+
+
+def both(function, *case):
+    """What the function gives in eager mode, and compiled into a single graph."""
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    return run(function, *case), run(compiled, *case)
+
+
+@pytest.mark.parametrize("value", ["objective", "nll"])
+@pytest.mark.parametrize("specification", SPECIFICATIONS)
+def test_a_compiled_function_has_the_same_bits(specification, value, backend):
+    objective = parse_objective(specification)
+    objective.begin(4)
+
+    def function(logits, target):
+        return vocab_parallel_dft_loss(2.0 * logits, target, objective=objective, value=value, backend=backend)
+
+    eager, compiled = both(function, *make_case())
+    torch.testing.assert_close(compiled, eager, **EXACT)
+    assert eager[1].abs().max() > 0.0
+
+
+def test_options_are_those_of_the_call(backend):
+    """Specifications, objects and other options, one after the other through the same function, and once more."""
+
+    def function(logits, target, objective, size, ignored):
+        options = {"true_vocab_size": size, "ignore_index": ignored, "backend": backend, "inplace_backward": True}
+        return vocab_parallel_dft_loss(2.0 * logits, target, objective=objective, **options)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    logits, target, upstream = make_case()
+    target = target.clamp(max=7)
+    tsallis = [parse_objective(f"tsallis:q={q}") for q in (0.3, 0.6)]
+    seen = set()
+    for others in [("dft", None, -100), ("nll", None, -100), (tsallis[0], 9, -100), (tsallis[1], 9, 3)] * 2:
+        case = (logits, target.masked_fill(target == -100, others[2]), upstream, *others)
+        eager = run(function, *case)
+        torch.testing.assert_close(run(compiled, *case), eager, **EXACT)
+        seen.add(eager[0].sum().item())
+    assert len(seen) == 4
+
+
+def test_a_schedule_moves_on_in_the_compiled_graph(backend):
+    objective = parse_objective("dft:start=0,ramp=4")
+
+    def function(logits, target):
+        return vocab_parallel_dft_loss(2.0 * logits, target, objective=objective, backend=backend)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    case, sums = make_case(), []
+    for iteration in (1, 2, 4):
+        objective.begin(iteration)
+        torch.testing.assert_close(run(compiled, *case), run(function, *case), **EXACT)
+        sums.append(run(compiled, *case)[0].sum().item())
+    assert len(set(sums)) == 3
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 3), (0,)])
+def test_the_operators_keep_pytorchs_rules(shape, backend):
+    """Schema, fake tensors, autograd registration, and dynamic shapes."""
+    logits, target, _ = (x.to(DEVICE) for x in example(*shape))
+    if not target.numel():
+        logits, target = logits[:0], target[:0]
+    arguments = (logits.float().requires_grad_(), target.clamp(max=8), "deft", None, -100, "nll", 9, backend)
+    torch.library.opcheck(compiled.loss_operator, arguments)
+
+
+def test_a_wrong_shape_is_refused_when_the_graph_is_made(backend):
+    compiled = torch.compile(lambda x, t: vocab_parallel_dft_loss(x, t, backend=backend), backend="aot_eager")
+    with pytest.raises(Exception, match=r"target: expected shape \(4, 2\)"):
+        compiled(torch.zeros(4, 2, 5, device=DEVICE), torch.zeros(2, 4, dtype=torch.int64, device=DEVICE))

@@ -1,0 +1,136 @@
+"""What only a GPU can show: no waiting, captured graphs, memory, determinism, more than 2^31 logits (`make gpu`)."""
+
+import pytest
+import torch
+from formulas import example
+from test_vocab_parallel import floor
+
+from megatron_dft import parse_objective, vocab_parallel_dft_loss
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+EXACT = {"rtol": 0.0, "atol": 0.0, "equal_nan": True}
+MIB = 1 << 20
+SPECIFICATIONS = ["dft", "nll", "deft", "entropy", "threshold", "luffy", "cayley"]
+
+
+def make_case(tokens, vocab, dtype=torch.bfloat16, seed=0):
+    """Logits [N, V], targets that count, every third token masked, upstream gradients."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    logits = torch.empty(tokens, vocab, device="cuda", dtype=dtype).normal_(generator=generator)
+    target = torch.randint(vocab, (tokens,), device="cuda", generator=generator)
+    logits[torch.arange(tokens, device="cuda"), target] += 8.0
+    upstream = torch.randn(tokens, device="cuda", generator=generator)
+    target[::3] = -100
+    return logits, target, upstream
+
+
+def run(source, target, upstream, **options):
+    logits = source.detach().requires_grad_() * 1
+    loss = vocab_parallel_dft_loss(logits, target, inplace_backward=True, **options)
+    return loss.detach(), torch.autograd.grad(loss, logits, upstream)[0]
+
+
+@pytest.mark.parametrize("specification", SPECIFICATIONS)
+@pytest.mark.parametrize(("tokens", "vocab"), [(256, 128256), (100, 151936), (512, 16032), (300, 50257)])
+def test_triton_is_torch_in_fp64(tokens, vocab, specification):
+    logits, target, upstream = make_case(tokens, vocab)
+    loss, gradient = run(logits, target, upstream, objective=specification)
+    truth = run(logits.double(), target, upstream.double(), objective=specification, backend="torch")
+    torch.testing.assert_close(loss.double(), truth[0], rtol=1e-5, atol=1e-5)
+    half = 2**-8 * 1.02  # half a unit of bf16, and a little for fp32
+    torch.testing.assert_close(gradient.double(), truth[1], rtol=half, atol=1e-7)
+
+
+def test_the_gradient_is_rounded_once():
+    logits, target, upstream = (x.cuda() for x in example(40, vocab=1009))
+    logits = logits.bfloat16()
+    target = target.clamp(min=0)
+    _, gradient = run(logits, target, upstream.float())
+    truth = run(logits.double(), target, upstream, backend="torch")[1]
+    unit = torch.ldexp(torch.full_like(truth, 2.0**-7), truth.frexp().exponent - 1)
+    slack = floor(logits.double(), target, upstream)[1]
+    assert ((gradient.double() - truth).abs() <= 0.5 * unit.clamp(min=2.0**-133) + slack).all()
+
+
+@pytest.mark.parametrize("specification", SPECIFICATIONS)
+def test_every_run_has_the_same_bits(specification):
+    case = make_case(2048, 50304)
+    first = run(*case, objective=specification)
+    for _ in range(3):
+        torch.testing.assert_close(run(*case, objective=specification), first, **EXACT)
+
+
+@pytest.mark.parametrize("specification", [*SPECIFICATIONS, "dft:start=1,ramp=4"])
+def test_nothing_waits_for_the_device(specification):
+    objective = parse_objective(specification)
+    objective.begin(2)
+    case = make_case(64, 1024)
+    run(*case, objective=objective, value="nll")  # compiled
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(*case, objective=objective, value="nll")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("specification", [*SPECIFICATIONS, "dft:start=1,ramp=4"])
+def test_a_captured_graph_follows_its_inputs_and_the_schedule(specification):
+    objective = parse_objective(specification)
+    objective.begin(2)
+    source, target, upstream = make_case(96, 2000)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            run(source, target, upstream, objective=objective)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(source, target, upstream, objective=objective)
+    for seed in (1, 2):
+        for static, fresh in zip((source, target, upstream), make_case(96, 2000, seed=seed), strict=True):
+            static.copy_(fresh)
+        objective.begin(2 + seed)
+        graph.replay()
+        torch.testing.assert_close(captured, run(source, target, upstream, objective=objective), **EXACT)
+
+
+@pytest.mark.parametrize(("specification", "inplace"), [("dft", True), ("deft", True), ("dft", False)])
+def test_extra_memory_is_a_few_numbers_per_token(specification, inplace):
+    source, target, upstream = make_case(4096, 32768)
+    for measured in (False, True):
+        logits = source.requires_grad_() * 1
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss = vocab_parallel_dft_loss(logits, target, objective=specification, inplace_backward=inplace)
+        gradient = torch.autograd.grad(loss, logits, upstream)[0]
+        extra = torch.cuda.max_memory_allocated() - before - (0 if inplace else gradient.nbytes)
+        assert not measured or extra < MIB
+        del logits, loss, gradient
+
+
+def test_more_than_two_to_the_31_logits():
+    source, target, upstream = make_case(17000, 128256)
+    assert source.numel() > 1 << 31
+    last = run(source[-4:].clone(), target[-4:], upstream[-4:])
+    loss = vocab_parallel_dft_loss(source.requires_grad_(), target)
+    (gradient,) = torch.autograd.grad(loss, source, upstream)
+    torch.testing.assert_close((loss[-4:].detach(), gradient[-4:]), last, **EXACT)
+    assert not gradient[::3].any()
+
+
+def test_a_function_compiled_by_inductor_has_the_same_bits():
+    case = make_case(64, 1000)
+
+    def function(logits, target):
+        return vocab_parallel_dft_loss(logits, target, objective="deft")
+
+    compiled = torch.compile(function, fullgraph=True)
+    results = []
+    for call in (function, compiled):
+        leaf = case[0].clone().requires_grad_()
+        loss = call(leaf, case[1])
+        results.append((loss.detach(), torch.autograd.grad(loss, leaf, case[2])[0]))
+    torch.testing.assert_close(results[1], results[0], **EXACT)

@@ -1,0 +1,505 @@
+"""The Triton kernels: on a GPU where there is one, otherwise in Triton's interpreter (conftest.py).
+
+Truth is the formula in fp64 and the torch backend. The interpreter truncates to bf16 where a GPU rounds, so there the
+gradient is given twice the unit in the last place. What a GPU makes of the kernels is in test_triton_compiled.py and
+test_gpu.py.
+"""
+
+import ctypes
+import math
+import mmap
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from formulas import FORMULAS, example, loss_and_gradient, token
+from ranks import run_ranks
+from test_vocab_parallel import LAYOUTS, floor
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from megatron_dft import DFTConfig, objectives, parse_objective, vocab_parallel_dft_loss, vocab_stats
+from megatron_dft.autograd import LossOptions, loss_and_stats
+from megatron_dft.objectives import Objective
+from megatron_dft.stats import COLLISION, ENTROPY, VocabShard
+
+triton_kernels = pytest.importorskip("megatron_dft.triton_kernels")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = DEVICE == "cpu"
+EXACT = {"rtol": 0.0, "atol": 0.0, "equal_nan": True}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+PRESENT = [torch.float32, torch.bfloat16]
+SCHEDULES = ["dft:start=2,ramp=4", "deft:start=0,ramp=8", "cayley:start=2,ramp=4"]
+
+
+def run(logits, target, upstream, backend="triton", layout=lambda x: x, **options):
+    """Loss and gradient on the CPU; the logits are the output of another operation, `layout`, as a model's are."""
+    leaf = logits.to(DEVICE, copy=True).requires_grad_()
+    loss = vocab_parallel_dft_loss(layout(leaf * 1), target.to(DEVICE), backend=backend, **options)
+    loss.backward(upstream.to(DEVICE, loss.dtype))
+    return loss.detach().cpu(), leaf.grad.cpu()
+
+
+def rounding(gradient, dtype):
+    """How far a gradient in this dtype may be from the truth by rounding alone."""
+    if dtype == torch.float32:
+        return torch.zeros_like(gradient)
+    info = torch.finfo(dtype)
+    unit = torch.ldexp(torch.full_like(gradient, info.eps), gradient.frexp().exponent - 1)
+    return unit.clamp(min=info.smallest_normal * info.eps) * (1.0 if INTERPRETED and dtype == torch.bfloat16 else 0.5)
+
+
+def assert_true(case, dtype, specification="dft", **options):
+    """Loss and gradient are the formula's, to a few roundings of fp32 and the single one of the result."""
+    logits, target, upstream = case
+    logits, upstream = logits.to(dtype), upstream.float()
+    vocab = options.get("true_vocab_size")
+    loss, gradient = loss_and_gradient(specification, logits, target, upstream, vocab)
+    slack = floor(logits[..., :vocab], target, torch.ones_like(upstream))[0].double()
+    actual_loss, actual_gradient = run(logits, target, upstream, objective=specification, **options)
+    assert (actual_loss.dtype, actual_gradient.dtype) == (torch.float32, dtype)
+    assert ((actual_loss.double() - loss).abs() <= 2 * slack).all()
+    size = gradient.abs().amax(-1, keepdim=True) + 1e-30
+    allowed = rounding(gradient, dtype) + 2 * slack[..., None] * (size + upstream.double().abs()[..., None])
+    assert ((actual_gradient.double() - gradient).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("value", ["objective", "nll"])
+@pytest.mark.parametrize("specification", [*FORMULAS, *SCHEDULES])
+def test_every_objective_is_that_of_the_torch_backend(specification, value):
+    """To a few roundings, statistics included; cayley and what users write are applied after the kernel."""
+    logits, target, upstream = example(12)
+    objective = parse_objective(specification)
+    objective.begin(5)
+    results = []
+    for backend in ("triton", "torch"):
+        leaf = logits.float().to(DEVICE).requires_grad_()
+        options = LossOptions(objective, value=value, backend=backend)
+        loss, stats = loss_and_stats(leaf * 1, target.to(DEVICE), options)
+        loss.backward(upstream.to(DEVICE, torch.float32))
+        extras = (stats.entropy, stats.collision)
+        assert [x is None for x in extras] == [ENTROPY not in objective.needs, COLLISION not in objective.needs]
+        extras = [x for x in extras if x is not None]
+        results.append((loss, leaf.grad, stats.logprob, stats.loss, stats.gate, *extras))
+        results[-1] += (stats.valid, stats.correct)
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("specification", FORMULAS)
+def test_every_objective_is_its_formula(specification):
+    assert_true(example(12), torch.float32, specification)
+
+
+@pytest.mark.parametrize("specification", ["tsallis:q=0.001", "tsallis:q=0.01"])
+def test_small_exponents_keep_their_digits(specification):
+    """(1 - p^q) / q, where 1 - p^q is small."""
+    case = [x.float() if x.is_floating_point() else x for x in example(12)]
+    ours, theirs = (run(*case, backend=backend, objective=specification)[0] for backend in ("triton", "torch"))
+    torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-7)
+
+
+# Around one vector (4 or 8 logits), the 128 and 256 lanes, one and several tiles of them, and the next table entry.
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [1, 2, 3, 7, 8, 9, 1009, 1024, 4095, 4096, 4104, 8191, 9000, 33000])
+def test_any_width(vocab, dtype):
+    logits, target, upstream = example(3, vocab=vocab)
+    target = torch.tensor([vocab - 1, -100, 0])
+    assert_true((logits, target, upstream), dtype)
+
+
+@pytest.mark.parametrize("specification", ["deft", "entropy:form=ratio"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [9, 4099, 33001])
+def test_more_statistics_at_any_width(vocab, dtype, specification):
+    assert_true(example(3, vocab=vocab), dtype, specification)
+
+
+@pytest.mark.parametrize("columns", [1, 9, 64, 67])  # of 75 and 80; 9 is one vector and one word
+@pytest.mark.parametrize("width", [75, 80])
+def test_padding_is_never_looked_at_and_gets_no_gradient(width, columns):
+    logits, target, upstream = example(4, vocab=width)
+    target = torch.where(target >= columns, target % columns, target)
+    logits[..., columns:] = torch.tensor([math.nan, math.inf, 1e4, 0.0]).repeat(30)[: width - columns]
+    assert_true((logits, target, upstream), torch.bfloat16, true_vocab_size=columns)
+    _, gradient = run(logits.bfloat16(), target, upstream, true_vocab_size=columns)
+    assert not gradient[:, columns:].any()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", PRESENT)
+def test_any_strides(dtype, layout, inplace):
+    logits, target, upstream = example(4, 2, vocab=37)  # rows begin anywhere between the 16-byte boundaries
+    logits = logits.to(dtype)
+    expected = run(logits, target, upstream)
+    transposed = target.t().contiguous().t()
+    actual = run(logits, transposed, upstream, layout=LAYOUTS[layout], inplace_backward=inplace)
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (0,), (2, 0), (2, 3, 2)])
+def test_any_leading_shape(shape):
+    logits, target, upstream = (x[0] for x in example(1, *shape, seed=3))
+    loss, gradient = run(logits.float(), target, upstream)
+    expected = run(logits.float(), target, upstream, backend="torch")
+    torch.testing.assert_close((loss, gradient), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_upstream_gradients_of_any_stride():
+    """An expanded one, as that of loss.sum(), and every second column of another."""
+    logits, target, upstream = example(6)
+    for strided in (torch.tensor(2.0).expand(6), torch.stack([upstream.float()] * 2, 1)[:, 1]):
+        expected = run(logits.float(), target, strided.contiguous())
+        torch.testing.assert_close(run(logits.float(), target, strided), expected, **EXACT)
+
+
+def rows_far_apart():
+    """Three rows, 2^30 logits apart; only their own memory is touched."""
+    logits, target, upstream = (x.to(DEVICE) for x in example(3, vocab=50))
+    memory = torch.empty((1 << 31) + 50, dtype=torch.bfloat16, device=DEVICE)
+    rows = memory.as_strided((3, 50), (1 << 30, 1))
+    rows.copy_(logits)
+    target = target.clamp(min=0)
+    packed = triton_kernels.shard_stats(rows, target, -100, VocabShard(0, 50, 50), frozenset())
+    loss, saved, _ = triton_kernels.merge(packed[None], target, -100, 50, objectives.DFT(), frozenset(), "objective")
+    triton_kernels.shard_gradient(rows, target, saved, upstream.float(), VocabShard(0, 50, 50), rows)
+    expected = run(logits.cpu().bfloat16(), target.cpu(), upstream.cpu())
+    torch.testing.assert_close((loss.cpu(), rows.cpu()), expected, **EXACT)
+    print("done")
+
+
+def in_a_process(call):
+    """Run a function of this file where it may crash."""
+    command = [sys.executable, "-c", f"import conftest, test_triton; test_triton.{call}"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+
+
+def test_rows_beyond_two_to_the_31():
+    out = in_a_process("rows_far_apart()")
+    assert "done" in out.stdout, out.stderr
+
+
+@pytest.mark.parametrize("shift", [500.0, -500.0, 1e4, -1e4])
+def test_shifted_logits_give_the_same_bits(shift):
+    logits, target, upstream = example(5)
+    logits = (logits * 64).round().float() / 64  # the shift is exact
+    expected = run(logits, target, upstream, objective="entropy")
+    torch.testing.assert_close(run(logits + shift, target, upstream, objective="entropy"), expected, **EXACT)
+
+
+BROKEN = ["nan", "inf", "inf target", "all -inf", "id -1", "id V", "id far", "id padding"]
+
+
+@pytest.mark.parametrize("specification", ["nll", "dft", "deft", "entropy", "threshold", "luffy", "cayley"])
+@pytest.mark.parametrize("broken", BROKEN)
+def test_broken_input_poisons_its_token_alone(broken, specification):
+    logits, target, upstream = (x.float() if x.is_floating_point() else x for x in example(4))
+    where, column = 2, int(target[2])
+    options = {"objective": specification, "true_vocab_size": 10}
+    target[target == 10] = 9
+    expected = run(logits, target.index_fill(0, torch.tensor(where), -100), upstream, **options)
+    if broken.startswith("id"):
+        target[where] = {"id -1": -1, "id V": 11, "id far": 1 << 40, "id padding": 10}[broken]
+    elif broken == "all -inf":
+        logits[where] = -math.inf
+    else:
+        logits[where, column if "target" in broken else (column + 1) % 10] = math.nan if broken == "nan" else math.inf
+    loss, gradient = run(logits, target, upstream, **options)
+    assert loss[where].isnan() and gradient[where, :10].isnan().all()
+    loss[where] = gradient[where] = 0.0
+    torch.testing.assert_close((loss, gradient), expected, **EXACT)
+
+
+@pytest.mark.parametrize("specification", FORMULAS)
+def test_impossible_words_and_targets_are_defined(specification):
+    logits, target, upstream = example(6)
+    rows = (target != -100).nonzero()[:, 0]
+    logits[rows, (target[rows] + 1) % 11] = -math.inf
+    assert_true((logits, target, upstream), torch.float32, specification)
+    logits[3, target[3]] = -math.inf
+    loss, gradient = run(logits.float(), target, upstream, objective=specification)
+    assert not loss.isnan().any() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("specification", ["nll", "dft", "deft", "entropy", "luffy", "cayley"])
+def test_a_masked_token_contributes_exactly_nothing(specification, inplace):
+    logits, target, upstream = (x.float() if x.is_floating_point() else x for x in example(11))
+    clean = run(logits, target, upstream, objective=specification, inplace_backward=inplace)
+    logits[0::5] = torch.tensor([math.nan, math.inf, -math.inf])[:, None]
+    upstream[5] = math.nan
+    broken = run(logits, target, upstream, objective=specification, inplace_backward=inplace)
+    torch.testing.assert_close(broken, clean, **EXACT)
+    assert not clean[0][::5].any() and not clean[1][::5].any()
+
+
+def read_only_what_counts(kind):
+    """In a process of its own: rows that must not be read lie on pages whose reading kills the process."""
+    width = mmap.PAGESIZE // 4
+    memory = mmap.mmap(-1, 4 * mmap.PAGESIZE)
+    logits = torch.frombuffer(memory, dtype=torch.float32).view(4, width)
+    logits.copy_(torch.arange(4 * width).view(4, width) % 7)
+    target = torch.tensor([3, 5, 7, 9])
+    upstream = torch.tensor([1.0, 0.0 if kind == "worthless" else 1.0, 1.0, 1.0])
+
+    def forbid(row):
+        page = ctypes.c_void_p(logits[row].data_ptr())
+        assert ctypes.CDLL(None).mprotect(page, ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+
+    if kind == "masked":
+        target[1] = -100
+    if kind != "worthless":
+        forbid(1)
+    loss = vocab_parallel_dft_loss(logits.requires_grad_(), target, backend="triton")
+    if kind == "worthless":
+        forbid(1)
+    loss.backward(upstream)
+    assert not logits.grad[1].any() and logits.grad[[0, 2, 3]].all()
+    print("done")
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs memory of the CPU")
+@pytest.mark.parametrize(("kind", "code"), [("masked", 0), ("worthless", 0), ("read", -11)])
+def test_rows_that_do_not_count_are_not_read(kind, code):
+    """Masked ones never; those whose gradient is nothing not in backward. The third case: the guard works."""
+    out = in_a_process(f"read_only_what_counts({kind!r})")
+    assert out.returncode == code and ("done" in out.stdout) == (code == 0), out.stderr
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that PyTorch runs, our own operators' insides left out."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(function.__name__.split(".")[0])
+        return function(*args, **(kwargs or {}))
+
+    def __enter__(self):
+        self.seen = []
+        return super().__enter__()
+
+
+class Recorder:
+    """In the place of a kernel: notes its launch, and hides what the interpreter does for it."""
+
+    def __init__(self, kernel, name, launches):
+        self.kernel, self.name, self.launches = kernel, name, launches
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            self.launches.append(self.name)
+            with torch.utils._python_dispatch._disable_current_modes():
+                self.kernel[grid](*args, **kwargs)
+
+        return launch
+
+
+@pytest.mark.parametrize("specification", ["nll", "dft", "deft", "entropy", "threshold", "luffy", "dft:start=1,ramp=2"])
+def test_the_loss_is_three_kernels_and_nothing_else(specification, monkeypatch):
+    """No operation reads or writes values but the kernels: nothing waits for the device, nothing is launched beside."""
+    logits, target, upstream = (x.to(DEVICE) for x in example(4, 2))
+    upstream, output = upstream.float(), logits.float().requires_grad_() * 1
+    launches = []
+    for name in ("stats_kernel", "merge_kernel", "gradient_kernel"):
+        kernel = getattr(triton_kernels, name)
+        monkeypatch.setattr(triton_kernels, name, Recorder(kernel, name, launches))
+    objective = parse_objective(specification)
+    objective.begin(2)
+    options = LossOptions(objective, value="nll", backend="triton", inplace_backward=True)
+    getattr(objective, "blend", lambda device: None)(output.device)  # a copy to the device, once in a run
+    with Operations() as operations:
+        loss, _ = loss_and_stats(output, target, options)
+        torch.autograd.grad(loss, output, upstream)
+    moves_nothing = {"empty", "view", "unsqueeze", "slice", "select", "unbind", "detach", "alias"}
+    assert launches == ["stats_kernel", "merge_kernel", "gradient_kernel"]
+    assert set(operations.seen) <= moves_nothing, operations.seen
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forward_never_writes_and_backward_writes_over_the_logits(dtype):
+    logits, target, upstream = example(4, 2, vocab=41)
+    logits = logits.to(DEVICE, dtype).requires_grad_()
+    target, upstream = target.to(DEVICE), upstream.to(DEVICE, torch.float32)
+    _, expected = run(logits.detach().cpu(), target.cpu(), upstream.cpu())
+    output = logits * 1
+    before, version = output.detach().clone(), output._version
+    loss = vocab_parallel_dft_loss(output, target, backend="triton", inplace_backward=True)
+    vocab_stats(output, target, backend="triton")
+    assert torch.equal(output, before) and output._version == version
+    (gradient,) = torch.autograd.grad(loss, output, upstream)
+    assert gradient.data_ptr() == output.data_ptr() and output._version > version
+    torch.testing.assert_close(gradient.cpu(), expected, **EXACT)
+
+
+def test_whoever_uses_overwritten_logits_gets_an_error():
+    logits, target, _ = (x.to(DEVICE) for x in example(4))
+    output = logits.float().requires_grad_() * 1
+    other = output.square().sum()
+    loss = vocab_parallel_dft_loss(output, target, backend="triton", inplace_backward=True).sum()
+    loss.backward(retain_graph=True)
+    for again in (loss, other):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            again.backward()
+
+
+def test_a_second_backward_out_of_place_gives_the_same():
+    logits, target, upstream = (x.to(DEVICE) for x in example(4))
+    leaf = logits.float().requires_grad_()
+    loss = vocab_parallel_dft_loss(leaf, target, backend="triton")
+    first, second = (torch.autograd.grad(loss, leaf, upstream.float(), retain_graph=True)[0] for _ in range(2))
+    torch.testing.assert_close(first, second, **EXACT)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_checkpointing_and_saved_tensor_hooks_change_nothing(inplace):
+    logits, target, upstream = (x.to(DEVICE) for x in example(6))
+    logits, upstream = logits.float(), upstream.float()
+    expected = run(logits.cpu(), target.cpu(), upstream.cpu())
+
+    def function(x):
+        return vocab_parallel_dft_loss(x * 1, target, backend="triton", inplace_backward=inplace)
+
+    def saved_on_cpu(x):
+        with torch.autograd.graph.save_on_cpu():
+            return function(x)
+
+    for use in (
+        saved_on_cpu,
+        lambda x: checkpoint(function, x, use_reentrant=False),
+        lambda x: checkpoint(function, x, use_reentrant=True),
+    ):
+        leaf = logits.clone().requires_grad_()
+        loss = use(leaf)
+        loss.backward(upstream)
+        torch.testing.assert_close((loss.detach().cpu(), leaf.grad.cpu()), expected, **EXACT)
+
+
+@pytest.mark.parametrize("value", ["objective", "nll"])
+def test_the_loss_owns_its_memory(value):
+    logits, target, _ = (x.to(DEVICE) for x in example(4, 2))
+    loss = vocab_parallel_dft_loss(logits.float().requires_grad_(), target, value=value, backend="triton")
+    assert loss._base is None and loss.is_contiguous()
+    assert loss.untyped_storage().nbytes() == loss.numel() * loss.element_size()
+
+
+def test_vocab_stats_are_those_of_fp64():
+    logits, target, _ = example(6, 2, vocab=129)
+    stats = vocab_stats(logits.to(DEVICE, torch.bfloat16), target.to(DEVICE), backend="triton").map(Tensor.cpu)
+    t = token(logits.bfloat16().double(), target)
+    for ours, truth in ((stats.logprob, -t.l), (stats.entropy, t.H), (stats.collision, t.C)):
+        torch.testing.assert_close(ours.double(), truth.masked_fill(~t.valid, 0.0), rtol=1e-6, atol=2e-6)
+    assert torch.equal(stats.correct, (logits.bfloat16().argmax(-1) == target) & t.valid)
+    assert torch.equal(stats.valid, t.valid) and stats.loss is stats.gate is None
+
+
+# Shards of 4 and padding from 9 on: the third holds one word, the fourth none. Whole: no split at all.
+@pytest.mark.parametrize("width", [4, 16])
+@pytest.mark.parametrize("empty", [None, 0, 1])  # and a shard whose logits are all -inf
+@pytest.mark.parametrize("apart", [3.0, 900.0])  # the shards' maxima: all of them count; e^900 overflows
+def test_any_split_of_the_vocabulary_merges_to_the_whole(width, empty, apart):
+    logits, target, upstream = (x.to(DEVICE) for x in example(6, vocab=16))
+    logits, upstream, target = logits.float(), upstream.float(), target % 9
+    logits += torch.linspace(0.0, apart, 16, device=DEVICE)
+    logits[::2] = logits[::2].flip(1)
+    shards = [VocabShard(start, min(max(9 - start, 0), width), 9) for start in range(0, 16, width)]
+    parts = [logits[:, s.start : s.start + width] for s in shards]
+    if empty is not None and width < 16:
+        parts[empty].fill_(-math.inf)
+        target = torch.where(target // width == empty, 8, target)
+    needs = frozenset({ENTROPY, COLLISION})
+    sums = [triton_kernels.shard_stats(x, target, -100, s, needs) for x, s in zip(parts, shards, strict=True)]
+    loss, saved, stats = triton_kernels.merge(torch.stack(sums), target, -100, 9, objectives.DFT(), needs, "objective")
+    t = token(logits[:, :9].double(), target)
+    for ours, truth in ((stats.nll, t.l), (stats.entropy, t.H), (stats.collision, t.C), (loss, t.p * t.l)):
+        torch.testing.assert_close(ours.double(), truth, rtol=2e-6, atol=2e-6)
+    _, expected = loss_and_gradient("dft", logits, target, upstream, 9)
+    gradient = torch.full_like(logits, math.nan)
+    for x, s in zip(parts, shards, strict=True):
+        triton_kernels.shard_gradient(x, target, saved, upstream, s, gradient[:, s.start : s.start + width])
+    torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+class Halved(Objective):
+    """What a user may write."""
+
+    name = "halved"
+
+    def __call__(self, stats):
+        return 0.5 * stats.nll, torch.full_like(stats.logprob, 0.5)
+
+
+class Doubled(objectives.DFT):
+    """A subclass does not inherit the kernel's formula."""
+
+    def weight(self, stats):
+        return 2.0 * stats.prob
+
+
+@pytest.mark.parametrize(("objective", "times", "base"), [(Halved(), 0.5, "nll"), (Doubled(), 2.0, "dft")])
+def test_an_objective_of_the_users_own_is_applied(objective, times, base):
+    case = [x.float() if x.is_floating_point() else x for x in example(6)]
+    expected = [times * x for x in run(*case, objective=base)]
+    torch.testing.assert_close(run(*case, objective=objective), tuple(expected), rtol=1e-5, atol=1e-6)
+
+
+def two_ranks():
+    results = {}
+    logits, target, upstream = example(4, 2, vocab=24)
+    share = logits.float().chunk(2, -1)[dist.get_rank()]
+    for specification in ("dft", "deft", "entropy"):
+        options = {"objective": specification, "tp_group": dist.group.WORLD, "value": "nll"}
+        results[specification] = run(share, target, upstream, **options)
+    return results
+
+
+def test_two_tensor_parallel_ranks_are_the_whole_vocabulary():
+    if not INTERPRETED:
+        pytest.skip("needs two ranks; one GPU is one rank")
+    ranks = run_ranks(2, two_ranks)
+    logits, target, upstream = example(4, 2, vocab=24)
+    for specification in ("dft", "deft", "entropy:form=ratio"):
+        loss, _ = loss_and_gradient("nll", logits.float(), target, upstream)
+        _, gradient = loss_and_gradient(specification, logits.float(), target, upstream)
+        key = specification.partition(":")[0]
+        assert torch.equal(ranks[0][key][0], ranks[1][key][0])
+        torch.testing.assert_close(ranks[0][key][0].double(), loss, rtol=2e-6, atol=2e-6)
+        ours = torch.cat([rank[key][1] for rank in ranks], -1)
+        torch.testing.assert_close(ours.double(), gradient, rtol=1e-5, atol=2e-6)
+
+
+def test_auto_is_torch_on_the_cpu_and_triton_on_a_gpu():
+    for dtype in (*DTYPES, torch.float64):
+        kernels = LossOptions(objectives.DFT()).kernels(torch.device(DEVICE), dtype)
+        assert ("triton" if DEVICE == "cuda" and dtype != torch.float64 else "torch") == kernels.NAME
+
+
+def test_fp64_is_refused():
+    with pytest.raises(ValueError, match="'triton': expected bf16, fp16 or fp32 logits, got fp64; use backend="):
+        vocab_parallel_dft_loss(torch.zeros(1, 2).double(), torch.zeros(1, dtype=torch.int64), backend="triton")
+
+
+def in_a_fresh_process(code):
+    environment = {"TRITON_INTERPRET": "0", "PYTHONPATH": str(Path(objectives.__file__).parents[1])}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+
+
+def test_a_named_backend_never_falls_back():
+    """CPU logits without the interpreter, and a Python without triton."""
+    call = "import torch, megatron_dft; t = torch.zeros(1, 2); i = torch.zeros(1, dtype=torch.int64); "
+    call += "megatron_dft.vocab_parallel_dft_loss(t, i, backend='triton')"
+    assert "expected logits on a CUDA device, got cpu; use backend='torch' or 'auto'" in in_a_fresh_process(call).stderr
+    missing = f"import sys; sys.modules['triton'] = None; {call}"
+    assert "expected the triton package" in in_a_fresh_process(missing).stderr
+    host = "import types, megatron_dft; from megatron_dft.hosts import compat; "
+    host += "compat.check_settings(types.SimpleNamespace(), megatron_dft.DFTConfig('dft', backend='triton'))"
+    assert "expected logits on a CUDA device" in in_a_fresh_process(host).stderr  # before training starts
+
+
+def test_the_configuration_can_name_it():
+    assert DFTConfig(loss_type="dft", backend="triton").options().backend == "triton"

@@ -1,0 +1,160 @@
+"""What the compiler makes of the Triton kernels for Hopper and Blackwell: registers, spills, width of memory accesses.
+
+Triton compiles ahead of time for a GPU that is not there, so this runs everywhere. It has to be a process in which
+Triton's interpreter is off; `compile_kernels` runs there and prints what the tests look at.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+CAPABILITIES = [90, 100]
+DTYPES = {"bf16": 8, "fp32": 4}  # logits in 16 bytes; fp16 is like bf16
+FORMS = ["mix", "power", "collision power", "luffy", "nll between", "prob between", "focal", "chord", "entropy"]
+FORMS += ["exponential entropy", "schedule", ""]
+POINTERS = {"TARGET": "*i64", "FLAGS": "*i1", "BLEND": "*fp64"}
+DIVISIBLE = ("row_stride", "out_stride_difference", "columns", "width", "start", "n")
+
+
+def variants():
+    """Name -> kernel, constants, types of pointers, integers divisible by 16, warps; of everything that is launched."""
+    for dtype, vector in DTYPES.items():
+        types = {"X": f"*{dtype}", "OUT": f"*{dtype}"}
+        for lanes in (128, 256):
+            shape = {"LANES": lanes, "VEC": vector, "UNROLL": 4}
+            for divisible in (DIVISIBLE, ()):
+                for extra in ((False, False), (True, False), (False, True), (True, True)):
+                    constants = shape | dict(zip(("ENTROPY", "COLLISION"), extra, strict=True))
+                    name = f"stats {dtype} {lanes} {'+'.join(map(str, extra))} {'any' if not divisible else 16}"
+                    yield name, "stats_kernel", constants, {**types, "OUT": "*fp32"}, divisible, lanes // 32
+                # In place the rows of OUT are those of X, whatever their width.
+                divisible = {*divisible, "out_stride_difference"}
+                name = f"gradient {dtype} {lanes} {'any' if len(divisible) == 1 else 16}"
+                yield name, "gradient_kernel", shape, types, divisible, lanes // 32
+    # A single token, a vocabulary of one word: Triton makes constants of integers that are 1.
+    ones = {"row_stride": 1, "width": 1, "columns": 1, "n": 1, "tiles": 1, "upstream_stride": 1}
+    yield "gradient of one", "gradient_kernel", {**shape, **ones}, types, ("out_stride_difference",), 4
+    ones = {"row_stride": 1, "columns": 1, "n": 1, "start": 1, "vocab_size": 1, "ENTROPY": True, "COLLISION": True}
+    yield "stats of one", "stats_kernel", {**shape, **ones}, {**types, "OUT": "*fp32"}, (), 4
+    for form in FORMS:
+        flags = {"NLL": True, "SCHEDULED": form == "schedule", "TOKENS": 128}
+        flags |= {"ENTROPY": "entropy" in form, "COLLISION": "collision" in form}
+        blend = {} if form == "schedule" else {"BLEND": None}
+        for ranks in ({}, {"ranks": 1}, {"ranks": 1, "n": 1}) if form == "mix" else ({},):
+            constants = {"FORM": form.replace("schedule", "mix"), **flags, **blend, **ranks}
+            yield f"merge {form} {ranks}", "merge_kernel", constants, {}, (), 4
+
+
+def compile_kernels(capability):
+    """In a process of its own: print {variant: facts}."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from megatron_dft import triton_kernels
+
+    facts = {}
+    for name, kernel, constants, types, divisible, warps in variants():
+        function = getattr(triton_kernels, kernel)
+        signature = {}
+        for argument in function.arg_names:
+            integer = "fp32" if argument in ("log_vocab_size", "first", "second") else "i32"
+            kind = POINTERS.get(argument, "*fp32") if argument.isupper() else integer
+            signature[argument] = "constexpr" if argument in constants else types.get(argument, kind)
+        aligned = [i for i, (a, kind) in enumerate(signature.items()) if kind.startswith("*") or a in divisible]
+        attributes = {(i,): [["tt.divisibility", 16]] for i in aligned if list(signature.values())[i] != "constexpr"}
+        source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+        facts[name] = {**usage(triton, compiled.asm["cubin"]), **accesses(compiled.asm["ptx"])}
+    print(json.dumps(facts))
+
+
+def usage(triton, cubin):
+    """Registers per thread, and bytes of stack and local memory, where spills go."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return {key.lower(): int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL")}
+
+
+def accesses(ptx):
+    """How often instructions of a kind stand in the program, and in its longest loop."""
+    lines = [line.strip() for line in ptx.splitlines()]
+    labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"(\$L\w+):", line))}
+    jumps = [(labels[m[1]], i) for i, line in enumerate(lines) if (m := re.search(r"bra(?:\.uni)?\s+(\$L\w+);", line))]
+    loops = [lines[start:end] for start, end in jumps if start < end]
+    kinds = {
+        "wide loads": r"ld\.global\S*\.v4\.b32",
+        "wide stores": r"st\.global\S*\.v4\.b32",
+        "loads": r"ld\.global",
+        "exponentials": r"ex2\.approx",
+        "barriers": r"bar\.sync|shfl",
+        "atomics": r"\b(?:atom|red)\.",
+    }
+    count = {kind: len(re.findall(pattern, ptx)) for kind, pattern in kinds.items()}
+    loop = "\n".join(max(loops, key=len)) if loops else ""
+    return {**count, "loop": {kind: len(re.findall(pattern, loop)) for kind, pattern in kinds.items()}}
+
+
+@pytest.fixture(scope="module", params=CAPABILITIES)
+def facts(request):
+    code = f"import test_triton_compiled; test_triton_compiled.compile_kernels({request.param})"
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1]), *sys.path])
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert out.returncode == 0, out.stderr
+    return json.loads(out.stdout)
+
+
+def of(facts, kernel):
+    return {name: fact for name, fact in facts.items() if name.startswith(kernel) and not name.endswith("one")}
+
+
+def test_every_variant_compiles_without_spills_and_atomics(facts):
+    assert set(facts) == {name for name, *_ in variants()}
+    for name, fact in facts.items():
+        assert (fact["stack"], fact["local"], fact["atomics"]) == (0, 0, 0), name
+
+
+# 65536 registers for 2048 threads: 32 each. Memory is kept busy by half of those threads, and by 16-byte loads.
+@pytest.mark.parametrize(("kernel", "registers"), [("stats", 96), ("gradient", 64), ("merge", 64)])
+def test_registers_leave_room_for_enough_threads(facts, kernel, registers):
+    for name, fact in of(facts, kernel).items():
+        assert fact["reg"] <= registers, name
+
+
+def test_a_row_is_read_16_bytes_at_a_time_whatever_its_width(facts):
+    """UNROLL loads in the loop, nothing else: no narrow one, no barrier; and one exponential per logit."""
+    assert len(of(facts, "stats")) == 32
+    for name, fact in of(facts, "stats").items():
+        loop, logits = fact["loop"], 4 * DTYPES[name.split()[1]]
+        assert loop["wide loads"] == loop["loads"] == 4, name
+        assert loop["exponentials"] == logits + 1, name  # and one rescaling for all of them
+        assert loop["barriers"] == loop["atomics"] == 0, name
+
+
+def test_a_gradient_is_read_and_written_16_bytes_at_a_time_whatever_its_width(facts):
+    assert len(of(facts, "gradient")) == 8
+    for name, fact in of(facts, "gradient").items():
+        wide, narrow = fact["wide loads"], fact["loads"] - fact["wide loads"]
+        assert fact["wide stores"] == 2 * wide, name  # the gradient, or zeros
+        # Beside them the five numbers of a row, and its edge: one logit at a time, unless every row begins and ends
+        # at a boundary; then it is wide, and never run.
+        edge = DTYPES[name.split()[1]] if name.endswith("any") else 0
+        assert (wide, narrow) == (4 if edge else 5, 5 + edge), name
+
+
+def test_statistics_of_a_token_cost_one_exponential_per_shard(facts):
+    for name, fact in of(facts, "merge").items():
+        if "{}" in name:
+            assert fact["loop"]["exponentials"] <= 1, name
