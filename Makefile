@@ -7,7 +7,7 @@ PYTHON311 ?= PYENV_VERSION=3.11 python3.11
 RUN := .venv/bin/python
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-py311 test-0.17.1 test-0.18.2 test-versions faults check format clean
+.PHONY: demo test test-py311 test-0.17.1 test-0.18.2 test-versions faults gpu benchmark check format clean
 
 demo: .venv/installed
 	$(RUN) examples/demo.py --out runs/demo
@@ -29,6 +29,17 @@ test-versions: test-py311 test-0.17.1 test-0.18.2 test
 # Apply each deliberate fault to a copy of the library; the tests must catch every one.
 faults: .venv/installed
 	$(RUN) tests/faults.py
+
+# On a machine with a GPU (RUN=python3 takes an environment of your own): the kernels first, then the benchmark.
+gpu:
+	$(RUN) -m pytest tests/test_triton.py tests/test_compile.py tests/test_gpu.py
+	$(RUN) tools/benchmark.py
+	$(RUN) tools/report.py
+
+# The same benchmark of the backend for CPUs, and the README's tables.
+benchmark: .venv/installed
+	$(RUN) tools/benchmark.py --device cpu
+	$(RUN) tools/report.py
 
 check: .venv/installed
 	.venv/bin/ruff check .

@@ -1,0 +1,111 @@
+"""The benchmark measures what it says, its gate closes, and the README shows what was measured."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ranks import needs_megatron
+
+ROOT = Path(__file__).resolve().parent.parent
+TOOLS = ROOT / "tools"
+SMALL = ["--device", "cpu", "--tokens", "64", "--vocab", "512", "272", "--masked", "0", "0.5", "--repetitions", "2"]
+
+
+def run(code, *arguments):
+    """The benchmark in a process of its own, after `code`."""
+    code = f"import sys, rivals\n{code}\nimport benchmark\nsys.exit(benchmark.main(sys.argv[1:]))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TOOLS), str(ROOT), *sys.path])}
+    command = [sys.executable, "-c", code, *SMALL, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    path = tmp_path_factory.mktemp("benchmark") / "cpu.csv"
+    rivals = "wrong = lambda x, t, group: rivals.ours('dft')()(x, t, group) * 1.2\n"
+    rivals += "def missing(): raise ImportError('no such thing')\n"
+    rivals += "rivals.IMPLEMENTATIONS |= {'a wrong rival': lambda: wrong, 'a missing rival': missing}"
+    out = run(rivals, "--only", "ours: dft", "ours: deft", "Megatron unfused", "F.cross", "rival", "--out", path)
+    assert out.returncode == 0, out.stderr
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@needs_megatron
+def test_every_combination_is_measured_and_says_under_which_conditions(rows):
+    timed = [row for row in rows if not row["note"]]
+    names = ["ours: dft", "ours: dft, out of place", "ours: deft", "Megatron unfused", "F.cross_entropy"]
+    expected = {(name, vocab, masked) for name in names for vocab in ("512", "272") for masked in ("0.0", "0.5")}
+    assert {(row["implementation"], row["vocab"], row["masked"]) for row in timed} == expected and len(timed) == 20
+    for row in timed:
+        assert float(row["total_ms"]) > 0.0 and float(row["forward_ms"]) > 0.0 and float(row["spread_ms"]) >= 0.0
+        assert all(
+            row[key] for key in ("device", "date", "commit", "torch", "megatron-core", "tokens", "copy_gb_per_s")
+        )
+        floor = 6 - 4 * float(row["masked"])
+        moved = float(row["total_ms"]) * 1e-3 * float(row["copy_gb_per_s"]) * 1e9 / (64 * int(row["vocab"]))
+        assert float(row["bytes_per_logit"]) == pytest.approx(moved, rel=0.02)
+        assert float(row["share_of_floor"]) == pytest.approx(floor / moved, rel=0.05, abs=2e-3)
+
+
+@needs_megatron
+def test_collectives_are_counted_on_eight_ranks(rows):
+    sent = {row["implementation"]: (row["collectives"], row["sent_bytes_per_token"]) for row in rows}
+    assert sent["ours: dft"] == ("1", "12.0") and sent["ours: deft"] == ("1", "16.0")
+    assert sent["Megatron unfused"] == ("3", "12.0")
+    assert sent["F.cross_entropy"][0] == ""
+
+
+@needs_megatron
+def test_a_rival_that_is_wrong_or_missing_gets_a_row_that_says_so(rows):
+    notes = {row["implementation"]: row["note"] for row in rows if row["note"]}
+    assert set(notes) == {"a wrong rival", "a missing rival"}
+    assert "relative error of the gradient 2.0e-01" in notes["a wrong rival"]
+    assert "no such thing" in notes["a missing rival"]
+    assert all(float(row["gradient_error"]) < 0.05 for row in rows if not row["note"])
+
+
+def test_nothing_is_timed_when_ours_is_wrong(tmp_path):
+    wrong = "right = rivals.ours('dft')()\n"
+    wrong += "rivals.IMPLEMENTATIONS['ours: dft'] = lambda: lambda x, t, group: right(x, t, group) * 1.01"
+    out = run(wrong, "--only", "ours: dft", "--out", tmp_path / "none.csv")
+    assert out.returncode == 1 and "the correctness gate is closed" in out.stdout
+    assert not (tmp_path / "none.csv").exists()
+
+
+def report():
+    sys.path.insert(0, str(TOOLS))
+    try:
+        import report
+    finally:
+        sys.path.remove(str(TOOLS))
+    return report
+
+
+def test_the_readme_shows_what_was_measured():
+    written = report()
+    text = (ROOT / "README.md").read_text()
+    assert written.section() in text, "run: python tools/report.py"
+    for path in written.RESULTS.glob("*.csv"):
+        assert path.with_suffix(".png").exists() and path.name in text
+
+
+@needs_megatron
+def test_a_table_has_winners_losers_and_the_missing(rows):
+    written = report()
+    text = written.part(rows, written.RESULTS / "some.csv")
+    assert "| Megatron unfused | " in text and "a missing rival: not installed (no such thing)" in text
+    ours = next(
+        row for row in rows if (row["implementation"], row["vocab"], row["masked"]) == ("ours: dft", "512", "0.0")
+    )
+    assert f"| ours: dft | {float(ours['total_ms']):.3g} (1.00x) |" in text
+    gpu = [{**row, "device": "NVIDIA H200"} for row in rows]
+    assert "TP = 8, projected" in written.part(gpu, written.RESULTS / "some.csv")
+
+
+def test_the_projection_is_the_stated_model():
+    row = {"collectives": "3", "sent_bytes_per_token": "12.0", "tokens": "8192", "total_ms": "1.0"}
+    assert report().projected(row) == f"{1.0 + 0.060 + 12 * 8192 * 7 / 400e9 * 1e3:.2f}"

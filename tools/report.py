@@ -1,0 +1,163 @@
+"""From measured CSV files to the tables and the figures of the README.
+
+    python tools/report.py            write the section between the markers of README.md, and tools/results/*.png
+
+Every number comes from a file that benchmark.py wrote; losers are shown, and so is who is missing and why.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+from rivals import DFT
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "tools" / "results"
+BEGIN, END = "<!-- benchmark: written by tools/report.py -->\n", "<!-- end of benchmark -->\n"
+# For one node of eight H200: what a collective costs beside the bytes that it sends.
+LATENCY_US, BYTES_PER_US = 20.0, 400e3
+Rows = list[dict[str, str]]
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    readme.write_text(before + section() + after)
+    for path in sorted(RESULTS.glob("*.csv")):
+        draw(read(path), path.with_suffix(".png"))
+
+
+def read(path: Path) -> Rows:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def section() -> str:
+    """What stands between the markers of the README: a part for each results file, GPUs first."""
+    files = sorted(RESULTS.glob("*.csv"), key=lambda path: ("NVIDIA" not in path.name, path.name))
+    parts = [part(read(path), path) for path in files]
+    if not any("NVIDIA" in path.name for path in files):
+        parts.insert(0, "**On GPUs: not measured yet.** `make gpu` tests the kernels there and writes this table.\n")
+    return BEGIN + "\n" + "\n".join(parts) + "\n" + END
+
+
+def part(rows: Rows, path: Path) -> str:
+    timed = [row for row in rows if not row["note"]]
+    first, vocabularies = timed[0], sorted({int(row["vocab"]) for row in timed}, reverse=True)
+    versions = ", ".join(f"{name} {first[name]}" for name in ("torch", "triton", "megatron-core") if first[name])
+    threads = f" ({first['threads']} threads)" if first["threads"] else ""
+    lines = [
+        f"**{first['device']}**{threads}: {first['tokens']} tokens, bf16 logits, forward + backward in ms, medians of "
+        f"{first['repetitions']} interleaved runs. A copy moves {float(first['copy_gb_per_s']):.0f} GB/s. {versions}; "
+        f"{first['date']}, commit {first['commit']}; [{path.name}]({path.relative_to(ROOT)}).\n",
+        rivals_table(timed, vocabularies),
+        masked_table(timed, vocabularies[0]),
+        objectives_table(timed, vocabularies[0]),
+    ]
+    missing = [f"{row['implementation']}: {row['note']}" for row in rows if row["note"]]
+    if missing:
+        lines.append("Not in these tables: " + "; ".join(missing) + ".\n")
+    lines.append(f"![bytes per logit of each implementation]({path.with_suffix('.png').relative_to(ROOT)})\n")
+    return "\n".join(lines)
+
+
+def rivals_table(timed: Rows, vocabularies: list[int]) -> str:
+    """Every implementation of DFT, nothing masked: time, and what it costs beside time."""
+    heads = [f"V = {vocab}" for vocab in vocabularies]
+    on_gpu = "NVIDIA" in timed[0]["device"]
+    heads += ["B/logit", "extra MiB", "collectives, B/token"] + ["TP = 8, projected"] * on_gpu
+    body = []
+    for name in names(timed):
+        found = {vocab: pick(timed, name, vocab, 0.0) for vocab in vocabularies}
+        first = found[vocabularies[0]]
+        cells = [against(found[vocab], pick(timed, DFT, vocab, 0.0)) for vocab in vocabularies]
+        sent = f"{first['collectives']}, {float(first['sent_bytes_per_token']):.0f}" if first["collectives"] else "-"
+        cells += [f"{float(first['bytes_per_logit']):.1f}", f"{float(first['extra_mib']):.0f}", sent]
+        cells += [projected(found[min(vocabularies, key=lambda v: abs(v - 16032))])] * on_gpu
+        body.append([name, *cells])
+    return table(["implementation", *heads], body)
+
+
+def projected(row: dict[str, str]) -> str:
+    """ms on eight ranks: the shard's time, and for its collectives LATENCY_US each and what they send."""
+    if not row["collectives"]:
+        return "-"
+    sent = int(row["collectives"]) * LATENCY_US
+    sent += float(row["sent_bytes_per_token"]) * int(row["tokens"]) * 7 / BYTES_PER_US
+    return f"{float(row['total_ms']) + sent / 1e3:.2f}"
+
+
+def masked_table(timed: Rows, vocab: int) -> str:
+    """What masked tokens save."""
+    shares = sorted({float(row["masked"]) for row in timed})
+    body = []
+    for name in names(timed):
+        whole = float(pick(timed, name, vocab, shares[0])["total_ms"])
+        found = [float(pick(timed, name, vocab, share)["total_ms"]) for share in shares]
+        body.append([name, *(f"{ms:.3g} ({ms / whole:.2f})" for ms in found)])
+    return table([f"V = {vocab}", *(f"{share:.0%} masked" for share in shares)], body)
+
+
+def objectives_table(timed: Rows, vocab: int) -> str:
+    """The family against dft."""
+    dft = pick(timed, DFT, vocab, 0.0)
+    family = [row for row in timed if row["implementation"].startswith("ours: ") and "," not in row["implementation"]]
+    found = [row for row in family if int(row["vocab"]) == vocab and float(row["masked"]) == 0.0]
+    cells = [[row["implementation"].removeprefix("ours: "), against(row, dft)] for row in found]
+    return table(["objective", *(cell[0] for cell in cells)], [[f"V = {vocab}", *(cell[1] for cell in cells)]])
+
+
+def draw(rows: Rows, path: Path) -> None:
+    """Bytes per logit at the largest vocabulary, for each share of masked tokens."""
+    import matplotlib.pyplot as plt
+
+    timed = [row for row in rows if not row["note"]]
+    vocab = max(int(row["vocab"]) for row in timed)
+    shares = sorted({float(row["masked"]) for row in timed})
+    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    for i, share in enumerate(shares):
+        values = [float(pick(timed, name, vocab, share)["bytes_per_logit"]) for name in names(timed)]
+        places = [place + 0.27 * (i - 1) for place in range(len(values))]
+        axes.barh(places, values, 0.25, label=f"{share:.0%} masked", color=plt.cm.viridis(0.15 + 0.3 * i))
+    axes.axvline(6.0, color="gray", linestyle=":", label="floor, nothing masked")
+    axes.set_yticks(range(len(names(timed))), names(timed))
+    axes.invert_yaxis()
+    axes.set_xlabel(f"bytes per bf16 logit that a copy would have moved in that time; V = {vocab}")
+    axes.set_title(f"{timed[0]['device']}, {timed[0]['date']}", fontsize=9)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def names(timed: Rows) -> list[str]:
+    """DFT by every implementation, in the order of the file: ours, then the rivals."""
+    known = dict.fromkeys(row["implementation"] for row in timed)
+    return [name for name in known if not name.startswith("ours") or name.startswith(DFT)]
+
+
+def pick(timed: Rows, name: str, vocab: int, masked: float) -> dict[str, str]:
+    (row,) = (
+        row
+        for row in timed
+        if (row["implementation"], int(row["vocab"]), float(row["masked"])) == (name, vocab, masked)
+    )
+    return row
+
+
+def against(row: dict[str, str], dft: dict[str, str]) -> str:
+    """ms, and how many times ours."""
+    ms = float(row["total_ms"])
+    return f"{ms:.3g} ({ms / float(dft['total_ms']):.2f}x)"
+
+
+def table(head: list[str], body: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
