@@ -121,10 +121,15 @@ def _chunks(logits: Tensor, live: Tensor, shard: VocabShard) -> Iterator[tuple[s
     index = None if bool(live.all()) else live.nonzero().squeeze(1)
     count = len(logits) if index is None else len(index)
     scratch = logits.new_empty(min(step, count), columns, dtype=accumulation_dtype(logits))
+    picked = logits.new_empty(0 if index is None else len(scratch), columns)
     for first in range(0, count, step):
-        rows = slice(first, min(first + step, count)) if index is None else index[first : first + step]
-        source = logits[rows, :columns]
-        yield rows, scratch[: len(source)].copy_(source)
+        last = min(first + step, count)
+        if index is None:
+            yield slice(first, last), scratch[: last - first].copy_(logits[first:last, :columns])
+        else:
+            rows = index[first:last]
+            source = torch.index_select(logits[:, :columns], 0, rows, out=picked[: len(rows)])
+            yield rows, scratch[: len(rows)].copy_(source)
 
 
 def _local_column(target: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ gradient norms, our metrics, token counts, evaluation.
 
 import itertools
 import math
+import os
 import re
 
 import pytest
@@ -93,6 +94,13 @@ def test_layouts_agree_with_one_rank(host, flags, name):
     model, layout, ranks = LAYOUTS[name]
     common = f"{flags(model)} {PER_TOKEN} --micro-batch-size 1 --loss-type dft "
     agree(host.curves(common + layout, ranks=ranks), host.curves(common))
+
+
+@pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="CPU ranks need Triton's interpreter")
+def test_triton_kernels_train_as_the_torch_backend_does(host, flags):
+    common = f"{flags('dense', 4)} {PER_TOKEN} --micro-batch-size 2 --loss-type deft "
+    layout = TP2 + SP + RECOMPUTE
+    agree(host.curves(f"{common} {layout} --loss-backend triton", ranks=2), host.curves(common))
 
 
 @pytest.mark.parametrize(

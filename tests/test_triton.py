@@ -8,6 +8,7 @@ test_gpu.py.
 import ctypes
 import math
 import mmap
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -485,7 +486,8 @@ def test_fp64_is_refused():
 
 
 def in_a_fresh_process(code):
-    environment = {"TRITON_INTERPRET": "0", "PYTHONPATH": str(Path(objectives.__file__).parents[1])}
+    package = str(Path(objectives.__file__).parents[1])
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": package}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
 
 

@@ -27,7 +27,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -45,6 +45,9 @@ MASKED = [0.0, 0.5, 0.8]
 RANKS = 8
 OURS = 0.004  # relative error of a gradient: rounding to bf16 is 2^-9 at most
 WRONG = 0.05  # a rival above that computes something else
+COLUMNS = ["implementation", "vocab", "masked", "forward_ms", "backward_ms", "total_ms", "spread_ms", "host_ms"]
+COLUMNS += ["bytes_per_logit", "share_of_floor", "extra_mib", "collectives", "sent_bytes_per_token"]
+COLUMNS += ["gradient_error", "note"]
 GIB = 1 << 30
 MIB = 1 << 20
 
@@ -55,14 +58,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, help="default: 8192, on a CPU 512")
     parser.add_argument("--vocab", type=int, nargs="+", default=VOCABULARIES)
     parser.add_argument("--masked", type=float, nargs="+", default=MASKED, help="shares of masked tokens")
-    parser.add_argument("--repetitions", type=int, help="default: 30, on a CPU 5")
+    parser.add_argument("--repetitions", type=int, help="default: 30, on a CPU 9")
     parser.add_argument("--only", nargs="+", default=[""], help="implementations whose name contains one of these")
     parser.add_argument("--out", type=Path, help="default: tools/results/DEVICE-DATE.csv")
     wanted = parser.parse_args(arguments)
     device = torch.device(wanted.device)
     cuda = device.type == "cuda"
     tokens = wanted.tokens or (8192 if cuda else 512)
-    repetitions = wanted.repetitions or (30 if cuda else 5)
+    repetitions = wanted.repetitions or (30 if cuda else 9)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
     alone = dist.new_group([0])
 
@@ -76,35 +79,26 @@ def main(arguments: list[str] | None = None) -> int:
     if any(name.startswith("ours") for name in notes):
         print("the correctness gate is closed: nothing was timed")
         return 1
-    losses = {name: loss for name, loss in losses.items() if name not in notes}
 
     facts = conditions(device, tokens, repetitions)
-    bandwidth = copy_bandwidth(device)
-    print(f"{facts['device']}: a copy moves {bandwidth / 1e9:.0f} GB/s")
-    sent = {name: collectives(loss, device) for name, loss in losses.items()}
     path = wanted.out or TOOLS / "results" / f"{facts['device'].replace(' ', '-')}-{facts['date']}.csv"
+    fair = {name: loss for name, loss in losses.items() if name not in notes}
+    constant = {name: collectives(loss, device) | {"gradient_error": errors[name]} for name, loss in fair.items()}
     with open(path, "w", newline="") as file:
-        writer = None
+        writer = csv.DictWriter(file, [*facts, *COLUMNS])
+        writer.writeheader()
         for vocab, masked in itertools.product(wanted.vocab, wanted.masked):
             print(f"\nV = {vocab}, {masked:.0%} masked: forward + backward")
-            for name, measured in measure(losses, tokens, vocab, masked, repetitions, device, alone):
-                row = facts | {"copy_gb_per_s": round(bandwidth / 1e9, 1), "implementation": name, "vocab": vocab}
-                row |= {"masked": masked} | measured | shares(measured["total_ms"], tokens, vocab, masked, bandwidth)
-                row |= sent[name] | {"gradient_error": f"{errors[name]:.1e}", "note": ""}
-                writer = writer or start(file, row)
-                writer.writerow(row)
-                print(f"  {name:32} {row['total_ms']:9.3f} ms   {row['bytes_per_logit']:6.1f} B/logit", flush=True)
-        for name, note in notes.items():
-            assert writer is not None
-            writer.writerow(facts | {"implementation": name, "note": note})
+            source = case(tokens, vocab, masked, device)
+            for name, measured in measure(fair, source, repetitions, alone).items():
+                moved = measured["total_ms"] / 1e3 * 1e9 * float(facts["copy_gb_per_s"]) / (tokens * vocab)
+                row = {"implementation": name, "vocab": vocab, "masked": masked, **measured, **constant[name]}
+                row |= {"bytes_per_logit": round(moved, 2), "share_of_floor": round((6 - 4 * masked) / moved, 3)}
+                writer.writerow(facts | row)
+                print(f"  {name:32} {measured['total_ms']:9.3f} ms   {moved:6.1f} B/logit", flush=True)
+        writer.writerows(facts | {"implementation": name, "note": note} for name, note in notes.items())
     print(f"\n{path}")
     return 0
-
-
-def start(file, row: dict) -> csv.DictWriter:
-    writer = csv.DictWriter(file, list(row))
-    writer.writeheader()
-    return writer
 
 
 def available(names: list[str], device: torch.device) -> tuple[dict[str, Loss], dict[str, str]]:
@@ -139,7 +133,7 @@ def gate(
         try:
             _, gradient = run(loss, logits, target, upstream, group)
             error = ((gradient.double() - expected).norm() / expected.norm()).item()
-            errors[name] = max(error, errors.get(name, 0.0))
+            errors[name] = max(round(error, 5), errors.get(name, 0.0))
             if not error < (OURS if name.startswith("ours") else WRONG):
                 notes[name] = f"wrong at V = {vocab}: relative error of the gradient {error:.1e}"
         except Exception as problem:
@@ -167,38 +161,27 @@ def run(loss: Loss, source: Tensor, target: Tensor, upstream: Tensor, group: dis
 
 
 def measure(
-    losses: dict[str, Loss],
-    tokens: int,
-    vocab: int,
-    masked: float,
-    repetitions: int,
-    device: torch.device,
-    group: dist.ProcessGroup,
-) -> Iterator[tuple[str, dict[str, float]]]:
+    losses: dict[str, Loss], inputs: tuple[Tensor, Tensor, Tensor], repetitions: int, group: dist.ProcessGroup
+) -> dict[str, dict[str, float]]:
     """Interleaved runs of all implementations: what was measured of each."""
-    source, target, upstream = case(tokens, vocab, masked, device)
-    timed = timed_on_cuda if device.type == "cuda" else timed_on_cpu
-    runs: dict[str, list[tuple[float, float, float, float]]] = {name: [] for name in losses}
+    timed = timed_on_cuda if inputs[0].is_cuda else timed_on_cpu
+    runs: dict[str, list[tuple[float, ...]]] = {name: [] for name in losses}
     for repetition in range(repetitions + 2):
         for name, loss in losses.items():
-            result = timed(loss, source, target, upstream, group)
+            result = timed(loss, *inputs, group)
             if repetition >= 2:  # compiled, and settled
                 runs[name].append(result)
-    for name, results in runs.items():
-        forward, backward, host, memory = zip(*results, strict=True)
-        totals = [a + b for a, b in zip(forward, backward, strict=True)]
-        quarters = statistics.quantiles(totals, n=4)
-        yield (
-            name,
-            {
-                "forward_ms": round(statistics.median(forward), 4),
-                "backward_ms": round(statistics.median(backward), 4),
-                "total_ms": round(statistics.median(totals), 4),
-                "spread_ms": round(quarters[2] - quarters[0], 4),
-                "host_ms": round(statistics.median(host), 4),
-                "extra_mib": round(statistics.median(memory), 1),
-            },
-        )
+    return {name: summary(results) for name, results in runs.items()}
+
+
+def summary(results: list[tuple[float, ...]]) -> dict[str, float]:
+    """Medians, and the distance between the quartiles of the totals."""
+    forward, backward, host, memory = zip(*results, strict=True)
+    total = [a + b for a, b in zip(forward, backward, strict=True)]
+    quarters = statistics.quantiles(total, n=4)
+    series = {"forward_ms": forward, "backward_ms": backward, "total_ms": total, "host_ms": host, "extra_mib": memory}
+    medians = {name: round(statistics.median(values), 4) for name, values in series.items()}
+    return {**medians, "spread_ms": round(quarters[2] - quarters[0], 4)}
 
 
 def timed_on_cuda(loss: Loss, source: Tensor, target: Tensor, upstream: Tensor, group) -> tuple:
@@ -240,12 +223,6 @@ def resident(name: str) -> int:
     """VmRSS or VmHWM, its peak, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))
-
-
-def shares(total_ms: float, tokens: int, vocab: int, masked: float, bandwidth: float) -> dict[str, float]:
-    """The time as bytes per logit, and the floor as a share of it."""
-    moved = total_ms / 1e3 * bandwidth / (tokens * vocab)
-    return {"bytes_per_logit": round(moved, 2), "share_of_floor": round((6 - 4 * masked) / moved, 3)}
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -299,7 +276,8 @@ def conditions(device: torch.device, tokens: int, repetitions: int) -> dict[str,
         except importlib.metadata.PackageNotFoundError:
             facts[package] = ""
     facts["threads"] = torch.get_num_threads() if device.type == "cpu" else ""
-    return facts | {"tokens": tokens, "dtype": "bf16", "repetitions": repetitions}
+    facts |= {"tokens": tokens, "dtype": "bf16", "repetitions": repetitions}
+    return facts | {"copy_gb_per_s": round(copy_bandwidth(device) / 1e9, 1)}
 
 
 def cpu_name() -> str:
