@@ -10,11 +10,13 @@ of writing zeros. Arithmetic is fp32 and every result is rounded once. There are
 launch that depends on data and no question to the device: results are the same bits every time, and all of it can be
 captured in a CUDA graph.
 
-Shape of the work: a row is cut at 16-byte boundaries into vectors of VEC logits; LANES lanes (one per thread) take
-one vector each, UNROLL at a time. Each lane keeps its own running maximum and its own sums, so the loop needs no
-barrier, and one rescaling per UNROLL x VEC logits. A vector is taken whole or not at all, so that loads stay 16 bytes
-wide for every width and row stride; the few logits before the first and behind the last boundary, the edge, are one
-more tile that is masked logit by logit. Row offsets are int64: there may be more than 2^31 logits.
+Shape of the work: a row is cut at 16-byte boundaries into vectors of VEC logits, and LANES of them are a tile; each
+thread takes UNROLL vectors of a tile, all loads before the first use. Each lane keeps its own running maximum and its
+own sums, so the loop needs no barrier, and one exponential more per vector, to rescale. A vector is taken whole or not
+at all, so that loads stay 16 bytes wide for every width and row stride; the few logits before the first and behind the
+last boundary, the edge, are masked one by one. Tiles are [LANES, VEC], because Triton keeps
+the vectors of such a tile within a thread in every version; of three dimensions it does not. Row offsets are int64:
+there may be more than 2^31 logits.
 
 Left out: fp64, and the mean of `cayley`, which is not a function of one token: that objective, and those that users
 write, are applied by PyTorch operations after `merge`. The kernels run on CPU tensors when TRITON_INTERPRET=1 was
@@ -54,7 +56,7 @@ NAME = "triton"
 LOG2_E = tl.constexpr(1.4426950408889634)
 INF = tl.constexpr(float("inf"))
 UNDERFLOW = tl.constexpr(-1e4)  # e^-1e4 is 0, and 0 * -1e4 is 0 where 0 * -inf is NaN
-UNROLL = 4
+UNROLL = 4  # vectors of a thread
 TOKENS = 128  # of one program of `merge`
 
 # How the members of the family are computed by `_objective`: the branch and its two parameters.
@@ -97,13 +99,13 @@ def shard_stats(
     """Sums over this shard's columns, relative to the shard's own maximum; zeros at rows that are ignored."""
     out = torch.empty(len(row_names(needs)), len(logits), dtype=torch.float32, device=logits.device)
     if len(logits):
-        lanes, vector = _shape(logits)
+        lanes, vector, warps = _shape(logits)
         with torch.cuda.device_of(logits):
             stats_kernel[(len(logits),)](
                 *(logits, target, out),
                 *(logits.stride(0), shard.columns, shard.start, shard.vocab_size, ignore_index, len(logits)),
-                *(ENTROPY in needs, COLLISION in needs, lanes, vector, UNROLL),
-                num_warps=lanes // 32,
+                *(ENTROPY in needs, COLLISION in needs, lanes, vector),
+                num_warps=warps,
             )
     return out
 
@@ -162,23 +164,24 @@ def shard_gradient(
     """Write upstream x gate x (softmax - onehot) to `out`; where upstream or gate is 0, and in padding, it is 0."""
     n, width = logits.shape
     if n and width:
-        lanes, vector = _shape(logits)
-        tiles = triton.cdiv(width, lanes * vector * UNROLL)
+        lanes, vector, warps = _shape(logits)
+        tiles = triton.cdiv(width, lanes * vector)
         with torch.cuda.device_of(logits):
             gradient_kernel[(n * tiles,)](
                 *(logits, target, saved, upstream, out),
                 *(logits.stride(0), out.stride(0) - logits.stride(0), upstream.stride(0)),
                 *(width, shard.columns, shard.start, n, tiles),
-                *(lanes, vector, UNROLL),
-                num_warps=lanes // 32,
+                *(lanes, vector),
+                num_warps=warps,
             )
     if out.data_ptr() == logits.data_ptr():
         torch.autograd.graph.increment_version(out)
 
 
-def _shape(logits: Tensor) -> tuple[int, int]:
-    """LANES, and VEC: how many logits are 16 bytes."""
-    return (128 if logits.shape[1] <= 32768 else 256), 16 // logits.element_size()
+def _shape(logits: Tensor) -> tuple[int, int, int]:
+    """LANES; VEC, how many logits are 16 bytes; warps."""
+    warps = 4 if logits.shape[1] <= 32768 else 8
+    return 32 * warps * UNROLL, 16 // logits.element_size(), warps
 
 
 @triton.jit
@@ -196,7 +199,6 @@ def stats_kernel(
     COLLISION: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
-    UNROLL: tl.constexpr,
 ):
     """One row of `shard_stats`."""
     row = tl.program_id(0).to(tl.int64)
@@ -209,35 +211,30 @@ def stats_kernel(
 
     begin = row * row_stride
     first, vectors = _body(begin, columns, VEC)
-    unroll = tl.arange(0, UNROLL)[:, None, None]
-    lane = tl.arange(0, LANES)[None, :, None]
-    word = tl.arange(0, VEC)[None, None, :]
-    index = unroll * LANES + lane
+    lane = tl.arange(0, LANES)[:, None]
+    word = tl.arange(0, VEC)[None, :]
+    body = X + first * VEC
     m = tl.full((LANES,), -INF, tl.float32)
-    s = tl.zeros((LANES, VEC), tl.float32)
-    a = tl.zeros((LANES, VEC), tl.float32)
-    q = tl.zeros((LANES, VEC), tl.float32)
-    for i in range(0, vectors, UNROLL * LANES):
-        whole = i + index < vectors
-        x = tl.load(X + (first + i + index) * VEC + word, whole, -INF, eviction_policy="evict_first")
+    s = tl.zeros((LANES,), tl.float32)
+    a = tl.zeros((LANES,), tl.float32)
+    q = tl.zeros((LANES,), tl.float32)
+    for i in range(0, vectors, LANES):
+        vector = i + lane
+        x = tl.load(body + vector * VEC + word, vector < vectors, -INF, eviction_policy="evict_first")
         m, s, a, q = _accumulate(x.to(tl.float32), m, s, a, q, ENTROPY, COLLISION)
-    if vectors * VEC < columns:
-        column, is_edge = _edge(lane * VEC + word, first * VEC - begin, vectors * VEC, columns)
-        x = tl.load(X + begin + column, is_edge, -INF)
-        m, s, a, q = _accumulate(x.to(tl.float32), m, s, a, q, ENTROPY, COLLISION)
+    column, is_edge = _edge(first * VEC - begin, vectors * VEC, columns, VEC)
+    edge = tl.load(X + begin + column, is_edge, -INF).to(tl.float32)
 
-    maximum = tl.max(m, 0)
+    maximum = tl.maximum(tl.max(m, 0), tl.max(edge, 0))
     shift = _difference(m, maximum)
     scale = tl.exp2(shift * LOG2_E)
-    if ENTROPY:
-        a = (a + shift[:, None] * s) * scale[:, None]
-        tl.store(OUT + 3 * n, tl.sum(tl.sum(a, 1), 0))
-    if COLLISION:
-        q = q * (scale * scale)[:, None]
-        tl.store(OUT + (3 + ENTROPY) * n, tl.sum(tl.sum(q, 1), 0))
-    s = s * scale[:, None]
+    distance, e = _exponential(edge, maximum)
     tl.store(OUT, maximum)
-    tl.store(OUT + n, tl.sum(tl.sum(s, 1), 0))
+    tl.store(OUT + n, tl.sum(s * scale, 0) + tl.sum(e, 0))
+    if ENTROPY:
+        tl.store(OUT + 3 * n, tl.sum((a + shift * s) * scale, 0) + tl.sum(distance * e, 0))
+    if COLLISION:
+        tl.store(OUT + (3 + ENTROPY) * n, tl.sum(q * (scale * scale), 0) + tl.sum(e * e, 0))
     owned = (target >= start) & (target < start + columns)
     logit = tl.load(X + begin + target - start, owned, 0.0).to(tl.float32)
     outside = (target < 0) | (target >= vocab_size)
@@ -246,17 +243,23 @@ def stats_kernel(
 
 @triton.jit
 def _accumulate(x, m, s, a, q, ENTROPY: tl.constexpr, COLLISION: tl.constexpr):
-    """Add logits x [UNROLL, LANES, VEC] to the sums s, a, q [LANES, VEC] relative to the maxima m [LANES]."""
-    larger = tl.maximum(m, tl.max(tl.max(x, 2), 0))
+    """Add a tile of logits x [LANES, VEC] to the sums s, a, q [LANES], which are relative to the maxima m [LANES]."""
+    larger = tl.maximum(m, tl.max(x, 1))
     shift = _difference(m, larger)
     scale = tl.exp2(shift * LOG2_E)
-    distance = x - tl.where(larger == -INF, 0.0, larger)[None, :, None]
-    e = tl.exp2(distance * LOG2_E)
+    distance, e = _exponential(x, larger[:, None])
     if ENTROPY:
-        a = (a + shift[:, None] * s) * scale[:, None] + tl.sum(tl.where(distance > UNDERFLOW, distance, 0.0) * e, 0)
+        a = (a + shift * s) * scale + tl.sum(distance * e, 1)
     if COLLISION:
-        q = q * (scale * scale)[:, None] + tl.sum(e * e, 0)
-    return larger, s * scale[:, None] + tl.sum(e, 0), a, q
+        q = q * (scale * scale) + tl.sum(e * e, 1)
+    return larger, s * scale + tl.sum(e, 1), a, q
+
+
+@triton.jit
+def _exponential(x, maximum):
+    """x - maximum, where it is not so small that its exponential is 0, and the exponential."""
+    distance = x - tl.where(maximum == -INF, 0.0, maximum)
+    return tl.where(distance < UNDERFLOW, 0.0, distance), tl.exp2(distance * LOG2_E)
 
 
 @triton.jit
@@ -273,8 +276,9 @@ def _body(begin, columns, VEC: tl.constexpr):
 
 
 @triton.jit
-def _edge(index, head, body, end):
-    """Column of the index-th logit outside the whole vectors, [head, head + body), and whether there is one."""
+def _edge(head, body, end, VEC: tl.constexpr):
+    """Columns of the logits outside of the whole vectors, [head, head + body), and which of 2 VEC places hold one."""
+    index = tl.arange(0, 2 * VEC)
     column = tl.where(index < head, index, index + body)
     return column, column < end
 
@@ -427,7 +431,6 @@ def gradient_kernel(
     tiles,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
-    UNROLL: tl.constexpr,
 ):
     """One tile of a row of `shard_gradient`."""
     program = tl.program_id(0)
@@ -443,26 +446,26 @@ def gradient_kernel(
     begin = row * row_stride
     first, vectors = _body(begin, width, VEC)
     head = (first * VEC - begin).to(tl.int32)
-    OUT += row * out_stride_difference
-    lane = tl.arange(0, LANES)[None, :, None]
-    word = tl.arange(0, VEC)[None, None, :]
-    index = tile * UNROLL * LANES + tl.arange(0, UNROLL)[:, None, None] * LANES + lane
-    whole = index < vectors
-    column = head + index * VEC + word
-    _write_error(X, OUT, (first + index) * VEC + word, whole, column, columns, target, maximum, log_sum, coefficient)
+    X += first * VEC
+    OUT += first * VEC + row * out_stride_difference
+    target = (target - head).to(tl.int32)  # an id so far outside that this wraps around has a NaN for a gate
+    end = columns - head
+    vector = tile * LANES + tl.arange(0, LANES)[:, None]
+    column = vector * VEC + tl.arange(0, VEC)[None, :]
+    _write_error(X, OUT, column, vector < vectors, target, end, maximum, log_sum, coefficient)
     if (tile == 0) & (vectors * VEC < width):
-        edge, is_edge = _edge(lane * VEC + word, head, vectors * VEC, width)
-        _write_error(X, OUT, begin + edge, is_edge, edge, columns, target, maximum, log_sum, coefficient)
+        edge, is_edge = _edge(head, vectors * VEC, width, VEC)
+        _write_error(X, OUT, edge - head, is_edge, target, end, maximum, log_sum, coefficient)
 
 
 @triton.jit
-def _write_error(X, OUT, offset, mask, column, columns, target, maximum, log_sum, coefficient):
-    """coefficient x (softmax - onehot) of the logits at offset; without reading them where it is 0."""
+def _write_error(X, OUT, column, mask, target, end, maximum, log_sum, coefficient):
+    """coefficient x (softmax - onehot), without reading logits where it is 0; columns count from the first vector."""
     if coefficient == 0.0:
-        tl.store(OUT + offset, tl.zeros(offset.shape, OUT.dtype.element_ty), mask)
+        tl.store(OUT + column, tl.zeros(column.shape, OUT.dtype.element_ty), mask)
     else:
-        x = tl.load(X + offset, mask, 0.0, eviction_policy="evict_first").to(tl.float32)
+        x = tl.load(X + column, mask, 0.0, eviction_policy="evict_first").to(tl.float32)
         softmax = tl.exp2((x - maximum) * LOG2_E) * (coefficient * tl.exp(-log_sum))
         error = tl.where(column == target, softmax - coefficient, softmax)
-        error = tl.where(column < columns, error, 0.0)
-        tl.store(OUT + offset, error.to(OUT.dtype.element_ty), mask)
+        error = tl.where(column < end, error, 0.0)
+        tl.store(OUT + column, error.to(OUT.dtype.element_ty), mask)

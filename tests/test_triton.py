@@ -172,7 +172,8 @@ def rows_far_apart():
     loss, saved, _ = triton_kernels.merge(packed[None], target, -100, 50, objectives.DFT(), frozenset(), "objective")
     triton_kernels.shard_gradient(rows, target, saved, upstream.float(), VocabShard(0, 50, 50), rows)
     expected = run(logits.cpu().bfloat16(), target.cpu(), upstream.cpu())
-    torch.testing.assert_close((loss.cpu(), rows.cpu()), expected, **EXACT)
+    torch.testing.assert_close(loss.cpu(), expected[0], rtol=2e-6, atol=1e-7)
+    torch.testing.assert_close(rows.cpu(), expected[1], rtol=2**-7, atol=1e-7)
     print("done")
 
 
