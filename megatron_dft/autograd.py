@@ -117,10 +117,11 @@ def loss_forward(
     """The loss [...], what backward needs [3, ...], and the statistics of the whole vocabulary [...]."""
     check(logits, target)
     kernels, shard = options.kernels(logits.device, logits.dtype), options.shard(logits)
-    packed = kernels.shard_stats(_rows(logits), target.reshape(-1), options.ignore_index, shard, needs)
+    target = target.contiguous()
+    packed = kernels.shard_stats(_rows(logits), target.view(-1), options.ignore_index, shard, needs)
     shards = _all_gather(packed, options.tp_group)
     return kernels.merge(
-        shards, target.contiguous(), options.ignore_index, shard.vocab_size, options.objective, needs, options.value
+        shards, target, options.ignore_index, shard.vocab_size, options.objective, needs, options.value
     )
 
 
@@ -131,7 +132,8 @@ def loss_backward(
     kernels, rows = options.kernels(logits.device, logits.dtype), _rows(logits)
     out = rows if inplace else torch.empty_like(rows)
     shard = options.shard(logits)
-    kernels.shard_gradient(rows, target.reshape(-1), saved.view(3, -1), upstream.reshape(-1), shard, out)
+    target = target.contiguous().view(-1)
+    kernels.shard_gradient(rows, target, saved.view(3, -1), upstream.reshape(-1), shard, out)
     return out.view(logits.shape)
 
 

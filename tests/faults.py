@@ -182,6 +182,8 @@ FAULTS = [
           "softmax", *TRITON_FORMULA),
     Fault("stride of upstream", "triton_kernels", "UPSTREAM + row * upstream_stride", "UPSTREAM + row",
           "triton", "any_stride"),
+    Fault("stride of targets", "autograd", "target = target.contiguous().view(-1)", "target = target.reshape(-1)",
+          "triton", "any_stride"),
     Fault("maximum and log-sum as one, Triton", "triton_kernels",
           "tl.exp2((x - maximum) * LOG2_E) * (coefficient * tl.exp(-log_sum))",
           "tl.exp2((x - (maximum + log_sum)) * LOG2_E) * coefficient", "triton", "same_bits"),

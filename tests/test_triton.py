@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from formulas import FORMULAS, example, loss_and_gradient, token
 from ranks import run_ranks
-from test_vocab_parallel import LAYOUTS, floor
+from test_vocab_parallel import LAYOUTS, assert_any_split_merges, floor
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -153,12 +153,14 @@ def test_any_leading_shape(shape):
     torch.testing.assert_close((loss, gradient), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_upstream_gradients_of_any_stride():
-    """An expanded one, as that of loss.sum(), and every second column of another."""
+def test_targets_and_upstream_gradients_of_any_stride():
+    """Every second column of something else, and an expanded gradient, as that of loss.sum()."""
     logits, target, upstream = example(6)
+    other = torch.stack([target.roll(1), target], 1)[:, 1]
     for strided in (torch.tensor(2.0).expand(6), torch.stack([upstream.float()] * 2, 1)[:, 1]):
         expected = run(logits.float(), target, strided.contiguous())
         torch.testing.assert_close(run(logits.float(), target, strided), expected, **EXACT)
+        torch.testing.assert_close(run(logits.float(), other, strided), expected, **EXACT)
 
 
 def rows_far_apart():
@@ -400,31 +402,13 @@ def test_vocab_stats_are_those_of_fp64():
     assert torch.equal(stats.valid, t.valid) and stats.loss is stats.gate is None
 
 
-# Shards of 4 and padding from 9 on: the third holds one word, the fourth none. Whole: no split at all.
 @pytest.mark.parametrize("width", [4, 16])
-@pytest.mark.parametrize("empty", [None, 0, 1])  # and a shard whose logits are all -inf
-@pytest.mark.parametrize("apart", [3.0, 900.0])  # the shards' maxima: all of them count; e^900 overflows
+@pytest.mark.parametrize("empty", [None, 0, 1])
+@pytest.mark.parametrize("apart", [3.0, 900.0])
 def test_any_split_of_the_vocabulary_merges_to_the_whole(width, empty, apart):
     logits, target, upstream = (x.to(DEVICE) for x in example(6, vocab=16))
-    logits, upstream, target = logits.float(), upstream.float(), target % 9
-    logits += torch.linspace(0.0, apart, 16, device=DEVICE)
-    logits[::2] = logits[::2].flip(1)
-    shards = [VocabShard(start, min(max(9 - start, 0), width), 9) for start in range(0, 16, width)]
-    parts = [logits[:, s.start : s.start + width] for s in shards]
-    if empty is not None and width < 16:
-        parts[empty].fill_(-math.inf)
-        target = torch.where(target // width == empty, 8, target)
-    needs = frozenset({ENTROPY, COLLISION})
-    sums = [triton_kernels.shard_stats(x, target, -100, s, needs) for x, s in zip(parts, shards, strict=True)]
-    loss, saved, stats = triton_kernels.merge(torch.stack(sums), target, -100, 9, objectives.DFT(), needs, "objective")
-    t = token(logits[:, :9].double(), target)
-    for ours, truth in ((stats.nll, t.l), (stats.entropy, t.H), (stats.collision, t.C), (loss, t.p * t.l)):
-        torch.testing.assert_close(ours.double(), truth, rtol=2e-6, atol=2e-6)
-    _, expected = loss_and_gradient("dft", logits, target, upstream, 9)
-    gradient = torch.full_like(logits, math.nan)
-    for x, s in zip(parts, shards, strict=True):
-        triton_kernels.shard_gradient(x, target, saved, upstream, s, gradient[:, s.start : s.start + width])
-    torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-6)
+    case = (logits.float(), target, upstream.float())
+    assert_any_split_merges(triton_kernels, case, width, empty, apart, 3e-6)
 
 
 class Halved(Objective):

@@ -327,31 +327,36 @@ def test_checkpointing_and_saved_tensor_hooks_change_nothing(inplace):
         assert_same((loss.detach(), leaf.grad), expected, EXACT)
 
 
-# Shards of 4 and padding from 9 on: the third holds one word, the fourth none. Whole: no split at all.
-@pytest.mark.parametrize("width", [1, 4, 16])
-@pytest.mark.parametrize("empty", [None, 0, 1])  # and a shard whose logits are all -inf
-@pytest.mark.parametrize("apart", [3.0, 900.0])  # the shards' maxima: all of them count; e^900 overflows
-def test_any_split_of_the_vocabulary_merges_to_the_whole(width, empty, apart):
-    logits, target, upstream = example(vocab=16)
-    target %= 9
-    logits += torch.linspace(0.0, apart, 16)
+def assert_any_split_merges(kernels, case, width, empty, apart, tolerance):
+    """The functions of a backend on shards of a vocabulary of 9 words and 7 columns of padding."""
+    logits, target, upstream = case
+    target = target % 9
+    logits += torch.linspace(0.0, apart, 16).to(logits)
     logits[::2] = logits[::2].flip(1)
     shards = [VocabShard(start, min(max(9 - start, 0), width), 9) for start in range(0, 16, width)]
     parts = [logits[:, s.start : s.start + width] for s in shards]
     if empty is not None and width < 16:
         parts[empty].fill_(-INF)
         target = torch.where(target // width == empty, 8, target)
-    sums = [reference.shard_stats(x, target, -100, s, ALL) for x, s in zip(parts, shards, strict=True)]
-    loss, saved, stats = reference.merge(torch.stack(sums), target, -100, 9, DFT(), ALL, "objective")
-    t = token(logits[:, :9], target)
-    relative = {"rtol": 1e-12, "atol": 1e-12}
-    assert_same((stats.nll, stats.entropy, stats.collision, loss), (t.l, t.H, t.C, t.p * t.l), relative)
+    sums = [kernels.shard_stats(x, target, -100, s, ALL) for x, s in zip(parts, shards, strict=True)]
+    loss, saved, stats = kernels.merge(torch.stack(sums), target, -100, 9, DFT(), ALL, "objective")
+    t = token(logits[:, :9].double(), target)
+    actual = [x.double() for x in (stats.nll, stats.entropy, stats.collision, loss)]
+    assert_same(actual, (t.l, t.H, t.C, t.p * t.l), {"rtol": tolerance, "atol": tolerance})
 
     _, expected = loss_and_gradient("dft", logits, target, upstream, 9)
     gradient = torch.full_like(logits, NAN)
     for x, s in zip(parts, shards, strict=True):
-        reference.shard_gradient(x, target, saved, upstream, s, gradient[:, s.start : s.start + width])
-    assert_same((gradient,), (expected,))
+        kernels.shard_gradient(x, target, saved, upstream, s, gradient[:, s.start : s.start + width])
+    assert_same((gradient.double(),), (expected,), {"rtol": 0.0, "atol": tolerance})
+
+
+# Shards of 4 and padding from 9 on: the third holds one word, the fourth none. Whole: no split at all.
+@pytest.mark.parametrize("width", [1, 4, 16])
+@pytest.mark.parametrize("empty", [None, 0, 1])  # and a shard whose logits are all -inf
+@pytest.mark.parametrize("apart", [3.0, 900.0])  # the shards' maxima: all of them count; e^900 overflows
+def test_any_split_of_the_vocabulary_merges_to_the_whole(width, empty, apart):
+    assert_any_split_merges(reference, example(vocab=16), width, empty, apart, 1e-12)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
