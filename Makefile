@@ -31,6 +31,7 @@ faults: .venv/installed
 	$(RUN) tests/faults.py
 
 # On a machine with a GPU (RUN=python3 takes an environment of your own): the kernels first, then the benchmark.
+gpu: export PYTHONPATH := $(CURDIR):$(PYTHONPATH)
 gpu:
 	$(RUN) -m pytest tests/test_triton.py tests/test_compile.py tests/test_gpu.py
 	$(RUN) tools/benchmark.py

@@ -4,7 +4,7 @@
     merge            one thread per token: the parts of all ranks -> statistics, the objective's loss and gate
     shard_gradient   one program per tile of a row: one read and one write, over the logits if told so
 
-Per bf16 logit that is 2 bytes forward and 4 backward: nobody who is given logits, and learns what the loss is worth
+Per bf16 logit that is 2 bytes forward and 4 backward: nobody who is given logits, and learns the upstream gradient
 only in backward, can move less. Rows that are ignored, or whose gradient is 0, are not read; they cost the 2 bytes
 of writing zeros. Arithmetic is fp32 and every result is rounded once. There are no atomics, no autotuning, no
 launch that depends on data and no question to the device: results are the same bits every time, and all of it can be
