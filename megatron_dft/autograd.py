@@ -117,6 +117,8 @@ def loss_forward(
     """The loss [...], what backward needs [3, ...], and the statistics of the whole vocabulary [...]."""
     check(logits, target)
     kernels, shard = options.kernels(logits.device, logits.dtype), options.shard(logits)
+    if torch.is_anomaly_enabled():
+        _refuse_unknown_ids(target, options.ignore_index, shard.vocab_size)
     target = target.contiguous()
     packed = kernels.shard_stats(_rows(logits), target.view(-1), options.ignore_index, shard, needs)
     shards = _all_gather(packed, options.tp_group)
@@ -153,7 +155,7 @@ def _all_gather(packed: Tensor, group: ProcessGroup | None) -> Tensor:
 
 
 def check(logits: Tensor, target: Tensor) -> None:
-    """Refuse what would give a wrong number; the device is never asked."""
+    """Refuse what would give a wrong number, without asking the device."""
     if logits.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         raise ValueError(f"logits: expected bf16, fp16, fp32 or fp64, got {logits.dtype}")
     if target.dtype != torch.int64:
@@ -165,3 +167,14 @@ def check(logits: Tensor, target: Tensor) -> None:
         )
     if target.device != logits.device:
         raise ValueError(f"target: expected the device of the logits, {logits.device}, got {target.device}")
+
+
+def _refuse_unknown_ids(target: Tensor, ignore_index: int, vocab_size: int) -> None:
+    """What would be a NaN is an error for those who look for the cause of one; waits for the device."""
+    unknown = (target != ignore_index) & ((target < 0) | (target >= vocab_size))
+    if unknown.any():
+        where = tuple(unknown.nonzero()[0].tolist())
+        raise ValueError(
+            f"target: expected ids from 0 to {vocab_size - 1}, or {ignore_index} to ignore a token, got "
+            f"{target[where].item()} at {where}; compare the tokenizer of the data with the vocabulary of the model"
+        )

@@ -41,7 +41,8 @@ def vocab_parallel_dft_loss(
         vocab_parallel_logits: this rank's equal share of the vocabulary, bf16, fp16, fp32 or fp64, with any leading
             shape. Forward never writes to it.
         target: int64 ids in the whole vocabulary. `ignore_index` contributes no loss and no gradient; any other id
-            outside the vocabulary makes the loss and the gradient of its token NaN.
+            outside the vocabulary makes the loss and the gradient of its token NaN, and under
+            torch.autograd.detect_anomaly() raises.
         objective: "dft", "tsallis:q=0.5", ... or an `Objective`; see `OBJECTIVES`.
         tp_group: the ranks that share the vocabulary; None: all of it is here.
         value: "objective" returns the objective's loss. "nll" returns the cross entropy while backward still sends

@@ -202,6 +202,20 @@ def test_broken_input_poisons_its_token_alone(broken, specification, value):
     assert_same((loss, gradient), expected, EXACT)
 
 
+@pytest.mark.parametrize(("wrong", "tokens"), [(-1, (2, 1)), (11, (0, 3)), (9, (5, 0))])
+def test_an_unknown_id_is_an_error_for_those_who_look_for_it(wrong, tokens):
+    logits, target, _ = example(6, 4)
+    target %= 9
+    target[1, 1] = -100
+    options = {"true_vocab_size": 9}
+    with torch.autograd.detect_anomaly(check_nan=False):
+        vocab_parallel_dft_loss(logits, target, **options)
+        target[tokens] = wrong
+        with pytest.raises(ValueError, match=rf"ids from 0 to 8, or -100 to ignore .*got {wrong} at \({tokens[0]}, "):
+            vocab_parallel_dft_loss(logits, target, **options)
+    assert vocab_parallel_dft_loss(logits, target, **options).isnan().sum() == 1
+
+
 @pytest.mark.parametrize("specification", FORMULAS)
 def test_impossible_words_and_targets_are_defined(specification):
     """A logit of -inf: p = 0 for that word. Another word's p = 0 changes no formula; the target's gives no NaN."""
