@@ -257,9 +257,9 @@ def _accumulate(x, m, s, a, q, ENTROPY: tl.constexpr, COLLISION: tl.constexpr):
 
 @triton.jit
 def _exponential(x, maximum):
-    """x - maximum, where it is not so small that its exponential is 0, and the exponential."""
+    """x - maximum, held above UNDERFLOW, and its exponential."""
     distance = x - tl.where(maximum == -INF, 0.0, maximum)
-    return tl.where(distance < UNDERFLOW, 0.0, distance), tl.exp2(distance * LOG2_E)
+    return tl.maximum(distance, UNDERFLOW), tl.exp2(distance * LOG2_E)
 
 
 @triton.jit

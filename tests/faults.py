@@ -196,7 +196,7 @@ FAULTS = [
           "triton", "poisons_its_token_alone"),
     Fault("finite gradient beside a NaN loss", "triton_kernels", "tl.where(logprob != logprob, logprob, gate)", "gate",
           "triton", "poisons_its_token_alone"),
-    Fault("-inf x 0 in Triton", "triton_kernels", "tl.where(distance < UNDERFLOW, 0.0, distance)", "distance",
+    Fault("-inf x 0 in Triton", "triton_kernels", "return tl.maximum(distance, UNDERFLOW)", "return distance",
           "triton", "impossible"),
     Fault("value ignored in Triton", "triton_kernels", "-logprob if NLL else loss", "loss", *TRITON_TWIN),
     Fault("blend forgotten", "triton_kernels", "        if SCHEDULED:", "        if False:", *TRITON_TWIN),
