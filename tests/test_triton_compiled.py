@@ -127,10 +127,11 @@ def test_every_variant_compiles_without_spills_and_atomics(facts):
 
 
 # 65536 registers: 64 for each of 1024 threads, half of what a multiprocessor takes; their loads are 64 KiB in flight.
+# Both extra sums are computed by vocab_stats alone, never in training: 768 threads.
 @pytest.mark.parametrize("kernel", ["stats", "gradient", "merge"])
 def test_registers_leave_room_for_enough_threads(facts, kernel):
     for name, fact in of(facts, kernel).items():
-        assert fact["reg"] <= 64, name
+        assert fact["reg"] <= (80 if "True+True" in name else 64), name
 
 
 def test_a_row_is_read_16_bytes_at_a_time_whatever_its_width(facts):
