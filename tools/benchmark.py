@@ -1,6 +1,6 @@
 """Time, memory and collectives of the loss on given logits, against every cross entropy of rivals.py.
 
-    python tools/benchmark.py                     on a GPU if there is one; appends to tools/results/
+    python tools/benchmark.py                     on a GPU if there is one; writes a file in tools/results/
     python tools/benchmark.py --tokens 512        smaller, as on a CPU by default
 
 First the correctness gate: the gradient of each implementation against fp64 at each vocabulary size. If ours is wrong,
@@ -131,7 +131,7 @@ def gate(
         truth = vocab_parallel_dft_loss(leaf, target, objective=objective, backend="torch")
         (expected,) = torch.autograd.grad(truth, leaf, upstream.double())
         try:
-            _, gradient = run(loss, logits, target, upstream, group)
+            gradient = gradient_of(loss, logits, target, upstream, group)
             error = ((gradient.double() - expected).norm() / expected.norm()).item()
             errors[name] = max(round(error, 5), errors.get(name, 0.0))
             if not error < (OURS if name.startswith("ours") else WRONG):
@@ -154,10 +154,14 @@ def case(tokens: int, vocab: int, masked: float, device: torch.device) -> tuple[
     return logits, target.masked_fill(prompt, -100), upstream.masked_fill(prompt, 0.0)
 
 
-def run(loss: Loss, source: Tensor, target: Tensor, upstream: Tensor, group: dist.ProcessGroup) -> tuple:
-    logits = source + torch.zeros(1, dtype=source.dtype, device=source.device, requires_grad=True)
-    value = loss(logits, target, group)
-    return value, torch.autograd.grad(value, logits, upstream)[0]
+def fresh(source: Tensor) -> Tensor:
+    """A copy that another operation has computed, as a model's logits are."""
+    return source + torch.zeros(1, dtype=source.dtype, device=source.device, requires_grad=True)
+
+
+def gradient_of(loss: Loss, source: Tensor, target: Tensor, upstream: Tensor, group: dist.ProcessGroup) -> Tensor:
+    logits = fresh(source)
+    return torch.autograd.grad(loss(logits, target, group), logits, upstream)[0]
 
 
 def measure(
@@ -186,7 +190,7 @@ def summary(results: list[tuple[float, ...]]) -> dict[str, float]:
 
 def timed_on_cuda(loss: Loss, source: Tensor, target: Tensor, upstream: Tensor, group) -> tuple:
     """ms of forward and backward on the device, ms of the host to queue both, MiB beyond the inputs."""
-    logits = source + torch.zeros(1, dtype=source.dtype, device=source.device, requires_grad=True)
+    logits = fresh(source)
     events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -207,7 +211,7 @@ def timed_on_cuda(loss: Loss, source: Tensor, target: Tensor, upstream: Tensor, 
 
 def timed_on_cpu(loss: Loss, source: Tensor, target: Tensor, upstream: Tensor, group) -> tuple:
     """The same on a CPU, where the host is the device."""
-    logits = source + torch.zeros(1, dtype=source.dtype, requires_grad=True)
+    logits = fresh(source)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = resident("VmRSS")
     times = [time.perf_counter()]
@@ -260,7 +264,7 @@ def collectives(loss: Loss, device: torch.device) -> dict[str, float | str]:
     source, target, upstream = case(64, 512, 0.0, device)
     try:
         with Collectives() as seen:
-            run(loss, source, target, upstream, dist.group.WORLD)
+            gradient_of(loss, source, target, upstream, dist.group.WORLD)
     except ValueError as error:
         return {"collectives": "", "sent_bytes_per_token": str(error)}
     return {"collectives": len(seen.sent), "sent_bytes_per_token": sum(seen.sent) / len(target)}
