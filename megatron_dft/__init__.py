@@ -7,6 +7,7 @@ Importing this needs torch alone; Megatron is imported by `install` and the laun
 
 from megatron_dft.config import DFTConfig
 from megatron_dft.hosts.hook import install
+from megatron_dft.linear import linear_dft_loss
 from megatron_dft.objectives import OBJECTIVES, Objective, parse_objective
 from megatron_dft.stats import TokenStats
 from megatron_dft.version import __version__
@@ -19,6 +20,7 @@ __all__ = [
     "TokenStats",
     "__version__",
     "install",
+    "linear_dft_loss",
     "parse_objective",
     "token_loss",
     "vocab_parallel_dft_loss",

@@ -9,11 +9,12 @@ the gate. The gate is never differentiated, so dL/dlogits = gate x (softmax - on
 
 A backend is a module with `shard_stats`, `merge` and `shard_gradient`: reference.py, triton_kernels.py. For
 comparison, Megatron's unfused cross entropy makes three all-reduces, overwrites fp32 logits in forward and saves a
-softmax of the size of the logits. Left out here: the output layer itself, and how a host calls this.
+softmax of the size of the logits. Left out here: the output layer itself (linear.py), and how a host calls this.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -65,9 +66,8 @@ class LossOptions:
         triton_kernels.check(device, dtype)
         return triton_kernels
 
-    def shard(self, logits: Tensor) -> VocabShard:
-        """This rank's columns, after checking the vocabulary size against the width of the logits."""
-        width = logits.shape[-1]
+    def shard(self, width: int) -> VocabShard:
+        """This rank's columns, after checking the vocabulary size against the width of its logits."""
         ranks, rank = (1, 0) if self.tp_group is None else (self.tp_group.size(), self.tp_group.rank())
         size = width * ranks if self.true_vocab_size is None else self.true_vocab_size
         if size > width * ranks:
@@ -86,9 +86,7 @@ def loss_and_stats(logits: Tensor, target: Tensor, options: LossOptions) -> tupl
             "values the gradient would overwrite; pass inplace_backward=False"
         )
     loss, *stats = _VocabParallelLoss.apply(logits, target, options)
-    logprob, valid, correct, entropy, collision, value, gate = stats
-    vocab_size = options.shard(logits).vocab_size
-    return loss, TokenStats(logprob, valid, correct, entropy, collision, vocab_size, value, gate)
+    return loss, unpack_stats(stats, options.shard(logits.shape[-1]).vocab_size)
 
 
 class _VocabParallelLoss(torch.autograd.Function):
@@ -99,10 +97,7 @@ class _VocabParallelLoss(torch.autograd.Function):
         loss, saved, stats = loss_forward(logits, target, options, options.objective.needs)
         ctx.save_for_backward(logits, target, saved)
         ctx.options = options
-        ctx.set_materialize_grads(False)  # no zeros for the statistics
-        extras = (stats.logprob, stats.valid, stats.correct, stats.entropy, stats.collision, stats.loss, stats.gate)
-        ctx.mark_non_differentiable(*(x for x in extras if x is not None))
-        return loss, *extras
+        return loss, *pack_stats(ctx, stats)
 
     @staticmethod
     @once_differentiable
@@ -111,20 +106,45 @@ class _VocabParallelLoss(torch.autograd.Function):
         return loss_backward(logits, target, saved, upstream, ctx.options, ctx.options.inplace_backward), None, None
 
 
+def pack_stats(ctx, stats: TokenStats) -> tuple[Tensor | None, ...]:
+    """As outputs of an autograd function that nothing is differentiated through."""
+    ctx.set_materialize_grads(False)  # no zeros for them
+    packed = (stats.logprob, stats.valid, stats.correct, stats.entropy, stats.collision, stats.loss, stats.gate)
+    ctx.mark_non_differentiable(*(x for x in packed if x is not None))
+    return packed
+
+
+def unpack_stats(packed: Sequence[Tensor | None], vocab_size: int) -> TokenStats:
+    """What `pack_stats` has packed."""
+    logprob, valid, correct, entropy, collision, loss, gate = packed
+    assert logprob is not None and valid is not None
+    return TokenStats(logprob, valid, correct, entropy, collision, vocab_size, loss, gate)
+
+
 def loss_forward(
     logits: Tensor, target: Tensor, options: LossOptions, needs: frozenset[str]
 ) -> tuple[Tensor, Tensor, TokenStats]:
     """The loss [...], what backward needs [3, ...], and the statistics of the whole vocabulary [...]."""
     check(logits, target)
-    kernels, shard = options.kernels(logits.device, logits.dtype), options.shard(logits)
-    if torch.is_anomaly_enabled():
-        _refuse_unknown_ids(target, options.ignore_index, shard.vocab_size)
+    kernels, shard = options.kernels(logits.device, logits.dtype), options.shard(logits.shape[-1])
     target = target.contiguous()
-    packed = kernels.shard_stats(_rows(logits), target.view(-1), options.ignore_index, shard, needs)
-    shards = _all_gather(packed, options.tp_group)
-    return kernels.merge(
-        shards, target, options.ignore_index, shard.vocab_size, options.objective, needs, options.value
-    )
+    part = kernels.shard_stats(_rows(logits), target.view(-1), options.ignore_index, shard, needs)
+    return gather_and_merge(kernels, part[None], target, shard.vocab_size, options, needs)
+
+
+def gather_and_merge(
+    kernels: ModuleType,
+    parts: Tensor,  # [C, K, N] sums of this rank's chunks of the vocabulary
+    target: Tensor,  # [...]
+    vocab_size: int,
+    options: LossOptions,
+    needs: frozenset[str],
+) -> tuple[Tensor, Tensor, TokenStats]:
+    """From the parts of the vocabulary on this rank to the loss over all of it; see a backend's `merge`."""
+    if torch.is_anomaly_enabled():
+        _refuse_unknown_ids(target, options.ignore_index, vocab_size)
+    shards = _all_gather(parts, options.tp_group)
+    return kernels.merge(shards, target, options.ignore_index, vocab_size, options.objective, needs, options.value)
 
 
 def loss_backward(
@@ -133,7 +153,7 @@ def loss_backward(
     """The gradient of the logits, over them if `inplace`."""
     kernels, rows = options.kernels(logits.device, logits.dtype), _rows(logits)
     out = rows if inplace else torch.empty_like(rows)
-    shard = options.shard(logits)
+    shard = options.shard(logits.shape[-1])
     target = target.contiguous().view(-1)
     kernels.shard_gradient(rows, target, saved.view(3, -1), upstream.reshape(-1), shard, out)
     return out.view(logits.shape)
@@ -145,28 +165,29 @@ def _rows(logits: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def _all_gather(packed: Tensor, group: ProcessGroup | None) -> Tensor:
-    """[K, N] of each rank -> [R, K, N] in rank order, on every rank."""
+def _all_gather(parts: Tensor, group: ProcessGroup | None) -> Tensor:
+    """[C, K, N] of each rank -> [R*C, K, N] in rank order, on every rank."""
     if group is None or group.size() == 1:
-        return packed[None]
-    gathered = packed.new_empty(group.size() * packed.shape[0], packed.shape[1])
-    torch.distributed.all_gather_into_tensor(gathered, packed, group=group)
-    return gathered.view(group.size(), *packed.shape)
+        return parts
+    rows = parts.flatten(0, 1)
+    gathered = rows.new_empty(group.size() * len(rows), rows.shape[1])
+    torch.distributed.all_gather_into_tensor(gathered, rows, group=group)
+    return gathered.view(-1, *parts.shape[1:])
 
 
-def check(logits: Tensor, target: Tensor) -> None:
+def check(rows: Tensor, target: Tensor, name: str = "logits") -> None:
     """Refuse what would give a wrong number, without asking the device."""
-    if logits.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        raise ValueError(f"logits: expected bf16, fp16, fp32 or fp64, got {logits.dtype}")
+    if rows.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        raise ValueError(f"{name}: expected bf16, fp16, fp32 or fp64, got {rows.dtype}")
     if target.dtype != torch.int64:
         raise ValueError(f"target: expected int64 token ids, got {target.dtype}; convert them with .long()")
-    if target.shape != logits.shape[:-1]:
+    if target.shape != rows.shape[:-1]:
         raise ValueError(
-            f"target: expected shape {tuple(logits.shape[:-1])} for logits {tuple(logits.shape)}, got "
-            f"{tuple(target.shape)}; Megatron's logits are [s, b, V/tp], its labels [b, s]: transpose them"
+            f"target: expected shape {tuple(rows.shape[:-1])} for {name} {tuple(rows.shape)}, got "
+            f"{tuple(target.shape)}; Megatron's {name} are [s, b, ...], its labels [b, s]: transpose them"
         )
-    if target.device != logits.device:
-        raise ValueError(f"target: expected the device of the logits, {logits.device}, got {target.device}")
+    if target.device != rows.device:
+        raise ValueError(f"target: expected the device of the {name}, {rows.device}, got {target.device}")
 
 
 def _refuse_unknown_ids(target: Tensor, ignore_index: int, vocab_size: int) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from torch.distributed import ProcessGroup
 
 from megatron_dft.autograd import BACKENDS, LossOptions
+from megatron_dft.linear import VOCAB_CHUNK, Split
 from megatron_dft.objectives import OBJECTIVES, Objective, nearest, parse_objective
 
 STOCK = "ce"
@@ -48,12 +49,28 @@ class DFTConfig:
     inplace_backward: bool = _setting(
         True, bool, "Write the gradient over the logits, which saves a buffer of their size."
     )
+    compact_masked_tokens: bool | None = _setting(
+        None,
+        bool,
+        "Drop masked tokens before the output layer. Default: yes, where the model lets us reach its hidden states and "
+        "no CUDA graph captures the loss; the log says so.",
+    )
+    linear_fused: bool = _setting(
+        False, bool, "Compute the output layer in chunks of the vocabulary, together with the loss: less memory."
+    )
+    vocab_chunk: int | None = _setting(None, int, f"Columns of a chunk under linear_fused. Default: {VOCAB_CHUNK}.")
+    keep_chunks: int = _setting(
+        0, int, "How many chunks keep their logits under linear_fused, and are not computed again in backward."
+    )
 
     def __post_init__(self) -> None:
         for f in fields(self):
             _check_setting(f.name, getattr(self, f.name), f.metadata)
+        if (self.vocab_chunk is not None or self.keep_chunks) and not self.linear_fused:
+            raise ValueError("dft: vocab_chunk, keep_chunks: expected them with linear_fused, got them without")
         if self.enabled:
             self.options()
+            self.split()
 
     @property
     def enabled(self) -> bool:
@@ -75,6 +92,10 @@ class DFTConfig:
             backend=self.backend,
             inplace_backward=self.inplace_backward,
         )
+
+    def split(self) -> Split:
+        """How the output layer is cut under linear_fused."""
+        return Split(VOCAB_CHUNK if self.vocab_chunk is None else self.vocab_chunk, self.keep_chunks)
 
     @classmethod
     def from_mapping(cls, block: Mapping[str, Any]) -> DFTConfig:

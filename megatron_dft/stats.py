@@ -11,7 +11,7 @@ and everything else follows without touching the logits again:
     H       = log s - a/s                entropy of the prediction                            (nats, >= 0)
     C       = q / s^2                    collision probability, the sum of squared probabilities
 
-The vocabulary is an axis that is split, over tensor-parallel ranks today and over blocks elsewhere. Each part
+The vocabulary is an axis that is split, over tensor-parallel ranks and over chunks of the output layer. Each part
 reports (M, s, x_y[, a][, q]) relative to its own maximum, and `merge_shards` rebases them onto the common one
 (the algebra of online softmax). Parts are summed in rank order: every rank gets the same bits.
 
@@ -20,10 +20,8 @@ Left out: how a part is computed (a backend's business) and how parts travel (`v
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,11 +32,16 @@ COLLISION = "collision"
 
 @dataclass(frozen=True)
 class VocabShard:
-    """The slice of the vocabulary that one rank holds."""
+    """A slice of the vocabulary: what one rank holds, or a chunk of that."""
 
-    start: int  # global id of this rank's first column
-    columns: int  # columns of this rank that belong to the vocabulary; padding lies behind them
+    start: int  # global id of the first column
+    columns: int  # how many columns belong to the vocabulary; padding lies behind them
     vocab_size: int  # the whole vocabulary, over which the softmax runs
+
+    def chunk(self, columns: slice) -> VocabShard:
+        """Some of its columns, padding included."""
+        inside = min(max(self.columns - columns.start, 0), columns.stop - columns.start)
+        return VocabShard(self.start + columns.start, inside, self.vocab_size)
 
 
 @dataclass(frozen=True)
@@ -77,12 +80,6 @@ class TokenStats:
     def prob(self) -> Tensor:
         """Probability of the target, in [0, 1]."""
         return self.logprob.exp()
-
-    def map(self, transform: Callable[[Tensor], Tensor]) -> TokenStats:
-        """The same statistics in another shape: `transform` is applied to each tensor."""
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        values = {k: transform(v) if isinstance(v, Tensor) else v for k, v in values.items()}
-        return TokenStats(**values)
 
 
 def row_names(needs: frozenset[str]) -> tuple[str, ...]:

@@ -13,6 +13,10 @@ FLAGS = {
     "true_vocab_size": (["--loss-true-vocab-size", "50257"], 50257),
     "backend": (["--loss-backend", "torch"], "torch"),
     "inplace_backward": (["--no-loss-inplace-backward"], False),
+    "compact_masked_tokens": (["--no-loss-compact-masked-tokens"], False),
+    "linear_fused": (["--loss-linear-fused"], True),
+    "vocab_chunk": (["--loss-vocab-chunk", "4096", "--loss-linear-fused"], 4096),
+    "keep_chunks": (["--loss-keep-chunks", "2", "--loss-linear-fused"], 2),
 }
 
 
@@ -23,9 +27,10 @@ def parse(*words):
 @pytest.mark.parametrize("name", [f.name for f in fields(DFTConfig)])
 def test_each_field_has_a_flag_a_key_and_a_help_text(name):
     words, value = FLAGS[name]
-    expected = DFTConfig(**{name: value})
+    settings = {name: value, "linear_fused": "--loss-linear-fused" in words}
+    expected = DFTConfig(**settings)
     assert expected != DFTConfig()
-    assert parse(*words) == expected == DFTConfig.from_mapping({name: value})
+    assert parse(*words) == expected == DFTConfig.from_mapping(settings)
     flag = words[0].replace("--no-", "--")
     (action,) = (a for a in DFTConfig.add_arguments(argparse.ArgumentParser())._actions if flag in a.option_strings)
     assert action.help.endswith(".") and action.default == getattr(DFTConfig(), name)
@@ -76,6 +81,14 @@ def test_a_host_reports_the_nll_and_is_given_every_setting():
         ({"loss_type": "dft", "true_vocab_size": 0}, "true_vocab_size: expected .*, got 0"),
         ({"inplace_backward": "yes"}, "dft: inplace_backward: expected bool, got 'yes'"),
         ({"inplace_backward": None}, "dft: inplace_backward: expected bool, got None"),
+        ({"compact_masked_tokens": 1}, "dft: compact_masked_tokens: expected bool, got 1"),
+        ({"vocab_chunk": 1024}, "dft: vocab_chunk, keep_chunks: expected them with linear_fused"),
+        ({"keep_chunks": 1}, "dft: vocab_chunk, keep_chunks: expected them with linear_fused"),
+        (
+            {"loss_type": "dft", "linear_fused": True, "vocab_chunk": 0},
+            "vocab_chunk: expected at least 1",
+        ),
+        ({"loss_type": "dft", "linear_fused": True, "keep_chunks": -1}, "keep_chunks: expected 0 or more, got -1"),
     ],
 )
 def test_wrong_settings_are_refused(settings, message):
@@ -88,6 +101,10 @@ def test_wrong_flags_are_refused(words, capsys):
     with pytest.raises(SystemExit):
         parse(*words)
     assert words[0] in capsys.readouterr().err
+
+
+def test_the_flag_of_a_choice_that_is_ours_by_default_goes_both_ways():
+    assert [parse(*words).compact_masked_tokens for words in ([], ["--loss-compact-masked-tokens"])] == [None, True]
 
 
 def test_loss_and_report_share_one_objective():

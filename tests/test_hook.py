@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 import math
 from functools import partial
 from types import SimpleNamespace
@@ -11,7 +12,8 @@ import torch
 from ranks import run_ranks
 
 from megatron_dft import DFTConfig, TokenStats, install
-from megatron_dft.hosts import compat, hook
+from megatron_dft.hosts import compat, hook, loss_head
+from megatron_dft.hosts.loss_head import statistics_of
 
 pytest.importorskip("megatron.core")
 
@@ -39,7 +41,7 @@ def gpt(**settings):
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
 
-    parallel_output = settings.pop("parallel_output", True)
+    parallel_output, tied = settings.pop("parallel_output", True), settings.pop("tied", False)
     config = transformer_config(**settings)
     torch.manual_seed(1)
     spec = get_gpt_layer_local_spec()
@@ -50,12 +52,14 @@ def gpt(**settings):
         VOCAB,
         SEQUENCE,
         parallel_output=parallel_output,
-        share_embeddings_and_output_weights=False,
+        share_embeddings_and_output_weights=tied,
         mtp_block_spec=mtp,
         position_embedding_type="rope",
     )
     with torch.no_grad():
-        model.output_layer.weight.mul_(40.0)  # probabilities far from uniform, so that gates differ
+        (model.shared_embedding_or_output_weight() if tied else model.output_layer.weight).mul_(
+            40.0
+        )  # probabilities far from uniform, so that gates differ
     return model
 
 
@@ -71,6 +75,18 @@ def forward(model, tokens, labels, loss_mask):
     positions = torch.arange(SEQUENCE).expand(BATCH, -1)
     causal = torch.ones(1, 1, SEQUENCE, SEQUENCE).triu(1).bool()
     return model(tokens, positions, causal, labels=labels, loss_mask=loss_mask)
+
+
+# How the loss may be computed, with equal results: masked tokens dropped before the output layer (the default) or not,
+# and the output layer in chunks or not.
+WAYS = {
+    "dropped": {},
+    "not dropped": {"compact_masked_tokens": False},
+    "out of place": {"inplace_backward": False},
+    "chunks": {"linear_fused": True, "vocab_chunk": 7},
+    "chunks, not dropped": {"linear_fused": True, "vocab_chunk": 1000, "compact_masked_tokens": False},
+    "chunks, kept": {"linear_fused": True, "vocab_chunk": 10, "keep_chunks": 2},
+}
 
 
 def gradients(model, transform=lambda loss: loss, **replaced):
@@ -114,11 +130,13 @@ def on_ranks():
     """Everything that needs real models, as plain numbers for the tests below."""
     start()
     facts = {"host": gradients(gpt()), "dft line": gradients(gpt(), dft_line)}
-    for name in ("nll", "dft", "deft", "entropy"):
-        facts[name] = gradients(*install([gpt()], DFTConfig(loss_type=name)))
-    facts["out of place"] = gradients(*install([gpt()], DFTConfig(loss_type="dft", inplace_backward=False)))
-    ignored = torch.full((BATCH, SEQUENCE), -100)
-    facts["nothing to learn"] = gradients(*install([gpt()], DFTConfig(loss_type="dft")), labels=ignored)
+    for name, way in itertools.product(("nll", "dft", "deft", "entropy", "cayley"), WAYS):
+        facts[name, way] = gradients(*install([gpt()], DFTConfig(loss_type=name, **WAYS[way])))
+    ignored, nothing = torch.full((BATCH, SEQUENCE), -100), torch.zeros(BATCH, SEQUENCE)
+    for way in WAYS:
+        config = DFTConfig(loss_type="dft", **WAYS[way])
+        facts["ignored", way] = gradients(*install([gpt()], config), labels=ignored)
+        facts["masked", way] = gradients(*install([gpt()], config), loss_mask=nothing)
     facts["ce is untouched"] = "compute_language_model_loss" not in vars(install([gpt()], DFTConfig())[0])
     bystander = gpt()
     facts["bystander"] = gradients(bystander)
@@ -153,7 +171,7 @@ def reports():
         )
     with torch.no_grad():
         outputs = [forward(chunk, *b) for b in batches]
-    return result, [(out.float(), getattr(out, hook._STATS), b[2]) for out, b in zip(outputs, batches, strict=True)]
+    return result, [(out.float(), *statistics_of(out, b[2]), b[2]) for out, b in zip(outputs, batches, strict=True)]
 
 
 def multi_token_prediction(mtp):
@@ -211,29 +229,41 @@ def same(ours, theirs, tolerance):
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
-def test_objective_nll_is_the_hosts_own_loss_and_gradient(facts):
+@pytest.mark.parametrize("way", WAYS)
+def test_objective_nll_is_the_hosts_own_gradient(facts, way):
     for rank in facts:
-        same(rank["nll"], rank["host"], 2e-5)
+        same(rank["nll", way][1], rank["host"][1], 2e-5)
 
 
-@pytest.mark.parametrize("name", ["dft", "out of place"])
-def test_dft_is_the_hosts_loss_with_the_line_on_top(facts, name):
+@pytest.mark.parametrize("way", WAYS)
+def test_dft_is_the_hosts_loss_with_the_line_on_top(facts, way):
     for rank in facts:
-        same(rank[name][1], rank["dft line"][1], 2e-5)
+        same(rank["dft", way][1], rank["dft line"][1], 2e-5)
 
 
-@pytest.mark.parametrize("name", ["dft", "deft", "entropy", "out of place"])
-def test_value_that_leaves_the_model_is_the_nll(facts, name):
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["nll", "dft", "deft", "entropy", "cayley"])
+def test_value_that_leaves_the_model_is_the_nll_and_0_where_masked(facts, name, way):
     for rank in facts:
-        same(rank[name][0], rank["host"][0], 2e-5)
-        assert rank[name][1]["output_layer.weight"].norm() != rank["host"][1]["output_layer.weight"].norm()
+        same(rank[name, way][0], rank["host"][0] * batch()[2], 2e-5)
+        weight = "output_layer.weight"
+        assert name == "nll" or rank[name, way][1][weight].norm() != rank["host"][1][weight].norm()
 
 
-def test_batch_without_targets_trains_on_with_zeros(facts):
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["deft", "entropy", "cayley"])
+def test_every_way_has_the_same_gradient(facts, name, way):
     for rank in facts:
-        loss, gradient = rank["nothing to learn"]
+        same(rank[name, way][1], rank[name, "not dropped"][1], 2e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["ignored", "masked"])
+def test_batch_without_targets_trains_on_with_zeros(facts, name, way):
+    for rank in facts:
+        loss, gradient = rank[name, way]
         assert not loss.any()
-        assert gradient
+        assert set(gradient) == set(rank["host"][1])
         assert not any(g.any() for g in gradient.values())
 
 
@@ -247,17 +277,18 @@ def test_other_models_keep_megatrons_loss(facts):
 def test_report_adds_up_over_micro_batches(facts, forward_only):
     result, micro_batches = facts[0]["report"]
     keys = {"lm loss", "dft loss", "dft prob", "dft gate", "dft accuracy", "dft entropy"}
-    for report, (nll, stats, mask) in zip(result[forward_only], micro_batches, strict=True):
-        assert set(report) == keys
+    for report, (nll, stats, weights, mask) in zip(result[forward_only], micro_batches, strict=True):
+        assert set(report) == keys and weights.sum() == mask.sum() == stats.valid.sum() == len(stats.valid)
+        same(report["lm loss"].view(-1), torch.stack([(nll * mask).sum(), mask.sum()]), 1e-5)
+        same(nll.t()[mask.t() > 0], stats.nll, 1e-5)
         for name, column in {
-            "lm loss": nll,
-            "dft prob": torch.exp(-nll),
+            "dft prob": torch.exp(-stats.nll),
             "dft entropy": stats.entropy,
             "dft gate": torch.exp(-stats.entropy),
-            "dft loss": torch.exp(-stats.entropy) * nll,
+            "dft loss": torch.exp(-stats.entropy) * stats.nll,
             "dft accuracy": stats.correct.float(),
         }.items():
-            same(report[name].view(-1), torch.stack([(column * mask).sum(), mask.sum()]), 1e-5)
+            same(report[name].view(-1), torch.stack([(column * weights).sum(), mask.sum()]), 1e-5)
 
 
 def test_reports_of_micro_batches_are_their_own(facts):
@@ -301,7 +332,7 @@ def test_a_masked_token_is_worth_nothing_whatever_its_loss():
     nll = torch.tensor([[0.5, torch.inf, torch.nan]])
     prob = torch.exp(-nll)
     stats = TokenStats(-nll, torch.ones_like(nll, dtype=torch.bool), loss=prob * nll, gate=prob)
-    setattr(nll, hook._STATS, stats)
+    nll = loss_head._with_statistics(nll.t(), stats, None)
     step = hook.with_metrics(
         lambda data_iterator, model: (nll, partial(loss_func, torch.tensor([[1.0, 0.0, 0.0]]))), DFTConfig("dft")
     )

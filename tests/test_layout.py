@@ -18,9 +18,11 @@ FLOORS = {
     "reference": 2,
     "triton_kernels": 2,
     "metrics": 2,
+    "compaction": 1,
     "autograd": 3,
     "compiled": 4,
-    "config": 4,
+    "linear": 4,
+    "config": 5,
     "vocab_parallel": 5,
     "hosts": 6,
     "launch": 7,
@@ -91,7 +93,12 @@ def test_public_names_exist_and_are_sorted_and_documented():
 
 
 def test_vocab_parallel_arguments_after_the_target_are_keywords():
-    for function, positional in (("vocab_parallel_dft_loss", 2), ("vocab_stats", 2), ("token_loss", 2)):
+    for function, positional in (
+        ("vocab_parallel_dft_loss", 2),
+        ("vocab_stats", 2),
+        ("token_loss", 2),
+        ("linear_dft_loss", 3),
+    ):
         kinds = [p.kind for p in inspect.signature(getattr(megatron_dft, function)).parameters.values()]
         assert kinds[:positional] == [inspect.Parameter.POSITIONAL_OR_KEYWORD] * positional
         assert set(kinds[positional:]) == {inspect.Parameter.KEYWORD_ONLY}

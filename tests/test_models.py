@@ -1,11 +1,13 @@
 """The loss on other models than a plain GPT, on two tensor-parallel ranks: Megatron's own loss against ours."""
 
 import importlib.util
+import itertools
+from functools import partial
 
 import pytest
 import torch
 from ranks import run_ranks
-from test_hook import BATCH, SEQUENCE, VOCAB, batch, dft_line, forward, gpt, same, start, transformer_config
+from test_hook import BATCH, SEQUENCE, VOCAB, WAYS, batch, dft_line, forward, gpt, same, start, transformer_config
 
 from megatron_dft import DFTConfig, install
 
@@ -14,13 +16,13 @@ pytest.importorskip("megatron.core")
 IMAGE_LENGTH, IMAGE_TOKEN = 5, -200
 
 
-def hybrid():
+def hybrid(**settings):
     """Attention and MLP layers of a hybrid stack; Mamba layers need CUDA kernels."""
     from hybrid_stack import stack
     from megatron.core.models.hybrid.hybrid_model import HybridModel
 
     return HybridModel(
-        transformer_config(num_layers=4),
+        transformer_config(num_layers=4, **settings),
         stack,
         VOCAB,
         SEQUENCE,
@@ -81,6 +83,10 @@ def lora():
     return model
 
 
+def forward_with_mask(model, tokens, labels, loss_mask):
+    return forward(model, tokens, labels, loss_mask) * loss_mask
+
+
 def forward_with_images(model, tokens, labels, loss_mask):
     """The first token of each text is an image; its labels and mask grow with it."""
     tokens = torch.cat([torch.full((BATCH, 1), IMAGE_TOKEN), tokens[:, 1:]], dim=1)
@@ -89,21 +95,32 @@ def forward_with_images(model, tokens, labels, loss_mask):
     return loss * mask  # Megatron's own has a loss where the label is -100
 
 
-MODELS = {"llava": (llava, forward_with_images), "frozen": (frozen, forward), "lora": (lora, forward)}
-if importlib.util.find_spec("megatron.core.models.hybrid") is not None:
-    MODELS["hybrid"] = (hybrid, forward)
+MODELS = {
+    "tied": partial(gpt, tied=True),
+    "sequence parallel": partial(gpt, sequence_parallel=True),
+    "tied, sequence parallel": partial(gpt, tied=True, sequence_parallel=True),
+    "frozen": frozen,
+    "lora": lora,
+    "llava": llava,
+}
+if importlib.util.find_spec("megatron.core.models.hybrid") is not None:  # from 0.18 on
+    MODELS |= {
+        "scaled logits": partial(gpt, use_mup=True, mup_output_mult=0.5),
+        "hybrid": hybrid,
+        "hybrid, sequence parallel": partial(hybrid, sequence_parallel=True),
+    }
 
 
-def loss_and_gradients(name, objective, transform=lambda loss: loss):
+def loss_and_gradients(name, objective, transform=lambda loss: loss, **way):
     """Of one micro-batch under the objective, None: Megatron's own loss; then None where a parameter has none."""
-    make, forward_step = MODELS[name]
+    forward_step = forward_with_images if name == "llava" else forward_with_mask
     torch.manual_seed(1)
-    model = make()
-    if name in ("llava", "hybrid"):
+    model = MODELS[name]()
+    if name.startswith(("llava", "hybrid")):
         with torch.no_grad():
             getattr(model, "language_model", model).output_layer.weight.mul_(40.0)
     if objective:
-        install([model], DFTConfig(loss_type=objective))
+        install([model], DFTConfig(loss_type=objective, **way))
     loss = forward_step(model, *batch())
     upstream = torch.linspace(0.0, 1.5, loss.numel()).view(loss.shape)
     (transform(loss) * upstream).sum().backward()
@@ -116,8 +133,8 @@ def on_ranks():
     for name in MODELS:
         facts[name, "stock"] = loss_and_gradients(name, None)
         facts[name, "stock with the line"] = loss_and_gradients(name, None, dft_line)
-        for objective in ("nll", "dft"):
-            facts[name, objective] = loss_and_gradients(name, objective)
+        for objective, way in itertools.product(("nll", "dft"), WAYS):
+            facts[name, objective, way] = loss_and_gradients(name, objective, **WAYS[way])
     return facts
 
 
@@ -126,16 +143,18 @@ def facts():
     return run_ranks(2, on_ranks, timeout=150)
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", MODELS)
-def test_nll_is_the_models_own_loss_and_gradient(facts, name):
+def test_nll_is_the_models_own_loss_and_gradient(facts, name, way):
     for rank in facts:
-        same(rank[name, "nll"], rank[name, "stock"], 2e-5)
+        same(rank[name, "nll", way], rank[name, "stock"], 2e-5)
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", MODELS)
-def test_dft_is_the_models_own_loss_with_the_line_on_top(facts, name):
+def test_dft_is_the_models_own_loss_with_the_line_on_top(facts, name, way):
     for rank in facts:
-        loss, gradients = rank[name, "dft"]
+        loss, gradients = rank[name, "dft", way]
         same(loss, rank[name, "stock"][0], 2e-5)
         same(gradients, rank[name, "stock with the line"][1], 2e-5)
         trained = {n for n, gradient in gradients.items() if gradient is not None and gradient.any()}

@@ -19,7 +19,6 @@ import torch.distributed as dist
 from formulas import FORMULAS, example, loss_and_gradient, token
 from ranks import run_ranks
 from test_vocab_parallel import LAYOUTS, assert_any_split_merges, assert_saving_changes_nothing, floor
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dft import DFTConfig, objectives, parse_objective, vocab_parallel_dft_loss, vocab_stats
@@ -381,11 +380,12 @@ def test_the_loss_owns_its_memory(value):
 
 def test_vocab_stats_are_those_of_fp64():
     logits, target, _ = example(6, 2, vocab=129)
-    stats = vocab_stats(logits.to(DEVICE, torch.bfloat16), target.to(DEVICE), backend="triton").map(Tensor.cpu)
-    t = token(logits.bfloat16().double(), target)
+    logits, target = logits.to(DEVICE, torch.bfloat16), target.to(DEVICE)
+    stats = vocab_stats(logits, target, backend="triton")
+    t = token(logits.double(), target)
     for ours, truth in ((stats.logprob, -t.l), (stats.entropy, t.H), (stats.collision, t.C)):
         torch.testing.assert_close(ours.double(), truth.masked_fill(~t.valid, 0.0), rtol=1e-6, atol=2e-6)
-    assert torch.equal(stats.correct, (logits.bfloat16().argmax(-1) == target) & t.valid)
+    assert torch.equal(stats.correct, (logits.argmax(-1) == target) & t.valid)
     assert torch.equal(stats.valid, t.valid) and stats.loss is stats.gate is None
 
 

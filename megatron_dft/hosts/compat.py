@@ -7,7 +7,7 @@ The checks on settings take Megatron's argparse namespace or its TransformerConf
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ OTHER_LOSSES = {
     "export_kd_teacher_load": "--export-kd-teacher-load (ModelOpt distillation)",
     "perform_rl_step": "--perform-rl-step (reinforcement learning)",
 }
+OUTPUT_PROCESSOR = "output_processor"  # argument of GPTModel.forward, from 0.18 on: hidden states instead of logits
 
 
 def check_pretrain(signature: inspect.Signature) -> None:
@@ -57,10 +58,15 @@ def check_settings(settings: Any, config: DFTConfig) -> None:
             "got Megatron's default, which divides by each rank's own token count and gives a wrong gradient when "
             "the loss mask is uneven; add --calculate-per-token-loss"
         )
-    if _mtp(settings) and config.mtp == "nll" and getattr(settings, "overlap_moe_expert_parallel_comm", False):
+    if has_mtp(settings) and config.mtp == "nll" and getattr(settings, "overlap_moe_expert_parallel_comm", False):
         raise ValueError(
             "--loss-mtp nll: expected forward passes through the model, got --overlap-moe-expert-parallel-comm, under "
             "which the heads cannot be told apart; use --loss-mtp same"
+        )
+    if config.linear_fused and any(getattr(settings, name, False) for name in ("use_megatron_fsdp", "use_torch_fsdp2")):
+        raise ValueError(
+            "--loss-linear-fused: expected the weight of the output layer on each rank, got fully sharded parameters; "
+            "leave one of the two out"
         )
 
 
@@ -82,6 +88,48 @@ def check_model(model: Any, config: DFTConfig) -> None:
         raise ValueError(
             f"install: expected logits split over {model.tp_group.size()} tensor-parallel ranks, got a model built "
             "with parallel_output=False, which gathers them; build it with parallel_output=True"
+        )
+    compacts(model, config)
+    if config.linear_fused:
+        obstacle = _obstacle(model) or _obstacle_to_chunks(model)
+        if obstacle:
+            raise ValueError(
+                "--loss-linear-fused: expected a model whose output layer can be computed together with the loss, got "
+                f"{obstacle}; leave the flag out"
+            )
+
+
+def compacts(model: Any, config: DFTConfig) -> bool:
+    """Whether masked tokens skip the output layer of this model; refused where that was asked for and cannot be."""
+    obstacle = compaction_obstacle(model)
+    if config.compact_masked_tokens and obstacle:
+        raise ValueError(
+            "--loss-compact-masked-tokens: expected a model whose masked tokens can be dropped before its output "
+            f"layer, got {obstacle}; leave the flag out"
+        )
+    return config.compact_masked_tokens is not False and obstacle is None
+
+
+def compaction_obstacle(model: Any) -> str | None:
+    """Why masked tokens of this model have to pass its output layer; None: they do not."""
+    scopes = getattr(model.config, "cuda_graph_scope", None) or ()
+    names = {getattr(x, "name", x) for x in ([scopes] if isinstance(scopes, str) else scopes)}
+    if "full_iteration" in names | {getattr(model.config, "cuda_graph_impl", None)}:
+        return "a CUDA graph of the whole iteration, whose sizes cannot depend on data"
+    return _obstacle(model)
+
+
+def check_forward(model: Any, given: Mapping[str, Any]) -> None:
+    """Refuse arguments of a forward pass with labels that want the place that the loss has taken."""
+    if given.get(OUTPUT_PROCESSOR) is not None:
+        raise ValueError(
+            f"{OUTPUT_PROCESSOR}: expected none beside a loss that starts at the hidden states, got one; pass "
+            "--no-loss-compact-masked-tokens, and no --loss-linear-fused"
+        )
+    if given.get("runtime_gather_output") and model.tp_group.size() > 1:
+        raise ValueError(
+            "runtime_gather_output: expected logits that stay split over the tensor-parallel ranks, got True beside "
+            "labels; leave it out"
         )
 
 
@@ -117,5 +165,41 @@ def loss_mask_of(loss_func: Callable[..., Any]) -> Tensor:
     return mask
 
 
-def _mtp(settings: Any) -> bool:
+def has_mtp(settings: Any) -> bool:
+    """Whether there are multi-token-prediction heads."""
     return bool(getattr(settings, "mtp_num_layers", None))
+
+
+def _obstacle(model: Any) -> str | None:
+    """Why the loss of this model cannot start at its hidden states."""
+    name, parameters = type(model).__name__, inspect.signature(model.forward).parameters
+    if "labels" not in parameters or not hasattr(model, "output_layer"):
+        return f"{name}, which is not a decoder with labels and an output layer"
+    if OUTPUT_PROCESSOR not in parameters and has_mtp(model.config):
+        return f"{name} with multi-token prediction, whose heads share the output layer"
+    if getattr(model.config, "overlap_moe_expert_parallel_comm", False):
+        return "--overlap-moe-expert-parallel-comm, which goes around the forward pass of the model"
+    if getattr(model.config, "defer_embedding_wgrad_compute", False):
+        return "--defer-embedding-wgrad-compute, which computes the weight's gradient later, from all tokens"
+
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+
+    layer = model.output_layer
+    if type(layer).forward is not ColumnParallelLinear.forward or "forward" in vars(layer):
+        return f"an output layer that is {type(layer).__name__} (fp8, fp4, an adapter), not ColumnParallelLinear"
+    return None
+
+
+def _obstacle_to_chunks(model: Any) -> str | None:
+    """Why the output layer of this model cannot be computed in chunks of the vocabulary."""
+    layer = model.output_layer
+    weight = model.shared_embedding_or_output_weight() if layer.weight is None else layer.weight
+    if layer._forward_hooks:
+        return "forward hooks on the output layer (adapters, quantization, logging), which wait for logits"
+    if type(weight.data) is not Tensor or not weight.is_floating_point() or weight.element_size() < 2:
+        return f"an output layer in {weight.dtype} ({type(weight.data).__name__}), not bf16, fp16 or fp32"
+    if layer.bias is not None:
+        return "an output layer with a bias"
+    if getattr(layer, "gtp_remat_size", 1) > 1:
+        return "an output layer whose weight is split further (generalized tensor parallelism)"
+    return None

@@ -3,6 +3,8 @@
     model        LanguageModule.compute_language_model_loss(labels, logits) -> per-token loss, bound on the instances
                  (`install`). Every Megatron model, version and cross-entropy fusion goes through it. It returns the
                  NLL and sends back the objective's gradient: `lm loss`, perplexity and NaN checks keep their meaning.
+                 A loss that starts at the hidden states is the `output_processor` of GPTModel.forward; where there
+                 is none, the output layer hands its input on to the loss.
     loss_func    what forward_step returns beside the output (`with_metrics`). Its report gains the metrics.
 
 The statistics of a micro-batch travel from the first to the second on the output tensor itself, because under
@@ -15,6 +17,7 @@ stock cross entropy. Left out: how a host is reached; see `megatron_lm`.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any
@@ -23,16 +26,12 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_dft.autograd import loss_and_stats
 from megatron_dft.config import DFTConfig
 from megatron_dft.hosts import compat
+from megatron_dft.hosts.loss_head import LossHead, are_marked, mark_labels, statistics_of
 from megatron_dft.metrics import token_metrics
 from megatron_dft.objectives import Objective
-from megatron_dft.stats import TokenStats
 from megatron_dft.vocab_parallel import vocab_parallel_dft_loss
-
-_STATS = "megatron_dft_stats"  # on the output of the model
-_MAIN_HEAD = "megatron_dft_main_head"  # on the labels that were given to the model
 
 
 def install(model_chunks: Sequence[torch.nn.Module], config: DFTConfig) -> Sequence[torch.nn.Module]:
@@ -118,29 +117,37 @@ def _language_model(chunk: torch.nn.Module) -> torch.nn.Module | None:
 
 
 def _bind(model: Any, config: DFTConfig) -> None:
-    options = config.options(model.tp_group)
-    host_loss = model.compute_language_model_loss
-    separate_mtp = bool(getattr(model.config, "mtp_num_layers", None)) and config.mtp == "nll"
-    if separate_mtp:
-        model.register_forward_pre_hook(_mark_labels, with_kwargs=True)
+    """Put the loss where the model computes its own, and before the output layer where that is part of the loss."""
+    head, host_loss = LossHead(model, config), model.compute_language_model_loss
+    separate_mtp = compat.has_mtp(model.config) and config.mtp == "nll"
 
     def compute_language_model_loss(self: Any, labels: Tensor, logits: Tensor) -> Tensor:
         """labels [b, s], logits [s, b, V/tp] -> NLL [b, s]."""
-        if separate_mtp and not hasattr(labels, _MAIN_HEAD):
-            return host_loss(labels, logits)
-        compat.check_width(self, logits)
-        loss, stats = loss_and_stats(logits, labels.transpose(0, 1).contiguous(), options)
-        loss = loss.transpose(0, 1).contiguous()
-        setattr(loss, _STATS, stats.map(lambda x: x.transpose(0, 1)))
-        return loss
+        return host_loss(labels, logits) if separate_mtp and not are_marked(labels) else head(labels, logits)
+
+    def process_output(
+        *, hidden_states: Tensor, output_weight: Tensor | None, labels: Tensor, scale_logits: Any, **others: Any
+    ) -> Tensor:
+        """The model's output, from its hidden states; scaled ones have scaled logits."""
+        return head.of_hidden(labels, scale_logits(hidden_states), output_weight)
+
+    def before_forward(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        given = signature.bind_partial(*args, **kwargs).arguments
+        if head.from_hidden:
+            head.give_back()
+        if given.get("labels") is not None:
+            mark_labels(given["labels"], given.get("loss_mask"))
+            if head.from_hidden:
+                compat.check_forward(model, given)
+                if compat.OUTPUT_PROCESSOR in signature.parameters:  # Megatron's own way to do this
+                    return args, kwargs | {compat.OUTPUT_PROCESSOR: process_output}
+                head.take_over()
+        return args, kwargs
 
     model.compute_language_model_loss = MethodType(compute_language_model_loss, model)
-
-
-def _mark_labels(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-    """Tell the main head from multi-token prediction, whose heads get shifted copies of the labels."""
-    if kwargs.get("labels") is not None:
-        setattr(kwargs["labels"], _MAIN_HEAD, True)
+    signature = inspect.signature(model.forward)
+    if "labels" in signature.parameters:
+        model.register_forward_pre_hook(before_forward, with_kwargs=True)
 
 
 def _reporting(
@@ -150,9 +157,10 @@ def _reporting(
     def wrapped(output: Tensor, **kwargs: Any) -> Any:
         if kwargs.get("non_loss_data"):
             return loss_func(output, **kwargs)
-        stats: TokenStats | None = getattr(output, _STATS, None)
         loss_mask = compat.loss_mask_of(loss_func)
-        if stats is None or loss_mask.numel() != output.numel():
+        same_tokens = loss_mask.numel() == output.numel()
+        statistics = statistics_of(output, loss_mask.view(output.shape)) if same_tokens else None
+        if statistics is None:
             raise ValueError(
                 f"the report needs the model's own per-token loss: expected the output of a model on which install() "
                 f"was called, [b, s] as the loss mask {tuple(loss_mask.shape)}, got {tuple(output.shape)}; "
@@ -163,6 +171,7 @@ def _reporting(
         loss, num_tokens, report = loss_func(output.masked_fill(loss_mask == 0.0, 0.0), **kwargs)
         if torch.is_grad_enabled():
             count_tokens(num_tokens)
-        return loss, num_tokens, {**report, **token_metrics(stats, objective, loss_mask)}
+        stats, weights = statistics
+        return loss, num_tokens, {**report, **token_metrics(stats, objective, weights)}
 
     return wrapped
