@@ -6,6 +6,7 @@ from dataclasses import fields
 import pytest
 
 from megatron_dft import OBJECTIVES, DFTConfig, parse_objective
+from megatron_dft.linear import Split
 
 FLAGS = {
     "loss_type": (["--loss-type", "tsallis:q=0.5"], "tsallis:q=0.5"),
@@ -65,6 +66,8 @@ def test_a_host_reports_the_nll_and_is_given_every_setting():
     assert (options.value, options.ignore_index) == ("nll", -100)
     assert (options.true_vocab_size, options.backend, options.inplace_backward) == (7, "torch", False)
     assert DFTConfig(loss_type="dft").options().inplace_backward
+    assert DFTConfig(loss_type="dft", linear_fused=True, vocab_chunk=5, keep_chunks=2).split() == Split(5, 2)
+    assert DFTConfig(loss_type="dft", linear_fused=True).split() == Split(8192, 0)
 
 
 @pytest.mark.parametrize(

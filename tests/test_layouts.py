@@ -96,11 +96,44 @@ def test_layouts_agree_with_one_rank(host, flags, name):
     agree(host.curves(common + layout, ranks=ranks), host.curves(common))
 
 
+PASS = "--no-loss-compact-masked-tokens "
+CHUNKS = "--loss-linear-fused --loss-vocab-chunk 5 "
+KEPT = "--loss-linear-fused --loss-vocab-chunk 11 --loss-keep-chunks 1 "
+OVERLAP = DP + "--overlap-grad-reduce --overlap-param-gather "
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "ranks", "how"),
+    [
+        ("dense", "", 1, PASS),
+        ("dense", "", 1, CHUNKS),
+        ("dense", TP2 + SP, 2, PASS),
+        ("dense", TP2 + SP, 2, CHUNKS + PASS),
+        ("dense", TP2 + SP, 2, KEPT),
+        ("dense", PP2 + VPP, 2, PASS),
+        ("dense", PP2 + VPP, 2, CHUNKS),
+        ("dense", CP2, 2, PASS),
+        ("dense", CP2, 2, CHUNKS),
+        ("dense", OVERLAP, 2, CHUNKS),
+        ("tied", TP2, 2, PASS),
+        ("tied", PP2, 2, CHUNKS),
+        ("tied", TP2 + SP, 2, KEPT),
+        ("mtp", TP2, 2, PASS),
+        ("mtp", PP2, 2, CHUNKS),
+    ],
+)
+def test_skipping_masked_tokens_and_chunks_change_no_curve(host, flags, model, layout, ranks, how):
+    """Of the output layer: masked tokens skip it by default, pass it, or it is computed in chunks."""
+    common = f"{flags(model)} {PER_TOKEN} --micro-batch-size 1 --loss-type dft {layout}"
+    agree(host.curves(common + how, ranks=ranks), host.curves(common, ranks=ranks), 2e-6)
+
+
 @pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="CPU ranks need Triton's interpreter")
 def test_triton_kernels_train_as_the_torch_backend_does(host, flags):
     common = f"{flags('dense', 4)} {PER_TOKEN} --micro-batch-size 2 --loss-type deft "
-    layout = TP2 + SP + RECOMPUTE
-    agree(host.curves(f"{common} {layout} --loss-backend triton", ranks=2), host.curves(common))
+    one = host.curves(common)
+    agree(host.curves(f"{common} {TP2} {SP} {RECOMPUTE} --loss-backend triton", ranks=2), one)
+    agree(host.curves(f"{common} --loss-backend triton {CHUNKS}"), one)
 
 
 @pytest.mark.parametrize(

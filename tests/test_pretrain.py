@@ -113,6 +113,23 @@ def test_layouts_agree_with_one_rank(host, checkpoint, ranks, layout):
 
 
 @pytest.mark.host
+@pytest.mark.parametrize(
+    ("ranks", "flags"),
+    [
+        (1, "--no-loss-compact-masked-tokens"),
+        (2, "--loss-linear-fused --loss-vocab-chunk 50 --tensor-model-parallel-size 2 --sequence-parallel"),
+        (2, "--loss-linear-fused --loss-vocab-chunk 50 --context-parallel-size 2"),
+    ],
+)
+def test_skipping_masked_tokens_and_chunks_change_no_curve(host, checkpoint, ranks, flags):
+    one = host.curves(f"{host.sft} {checkpoint} --loss-type dft")
+    other = host.curves(f"{host.sft} {checkpoint} --loss-type dft {flags}", ranks=ranks)
+    if "context" in flags:  # with --sft, Megatron validates with a mean over ranks of means over their tokens
+        one, other = ({tag: x for tag, x in run.items() if "validation" not in tag} for run in (one, other))
+    agree(other, one, 2e-5 if ranks > 1 else 2e-6)
+
+
+@pytest.mark.host
 def test_packed_conversations_train_as_they_do_unpacked(host, checkpoint):
     """Two conversations to a line, and the same ones in lines of their own: one batch of all of them."""
     lines = (host.folder / "chat" / "noisy_train.jsonl").read_text().splitlines()
@@ -169,6 +186,20 @@ def test_the_log_says_once_what_is_different(host):
     said = "> megatron_dft: objective dft replaces the cross entropy; `lm loss` stays the NLL; backend torch"
     assert run.output().count(said) == 1
     assert run.output().count("--calculate-per-token-loss makes it a mean over all tokens") == 1
+    assert run.output().count("> megatron_dft: masked tokens skip the output layer\n") == 1
+
+
+@pytest.mark.host
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--no-loss-compact-masked-tokens", "masked tokens pass through the output layer (as asked for)\n"),
+        ("--loss-linear-fused", "masked tokens skip the output layer; it is computed with the loss, 8192 words at"),
+    ],
+)
+def test_the_log_says_what_the_output_layer_is_spared(host, flags, said):
+    _, output = host.start(f"{MOCK} --loss-type dft {flags} --pipeline-model-parallel-size 2", ranks=2)
+    assert output.count("> megatron_dft: " + said) == 1
 
 
 @pytest.mark.host

@@ -119,6 +119,16 @@ def compaction_obstacle(model: Any) -> str | None:
     return _obstacle(model)
 
 
+def describe_output_layer(model: Any, config: DFTConfig) -> str:
+    """For the log: what the output layer of this model is spared."""
+    chunk = config.split().vocab_chunk
+    way = f"; it is computed with the loss, {chunk} words at a time" if config.linear_fused else ""
+    if compacts(model, config):
+        return f"masked tokens skip the output layer{way}"
+    reason = "as asked for" if config.compact_masked_tokens is False else f"this is {compaction_obstacle(model)}"
+    return f"masked tokens pass through the output layer ({reason}){way}"
+
+
 def check_forward(model: Any, given: Mapping[str, Any]) -> None:
     """Refuse arguments of a forward pass with labels that want the place that the loss has taken."""
     if given.get(OUTPUT_PROCESSOR) is not None:

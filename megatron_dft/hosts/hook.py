@@ -47,8 +47,8 @@ def install(model_chunks: Sequence[torch.nn.Module], config: DFTConfig) -> Seque
     """
     if config.enabled:
         for chunk in model_chunks:
-            model = _language_model(chunk)
-            if getattr(model, "post_process", False):
+            model = model_with_loss(chunk)
+            if model is not None:
                 compat.check_model(model, config)
                 _bind(model, config)
     return model_chunks
@@ -98,7 +98,7 @@ def vocab_parallel_cross_entropy(
     return vocab_parallel_dft_loss(vocab_parallel_logits, target, tp_group=tp_group)
 
 
-def _language_model(chunk: torch.nn.Module) -> torch.nn.Module | None:
+def model_with_loss(chunk: torch.nn.Module) -> Any | None:
     """The module that computes the loss, below DDP, Float16Module or LLaVA; None where this stage has none."""
     module: Any = chunk
     while not hasattr(module, "compute_language_model_loss"):
@@ -113,7 +113,7 @@ def _language_model(chunk: torch.nn.Module) -> torch.nn.Module | None:
                 f"install: expected a Megatron language model (GPTModel, HybridModel, LLaVAModel, ...) with "
                 f"compute_language_model_loss, got {type(chunk).__name__}"
             )
-    return module
+    return module if getattr(module, "post_process", False) else None
 
 
 def _bind(model: Any, config: DFTConfig) -> None:

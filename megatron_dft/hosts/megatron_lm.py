@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_dft.config import DFTConfig
 from megatron_dft.hosts import compat
-from megatron_dft.hosts.hook import install, with_metrics
+from megatron_dft.hosts.hook import install, model_with_loss, with_metrics
 from megatron_dft.hosts.iterations import TokenCount, followed
 
 
@@ -110,9 +110,19 @@ def _prepared(call: inspect.BoundArguments, settings: Any, config: DFTConfig) ->
     compat.check_settings(settings, config)
     tokens = TokenCount()
     call.arguments["forward_step_func"] = with_metrics(call.arguments["forward_step_func"], config, tokens.add)
-    _hook_model(call, functools.partial(install, config=config))
+    _hook_model(call, functools.partial(_install, config=config))
     _announce(settings, config)
     return followed(config.objective, tokens)
+
+
+def _install(chunks: list, config: DFTConfig) -> list:
+    """Put the loss on the model, and say what follows for its output layer."""
+    from megatron.training import print_rank_last
+
+    for model in map(model_with_loss, install(chunks, config)):
+        if model is not None:
+            print_rank_last(f"> megatron_dft: {compat.describe_output_layer(model, config)}")
+    return chunks
 
 
 def _announce(settings: Any, config: DFTConfig) -> None:

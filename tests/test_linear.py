@@ -1,0 +1,286 @@
+"""From hidden states to the loss, in chunks and without masked tokens: the same numbers as through all the logits."""
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+from formulas import FORMULAS, example, loss_and_gradient
+from ranks import run_ranks
+from test_tensor_parallel import Collectives
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_dft import linear_dft_loss, vocab_parallel_dft_loss
+from megatron_dft.linear import Split
+
+SEQUENCE, BATCH, HIDDEN, VOCAB = 8, 3, 8, 48
+TOLERANCE = {"rtol": 0.0, "atol": 1e-12}
+SIZES = [None, 35, 10]  # 35 empties the last of 4 shards, 10 all but the first
+# Chunks of one column, of an odd number, of more than there are; masked tokens dropped, the sequence split, or not.
+WAYS = {
+    "columns": {"vocab_chunk": 1, "compact_masked_tokens": False},
+    "odd": {"vocab_chunk": 5, "sequence_parallel": True},
+    "odd, kept": {"vocab_chunk": 5, "keep_chunks": 2},
+    "odd, all kept": {"vocab_chunk": 7, "keep_chunks": 100, "compact_masked_tokens": False},
+    "one": {"vocab_chunk": 1000, "sequence_parallel": True, "compact_masked_tokens": False},
+}
+
+
+def make_case(true_vocab_size=None):
+    """hidden [s, b, H], weight [V, H], target and upstream [s, b]; probabilities from tiny to nearly 1."""
+    _, target, upstream = example(SEQUENCE, BATCH, vocab=VOCAB)
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(SEQUENCE, BATCH, HIDDEN, generator=generator, dtype=torch.float64)
+    weight = torch.randn(VOCAB, HIDDEN, generator=generator, dtype=torch.float64)
+    if true_vocab_size:
+        target = torch.where(target >= true_vocab_size, target % true_vocab_size, target)
+    likely = target.clamp(min=0)
+    hidden += (
+        weight[likely] * torch.linspace(-0.5, 1.5, target.numel(), dtype=torch.float64).view(target.shape)[..., None]
+    )
+    return hidden, weight, target, upstream
+
+
+def truth(specification, hidden, weight, target, upstream, true_vocab_size=None):
+    """Loss, and the gradients of hidden and weight, through the logits in fp64."""
+    loss, gradient = loss_and_gradient(specification, hidden @ weight.t(), target, upstream, true_vocab_size)
+    return loss, gradient @ weight, gradient.flatten(0, 1).t() @ hidden.flatten(0, 1)
+
+
+def result(hidden, weight, target, upstream, **options):
+    """The same of `linear_dft_loss`, and the collectives of forward and backward."""
+    hidden, weight = (x.clone().requires_grad_() for x in (hidden, weight))
+    with Collectives() as forward:
+        loss = linear_dft_loss(hidden, weight, target, **options)
+    with Collectives() as backward:
+        gradients = torch.autograd.grad(loss, (hidden, weight), upstream)
+    return (loss.detach(), *gradients), forward.seen, backward.seen
+
+
+def on_one_rank():
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+
+    def share(specification, size, **way):
+        hidden, weight, *tokens = make_case(size)
+        part = hidden.chunk(ranks)[rank] if way.get("sequence_parallel") else hidden
+        options = {"objective": specification, "true_vocab_size": size, "tp_group": dist.group.WORLD, **way}
+        return result(part, weight.chunk(ranks)[rank], *tokens, **options)
+
+    facts = {(name, None, way): share(name, None, **WAYS[way]) for name, way in itertools.product(FORMULAS, WAYS)}
+    facts |= {("deft", size, way): share("deft", size, **WAYS[way]) for size, way in itertools.product(SIZES, WAYS)}
+    hidden, weight, target, upstream = make_case()
+    weight = weight.chunk(ranks)[rank]
+    for way, options in WAYS.items():
+        part = hidden.chunk(ranks)[rank] if options.get("sequence_parallel") else hidden
+        ignored = torch.full_like(target, -100)
+        facts["nothing", way] = result(part, weight, ignored, upstream, tp_group=dist.group.WORLD, **options)
+    return facts
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4])
+def ranks(request):
+    return run_ranks(request.param, on_one_rank)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("specification", "size"), [(name, None) for name in FORMULAS] + [("deft", size) for size in SIZES[1:]]
+)
+def test_loss_and_gradients_are_those_through_all_the_logits(ranks, specification, size, way):
+    loss, hidden_gradient, weight_gradient = truth(specification, *make_case(size), size)
+    ours = [rank[specification, size, way][0] for rank in ranks]
+    for rank, (our_loss, gradient, _) in enumerate(ours):
+        torch.testing.assert_close(our_loss, loss, **TOLERANCE)
+        whole = not WAYS[way].get("sequence_parallel")
+        expected = hidden_gradient if whole else hidden_gradient.chunk(len(ranks))[rank]
+        torch.testing.assert_close(gradient, expected, **TOLERANCE)
+    torch.testing.assert_close(torch.cat([gradient for *_, gradient in ours]), weight_gradient, **TOLERANCE)
+
+
+def test_one_gather_forward_and_one_reduction_backward(ranks):
+    if len(ranks) == 1:
+        assert all(seen == [] for fact in ranks[0].values() for seen in fact[1:])
+        return
+    valid = int((make_case()[2] != -100).sum())
+    for rank, way in itertools.product(ranks, WAYS):
+        tokens = valid if WAYS[way].get("compact_masked_tokens", True) else SEQUENCE * BATCH
+        chunks = len(Split(WAYS[way]["vocab_chunk"]).columns(VOCAB // len(ranks)))
+        gathered = [("_allgather_base_", (4 * chunks, tokens))]
+        if WAYS[way].get("sequence_parallel"):
+            gathered.insert(0, ("_allgather_base_", (SEQUENCE // len(ranks), BATCH, HIDDEN)))
+        _, forward, backward = rank["deft", None, way]
+        assert forward == gathered
+        assert backward == [("allreduce_", (tokens, HIDDEN))]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_token_to_learn_from_is_no_problem(ranks, way):
+    for rank in ranks:
+        numbers, _, backward = rank["nothing", way]
+        assert all(x.isfinite().all() and not x.any() for x in numbers)
+        if len(ranks) > 1 and WAYS[way].get("compact_masked_tokens", True):
+            assert backward == [("allreduce_", (1, HIDDEN))]  # nobody is missing
+
+
+@pytest.mark.parametrize("compact", [True, False])
+def test_ignore_index_may_be_a_token(compact):
+    hidden, weight, target, upstream = make_case()
+    options = {"ignore_index": 7, "vocab_chunk": 5, "compact_masked_tokens": compact}
+    ours, _, _ = result(hidden, weight, target.masked_fill(target == -100, 7), upstream, **options)
+    expected = truth("dft", hidden, weight, target.masked_fill(target == 7, -100), upstream)
+    assert (target == 7).any()
+    torch.testing.assert_close(ours, expected, **TOLERANCE)
+
+
+def test_no_tokens_are_no_problem():
+    hidden, weight, target, upstream = make_case()
+    (loss, *gradients), _, _ = result(hidden[:0], weight, target[:0], upstream[:0])
+    assert loss.shape == (0, BATCH) and gradients[0].shape == (0, BATCH, HIDDEN) and not gradients[1].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("chunk", [3, 16, 100])
+def test_errors_are_at_most_twice_those_through_the_logits_in_the_same_dtype(dtype, chunk):
+    hidden, weight, target, upstream = make_case()
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    exact = truth("dft", hidden.double(), weight.double(), target, upstream)
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+    loss = vocab_parallel_dft_loss(leaves[0] @ leaves[1].t(), target)
+    plain = (loss.detach(), *torch.autograd.grad(loss, leaves, upstream.float()))
+    ours, _, _ = result(hidden, weight, target, upstream.float(), vocab_chunk=chunk)
+    for our, same_dtype, right in zip(ours, plain, exact, strict=True):
+        error, theirs = ((x.double() - right).norm() for x in (our, same_dtype))
+        assert our.dtype == same_dtype.dtype and error <= 2 * theirs
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_what_is_frozen_gets_no_gradient_and_costs_no_product(frozen):
+    hidden, weight, target, upstream = make_case()
+    expected = truth("dft", hidden, weight, target, upstream)
+    leaves = [hidden.requires_grad_(frozen != 0), weight.requires_grad_(frozen != 1)]
+    loss = linear_dft_loss(*leaves, target, vocab_chunk=16)
+    with Operators() as seen:
+        loss.backward(upstream)
+    torch.testing.assert_close(leaves[1 - frozen].grad, expected[2 - frozen], **TOLERANCE)
+    assert leaves[frozen].grad is None
+    assert sum(name.startswith("mm") for name in seen.names) == 3 * 2  # logits again, and one gradient
+
+
+class Operators(TorchDispatchMode):
+    """Records the names of what runs."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+    def __enter__(self):
+        self.names = []
+        return super().__enter__()
+
+
+@pytest.mark.parametrize(("keep", "products"), [(0, 9 + 3), (1, 9 + 2), (2, 9 + 1), (3, 9), (9, 9)])
+def test_chunks_that_keep_their_logits_are_not_computed_again(keep, products):
+    hidden, weight, target, upstream = make_case()
+    leaves = [x.requires_grad_() for x in (hidden, weight)]
+    with Operators() as seen:
+        linear_dft_loss(*leaves, target, vocab_chunk=16, keep_chunks=keep).backward(upstream)
+    assert sum(name.startswith("mm") for name in seen.names) == products
+
+
+def test_nothing_is_kept_where_nothing_is_learnt():
+    hidden, weight, target, _ = make_case()
+    with Operators() as seen, torch.no_grad():
+        linear_dft_loss(hidden.requires_grad_(), weight, target, vocab_chunk=16, keep_chunks=3)
+    kept = sum(name.startswith("mm") and not name.endswith("out") for name in seen.names)
+    assert kept == 0
+
+
+def test_a_second_backward_is_exact_or_refused():
+    hidden, weight, target, upstream = make_case()
+    leaves = [x.requires_grad_() for x in (hidden, weight)]
+    loss = linear_dft_loss(*leaves, target, vocab_chunk=16)
+    first = torch.autograd.grad(loss, leaves, upstream, retain_graph=True)
+    assert all(map(torch.equal, first, torch.autograd.grad(loss, leaves, upstream)))
+    loss = linear_dft_loss(*leaves, target, vocab_chunk=16, keep_chunks=1)
+    torch.autograd.grad(loss, leaves, upstream, retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, leaves, upstream)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_device_is_asked_once_how_many_tokens_are_left(backend):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    hidden, weight, target, upstream = make_case()
+    leaves = [x.float().requires_grad_() for x in (hidden, weight)]
+    with Operators() as seen:
+        linear_dft_loss(*leaves, target, vocab_chunk=16, backend=backend).backward(upstream.float())
+    questions = [name for name in seen.names if name.split(".")[0] in ("nonzero", "_local_scalar_dense", "is_nonzero")]
+    assert questions.count("nonzero.default") >= 1
+    if backend == "triton":  # the other one asks for its rows, too: it is made for CPUs
+        assert questions == ["nonzero.default"]
+
+
+def test_triton_kernels_take_chunks():
+    pytest.importorskip("triton")
+    hidden, weight, target, upstream = make_case()
+    expected = truth("deft", hidden.float().double(), weight.float().double(), target, upstream)
+    options = {"objective": "deft", "vocab_chunk": 20, "keep_chunks": 1, "backend": "triton"}
+    ours, _, _ = result(hidden.float(), weight.float(), target, upstream.float(), **options)
+    for our, right in zip(ours, expected, strict=True):
+        torch.testing.assert_close(our.double(), right, rtol=1e-5, atol=1e-5)
+
+
+def test_under_torch_compile_it_breaks_the_graph_and_is_right():
+    hidden, weight, target, upstream = make_case()
+    leaves = [x.requires_grad_() for x in (hidden, weight)]
+
+    @torch.compile(backend="aot_eager")
+    def twice(hidden, weight):
+        return linear_dft_loss(2 * hidden, weight, target, vocab_chunk=16) * 1
+
+    expected = truth("dft", 2 * hidden.detach(), weight.detach(), target, upstream)
+    loss = twice(*leaves)
+    torch.testing.assert_close(loss.detach(), expected[0], **TOLERANCE)
+    gradients = torch.autograd.grad(loss, leaves, upstream)
+    torch.testing.assert_close(gradients, (2 * expected[1], expected[2]), **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda h, w, t: (h, w[:, 1:], t), r"weight: expected \[V/tp, 8\] for hidden"),
+        (lambda h, w, t: (h, w[0], t), r"weight: expected \[V/tp, 8\] for hidden"),
+        (lambda h, w, t: (h, w.float(), t), "weight: expected a plain tensor as hidden is one, torch.float64 .* fp8"),
+        (lambda h, w, t: (h, w.to(torch.float8_e4m3fn), t), "of torch.float8_e4m3fn .* for fp8 and fp4 compute"),
+        (lambda h, w, t: (h.long(), w, t), "hidden states: expected bf16, fp16, fp32 or fp64, got torch.int64"),
+        (lambda h, w, t: (h, w, t.int()), "target: expected int64 token ids"),
+        (lambda h, w, t: (h, w, t.t()), r"Megatron's hidden states are \[s, b, ...\], its labels \[b, s\]: transpose"),
+    ],
+)
+def test_input_that_does_not_fit_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        linear_dft_loss(*change(*make_case()[:3]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vocab_chunk": 0}, "vocab_chunk: expected at least 1 column, got 0"),
+        ({"keep_chunks": -1}, "keep_chunks: expected 0 or more, got -1"),
+        ({"true_vocab_size": 49}, "true_vocab_size: expected at most 48"),
+        ({"objective": "dtf"}, "unknown objective 'dtf'"),
+        ({"backend": "cuda"}, "backend: expected one of auto, torch, triton"),
+    ],
+)
+def test_options_that_are_not_possible_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        linear_dft_loss(*make_case()[:3], **options)
+
+
+def test_an_unknown_target_is_named_under_anomaly_detection():
+    hidden, weight, target, _ = make_case()
+    target[1, 1] = VOCAB
+    assert linear_dft_loss(hidden, weight, target).isnan().sum() == 1
+    with torch.autograd.detect_anomaly(check_nan=False), pytest.raises(ValueError, match="expected ids from 0 to 47"):
+        linear_dft_loss(hidden, weight, target)
