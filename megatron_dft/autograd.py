@@ -172,7 +172,7 @@ def _all_gather(parts: Tensor, group: ProcessGroup | None) -> Tensor:
     rows = parts.flatten(0, 1)
     gathered = rows.new_empty(group.size() * len(rows), rows.shape[1])
     torch.distributed.all_gather_into_tensor(gathered, rows, group=group)
-    return gathered.view(-1, *parts.shape[1:])
+    return gathered.view(group.size() * len(parts), *parts.shape[1:])
 
 
 def check(rows: Tensor, target: Tensor, name: str = "logits") -> None:
