@@ -11,6 +11,7 @@ from test_tensor_parallel import Collectives
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dft import linear_dft_loss, vocab_parallel_dft_loss
+from megatron_dft.compaction import compacted
 from megatron_dft.linear import Split
 
 SEQUENCE, BATCH, HIDDEN, VOCAB = 8, 3, 8, 48
@@ -122,6 +123,23 @@ def test_no_token_to_learn_from_is_no_problem(ranks, way):
             assert backward == [("allreduce_", (1, HIDDEN))]  # nobody is missing
 
 
+@pytest.mark.parametrize("ignore_index", [-100, 7])
+def test_tokens_that_are_ignored_do_not_pass_the_output_layer(ignore_index):
+    hidden, _, target, _ = make_case()
+    hidden, target = hidden.flatten(0, 1), target.flatten().masked_fill(target.flatten() == -100, ignore_index)
+    passed = []
+
+    def loss_and_stats(hidden, target):
+        passed.append((hidden, target))
+        return target.double(), None
+
+    loss, _, rows = compacted(loss_and_stats, hidden, target, ignore_index)
+    valid = target != ignore_index
+    assert torch.equal(rows, valid.nonzero()[:, 0]) and 0 < len(rows) < len(target)
+    assert torch.equal(passed[0][0], hidden[valid]) and torch.equal(passed[0][1], target[valid])
+    assert torch.equal(loss, target.double().masked_fill(~valid, 0.0))
+
+
 @pytest.mark.parametrize("compact", [True, False])
 def test_ignore_index_may_be_a_token(compact):
     hidden, weight, target, upstream = make_case()
@@ -151,6 +169,18 @@ def test_errors_are_at_most_twice_those_through_the_logits_in_the_same_dtype(dty
     for our, same_dtype, right in zip(ours, plain, exact, strict=True):
         error, theirs = ((x.double() - right).norm() for x in (our, same_dtype))
         assert our.dtype == same_dtype.dtype and error <= 2 * theirs
+
+
+def test_the_hidden_gradient_is_summed_over_chunks_in_fp32():
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 16, generator=generator).bfloat16() for n in (32, 2048))
+    target, upstream = torch.randint(2048, (32,), generator=generator), torch.ones(32)
+    expected = truth("nll", hidden.double()[None], weight.double(), target[None], upstream.double()[None])[1][0]
+    (_, gradient, _), _, _ = result(hidden, weight, target, upstream, objective="nll", vocab_chunk=16)
+    plain = linear_dft_loss(hidden.requires_grad_(), weight, target, objective="nll", vocab_chunk=2048)
+    (whole,) = torch.autograd.grad(plain, hidden, upstream)
+    error, of_one_chunk = ((x.double() - expected).norm() for x in (gradient, whole))
+    assert error <= 1.2 * of_one_chunk
 
 
 @pytest.mark.parametrize("frozen", [0, 1])

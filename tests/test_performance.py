@@ -1,25 +1,29 @@
-"""Memory and time on a CPU, measured: 1024 tokens x 32768 words, 33.5M logits.
+"""Memory and time on a CPU, measured: 1024 tokens x 32768 words, 33.5M logits; from hidden states 512 tokens.
 
 Memory is the peak of a fresh process, from /proc. Time is CPU time of one thread, which other processes on the
 machine disturb least: medians of interleaved runs, against the stock cross entropy and the one line that makes it DFT.
 `pytest tests/test_performance.py -s` prints what it measures.
 """
 
+import ctypes
 import itertools
 import os
 import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from ranks import megatron_cross_entropy, needs_megatron, run_ranks
 
-from megatron_dft import vocab_parallel_dft_loss
+from megatron_dft import linear_dft_loss, vocab_parallel_dft_loss
+from megatron_dft.compaction import compacted
 
 TOKENS, VOCAB = 1024, 32768
+HIDDEN = 512
 MIB = 1 << 20
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -39,6 +43,15 @@ def resident(name):
     """VmRSS or VmHWM, its peak, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))
+
+
+def in_fresh_process(code):
+    """What it prints."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent), *sys.path]))}
+    command = [sys.executable, "-c", f"import test_performance; {code}"]
+    out = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert out.returncode == 0, out.stderr
+    return out.stdout
 
 
 def print_extra_bytes(dtype_name):
@@ -65,15 +78,43 @@ def print_extra_bytes(dtype_name):
 @pytest.mark.skipif(not CLEAR_REFS.exists(), reason="needs /proc of Linux")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_memory_beyond_logits_and_gradient_is_below_64_mib(dtype):
-    code = f"import test_performance; test_performance.print_extra_bytes({dtype!r})"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent), *sys.path]))}
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert out.returncode == 0, out.stderr
-    for (specification, inplace), extra in zip(CASES, map(int, out.stdout.split()), strict=True):
+    out = in_fresh_process(f"test_performance.print_extra_bytes({dtype!r})")
+    for (specification, inplace), extra in zip(CASES, map(int, out.split()), strict=True):
         print(f"\n{dtype}, {specification}, inplace_backward={inplace}: {extra / MIB:.0f} MiB", end="")
         allowed = 0 if inplace else TOKENS * VOCAB * DTYPES[dtype].itemsize
         assert extra < allowed + 64 * MIB, f"{specification}, inplace_backward={inplace}: {extra / MIB:.0f} MiB"
         assert extra > 0.5 * allowed - MIB, "the measurement misses even the gradient"
+
+
+def print_bytes_from_hidden():
+    """In a fresh process: what output layer and loss take beyond inputs and gradients: all the logits, in chunks."""
+    hidden, weight = torch.randn(TOKENS, 64, requires_grad=True), torch.randn(4 * VOCAB, 64, requires_grad=True)
+    target, upstream = torch.arange(TOKENS), torch.randn(TOKENS)
+
+    def plain(rows):
+        return vocab_parallel_dft_loss(hidden[:rows] @ weight.t(), target[:rows], inplace_backward=True)
+
+    def chunks(rows):
+        return linear_dft_loss(hidden[:rows], weight, target[:rows])
+
+    for compute, rows in itertools.product((plain, chunks), (40, TOKENS)):  # first a few, as above
+        ctypes.CDLL(None).malloc_trim(0)
+        before = resident("VmRSS")
+        CLEAR_REFS.write_text("5")
+        gradients = torch.autograd.grad(compute(rows), (hidden, weight), upstream[:rows])
+        extra = resident("VmHWM") - before - sum(x.nbytes for x in gradients)
+        print(f"{extra} " if rows == TOKENS else "", end="")
+        del gradients
+
+
+@pytest.mark.skipif(not CLEAR_REFS.exists(), reason="needs /proc of Linux")
+def test_chunks_take_at_most_a_sixth_of_the_memory_of_all_the_logits():
+    out = in_fresh_process("test_performance.print_bytes_from_hidden()")
+    plain, chunks = map(int, out.split())
+    logits = 4 * TOKENS * 4 * VOCAB
+    print(f"\nall the logits: {plain / MIB:.0f} MiB, in chunks: {chunks / MIB:.0f} MiB", end="")
+    assert 0.95 * logits < plain < 1.1 * logits, "the measurement misses the logits"
+    assert 0 < chunks < plain / 6
 
 
 def time_ratios():
@@ -109,3 +150,56 @@ def test_time_against_megatrons_cross_entropy_with_a_weight(ratios, dtype, limit
         ratios = run_ranks(1, time_ratios)[0]
     print(f"\n{dtype}: {ratios[dtype]:.2f} of the time of Megatron's cross entropy with a weight", end="")
     assert ratios[dtype] <= limit
+
+
+def time_ratios_from_hidden():
+    """Of output layer and loss, 70% masked: masked tokens dropped, and in chunks without that, over the stock loss;
+    and in chunks over all the logits, nothing masked. Medians of 5, runs interleaved."""
+    group, cross_entropy = torch.distributed.group.WORLD, megatron_cross_entropy()
+    hidden, weight = (torch.randn(n, HIDDEN, requires_grad=True) for n in (TOKENS // 2, VOCAB))
+    target = torch.randint(VOCAB, (len(hidden),))
+    masked = target.masked_fill(torch.arange(len(target)) % 10 < 7, -100)
+
+    def stock(target):
+        ce = cross_entropy((hidden @ weight.t())[:, None], target.clamp(min=0)[:, None])[:, 0]
+        return ce * torch.exp(-ce.detach())
+
+    def plain(target):
+        return vocab_parallel_dft_loss(hidden @ weight.t(), target, tp_group=group, inplace_backward=True)
+
+    def chunks(target, compact_masked_tokens=False):
+        return linear_dft_loss(
+            hidden, weight, target, tp_group=group, vocab_chunk=4096, compact_masked_tokens=compact_masked_tokens
+        )
+
+    def dropped(target):
+        def loss_and_stats(rows, target):
+            return vocab_parallel_dft_loss(rows @ weight.t(), target, tp_group=group, inplace_backward=True), None
+
+        return compacted(loss_and_stats, hidden, target, -100)[0]
+
+    def seconds(function, target):
+        upstream = (target != -100) / len(target)
+        start = time.process_time()
+        torch.autograd.grad(function(target), (hidden, weight), upstream)
+        return time.process_time() - start
+
+    runs = [(stock, masked), (dropped, masked), (partial(chunks, compact_masked_tokens=True), masked)]
+    runs += [(plain, target), (chunks, target)]
+    turns = [[seconds(*run) for run in runs] for _ in range(6)]
+    stock_s, dropped_s, both_s, plain_s, chunks_s = (statistics.median(s) for s in zip(*turns[1:], strict=True))
+    return {"dropped": dropped_s / stock_s, "both": both_s / stock_s, "chunks": chunks_s / plain_s}
+
+
+@pytest.fixture(scope="module")
+def ratios_from_hidden():
+    return run_ranks(1, time_ratios_from_hidden)[0]
+
+
+@needs_megatron
+@pytest.mark.parametrize(("name", "limit"), [("dropped", 0.4), ("both", 0.5), ("chunks", 1.45)])
+def test_time_from_hidden_states(ratios_from_hidden, name, limit):
+    if ratios_from_hidden[name] > limit:  # once more: a real regression is there both times
+        ratios_from_hidden = run_ranks(1, time_ratios_from_hidden)[0]
+    print(f"\n{name}: {ratios_from_hidden[name]:.2f}", end="")
+    assert ratios_from_hidden[name] <= limit

@@ -1,14 +1,17 @@
-"""Time, memory and collectives of the loss on given logits, against every cross entropy of rivals.py.
+"""Time, memory and collectives of the loss, against every cross entropy of rivals.py.
 
     python tools/benchmark.py                     on a GPU if there is one; writes a file in tools/results/
     python tools/benchmark.py --tokens 512        smaller, as on a CPU by default
 
-First the correctness gate: the gradient of each implementation against fp64 at each vocabulary size. If ours is wrong,
-nothing is timed; a rival that is wrong is not timed and its row says so. Then, for each vocabulary size and
-share of masked tokens, all implementations in turn, again and again in one process: bf16 logits that are rebuilt
-outside of the timed region, an upstream gradient of its own for each token (0 where masked), forward and backward.
-On a GPU the device is kept busy until everything is queued, so that times are those of the device; what the host
-needs to queue it is a column of its own.
+Two parts: the loss of given logits, and output layer and loss together, from hidden states. In both first the
+correctness gate: the gradient of each implementation against fp64. If ours is wrong, nothing is timed; a rival that is
+wrong is not timed and its row says so. Then, for each size and share of masked tokens, all implementations in turn,
+again and again in one process (measure.py).
+
+Of given logits: bf16, rebuilt outside of the timed region, an upstream gradient of its own for each token (0 where
+masked). From hidden states: one upstream gradient for all valid tokens, as training has and Liger needs; bf16, on a CPU
+fp32, as most CPUs multiply no bf16 matrices; the weight's gradient is added to a `main_grad` by Megatron's output layer
+and by ours, others return it.
 
 A row: medians and interquartile range of forward, backward and both, in ms; B/logit, the bytes that a copy would have
 moved in that time; the share of the floor, 6 - 4f bytes per logit at the bandwidth of a copy; peak memory beyond the
@@ -19,20 +22,16 @@ from __future__ import annotations
 
 import argparse
 import csv
-import datetime
-import importlib.metadata
 import itertools
-import platform
-import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from rivals import IMPLEMENTATIONS, NEED_A_GPU, Loss
+from measure import Case, conditions, copy_bandwidth, interleaved
+from rivals import HEADS, IMPLEMENTATIONS, NOT_ON_A_CPU, Head, Loss
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,101 +42,171 @@ TOOLS = Path(__file__).resolve().parent
 VOCABULARIES = [128256, 16032, 151936, 18992]  # Llama 3 and Qwen 2.5: whole, and an eighth
 MASKED = [0.0, 0.5, 0.8]
 RANKS = 8
+GATE_TOKENS, GATE_HIDDEN, GATE_VOCABULARY = 64, 256, 18992
 OURS = 0.004  # relative error of a gradient: rounding to bf16 is 2^-9 at most
 WRONG = 0.05  # a rival above that computes something else
-COLUMNS = ["implementation", "vocab", "masked", "forward_ms", "backward_ms", "total_ms", "spread_ms", "host_ms"]
+COLUMNS = ["tokens", "dtype", "repetitions", "implementation", "hidden", "vocab", "masked"]
+COLUMNS += ["forward_ms", "backward_ms", "total_ms", "spread_ms", "host_ms"]
 COLUMNS += ["bytes_per_logit", "share_of_floor", "extra_mib", "collectives", "sent_bytes_per_token"]
 COLUMNS += ["gradient_error", "note"]
-GIB = 1 << 30
-MIB = 1 << 20
+Row = dict[str, str | int | float]
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tokens", type=int, help="default: 8192, on a CPU 512")
+    parser.add_argument("--tokens", type=int, help="default: 8192; on a CPU 512, from hidden states 256")
     parser.add_argument("--vocab", type=int, nargs="+", default=VOCABULARIES)
+    parser.add_argument("--hidden", type=int, nargs="*", default=[2048, 4096], help="sizes of hidden states")
+    parser.add_argument("--hidden-vocab", type=int, nargs="+", default=[128256, 151936], help="their vocabularies")
     parser.add_argument("--masked", type=float, nargs="+", default=MASKED, help="shares of masked tokens")
-    parser.add_argument("--repetitions", type=int, help="default: 30, on a CPU 9")
+    parser.add_argument("--hidden-masked", type=float, nargs="+", default=[0.0, 0.5, 0.7, 0.8])
+    parser.add_argument("--repetitions", type=int, help="default: 30; on a CPU 9, from hidden states 3")
     parser.add_argument("--only", nargs="+", default=[""], help="implementations whose name contains one of these")
     parser.add_argument("--out", type=Path, help="default: tools/results/DEVICE-DATE.csv")
     wanted = parser.parse_args(arguments)
     device = torch.device(wanted.device)
-    cuda = device.type == "cuda"
-    tokens = wanted.tokens or (8192 if cuda else 512)
-    repetitions = wanted.repetitions or (30 if cuda else 9)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
     alone = dist.new_group([0])
 
-    names = [name for name in IMPLEMENTATIONS if any(part in name for part in wanted.only)]
-    losses, notes = available(names, device)
-    errors: dict[str, float] = {}
-    for vocab in wanted.vocab:
-        gate(losses, vocab, device, alone, errors, notes)
+    losses, notes = available(IMPLEMENTATIONS, wanted.only, device)
+    heads, head_notes = available(HEADS, wanted.only, device) if wanted.hidden else ({}, {})
+    errors = gate(losses, wanted.vocab, device, alone, notes)
+    errors |= gate_heads(heads, device, alone, head_notes)
+    notes |= head_notes
     for name, note in notes.items():
         print(f"{name}: {note}")
     if any(name.startswith("ours") for name in notes):
         print("the correctness gate is closed: nothing was timed")
         return 1
 
-    facts = conditions(device, tokens, repetitions)
-    path = wanted.out or TOOLS / "results" / f"{facts['device'].replace(' ', '-')}-{facts['date']}.csv"
-    fair = {name: loss for name, loss in losses.items() if name not in notes}
-    constant = {name: collectives(loss, device) | {"gradient_error": errors[name]} for name, loss in fair.items()}
+    facts: Row = {**conditions(device), "copy_gb_per_s": round(copy_bandwidth(device) / 1e9, 1)}
+    losses, heads = ({n: f for n, f in part.items() if n not in notes} for part in (losses, heads))
+    path = wanted.out or TOOLS / "results" / f"{str(facts['device']).replace(' ', '-')}-{facts['date']}.csv"
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, [*facts, *COLUMNS])
         writer.writeheader()
-        for vocab, masked in itertools.product(wanted.vocab, wanted.masked):
-            print(f"\nV = {vocab}, {masked:.0%} masked: forward + backward")
-            source = case(tokens, vocab, masked, device)
-            for name, measured in measure(fair, source, repetitions, alone).items():
-                moved = measured["total_ms"] / 1e3 * 1e9 * float(facts["copy_gb_per_s"]) / (tokens * vocab)
-                row = {"implementation": name, "vocab": vocab, "masked": masked, **measured, **constant[name]}
-                row |= {"bytes_per_logit": round(moved, 2), "share_of_floor": round((6 - 4 * masked) / moved, 3)}
-                writer.writerow(facts | row)
-                print(f"  {name:32} {measured['total_ms']:9.3f} ms   {moved:6.1f} B/logit", flush=True)
+        for row in itertools.chain(of_logits(losses, wanted, device, alone), of_hidden(heads, wanted, device, alone)):
+            moved = row["total_ms"] / 1e3 * 1e9 * facts["copy_gb_per_s"] / (row["tokens"] * row["vocab"])
+            row |= {"bytes_per_logit": round(moved, 2), "gradient_error": errors[row["implementation"]]}
+            if not row["hidden"]:
+                row["share_of_floor"] = round((6 - 4 * row["masked"]) / moved, 3)
+            writer.writerow(facts | row)
+            print(f"  {row['implementation']:40} {row['total_ms']:9.3f} ms {row['extra_mib']:9.1f} MiB", flush=True)
         writer.writerows(facts | {"implementation": name, "note": note} for name, note in notes.items())
     print(f"\n{path}")
     return 0
 
 
-def available(names: list[str], device: torch.device) -> tuple[dict[str, Loss], dict[str, str]]:
+def available(makes: dict[str, Callable], only: list[str], device: torch.device) -> tuple[dict, dict[str, str]]:
     """The implementations that can be had, and why the others cannot."""
-    losses, notes = {}, {}
-    for name in names:
-        if device.type == "cpu" and name in NEED_A_GPU:
-            notes[name] = "needs a GPU"
+    found, notes = {}, {}
+    for name in (name for name in makes if any(part in name for part in only)):
+        if device.type == "cpu" and name in NOT_ON_A_CPU:
+            notes[name] = NOT_ON_A_CPU[name]
             continue
         try:
-            losses[name] = IMPLEMENTATIONS[name]()
+            found[name] = makes[name]()
         except ImportError as error:
             notes[name] = f"not installed ({error})"
-    return losses, notes
+    return found, notes
+
+
+def of_logits(losses: dict[str, Loss], wanted, device: torch.device, group: dist.ProcessGroup) -> Iterator[Row]:
+    """Rows of the loss on given logits."""
+    cuda = device.type == "cuda"
+    tokens, repetitions = wanted.tokens or (8192 if cuda else 512), wanted.repetitions or (30 if cuda else 9)
+    counted = {name: collectives(loss, device) for name, loss in losses.items()}
+    for vocab, masked in itertools.product(wanted.vocab, wanted.masked):
+        print(f"\nlogits: V = {vocab}, {masked:.0%} masked")
+        inputs = case(tokens, vocab, masked, device)
+        cases = {name: partial(logits_case, loss, *inputs, group) for name, loss in losses.items()}
+        measured = interleaved(cases, device, repetitions)
+        common = {"tokens": tokens, "dtype": "bf16", "repetitions": repetitions, "vocab": vocab, "masked": masked}
+        for name, values in measured.items():
+            yield {"implementation": name, "hidden": "", **common, **values, **counted[name]}
+
+
+def of_hidden(heads: dict[str, Head], wanted, device: torch.device, group: dist.ProcessGroup) -> Iterator[Row]:
+    """Rows of output layer and loss together."""
+    cuda = device.type == "cuda"
+    tokens, repetitions = wanted.tokens or (8192 if cuda else 256), wanted.repetitions or (30 if cuda else 3)
+    dtype = torch.bfloat16 if cuda else torch.float32
+    for width, vocab in itertools.product(wanted.hidden, wanted.hidden_vocab):
+        hidden, weight = layer_case(tokens, width, vocab, dtype, device)
+        for masked in wanted.hidden_masked:
+            print(f"\noutput layer and loss: H = {width}, V = {vocab}, {masked:.0%} masked")
+            inputs = (hidden, weight, *tokens_of(tokens, vocab, masked, device))
+            cases = {name: partial(hidden_case, head, *inputs, group) for name, head in heads.items()}
+            common = {"tokens": tokens, "dtype": str(dtype).removeprefix("torch."), "repetitions": repetitions}
+            common |= {"hidden": width, "vocab": vocab, "masked": masked}
+            for name, values in interleaved(cases, device, repetitions, warm_up=1).items():
+                yield {"implementation": name, **common, **values}
+
+
+def logits_case(loss: Loss, source: Tensor, target: Tensor, upstream: Tensor, group: dist.ProcessGroup) -> Case:
+    """A turn of one loss; its logits are its own."""
+    logits = fresh(source)
+    return partial(loss, logits, target, group), [logits], upstream
+
+
+def hidden_case(
+    head: Head, hidden: Tensor, weight: Tensor, target: Tensor, upstream: Tensor, group: dist.ProcessGroup
+) -> Case:
+    """A turn of one output layer and loss."""
+    return partial(head, hidden, weight, target, group), [hidden, weight], upstream
 
 
 def gate(
-    losses: dict[str, Loss],
-    vocab: int,
-    device: torch.device,
-    group: dist.ProcessGroup,
-    errors: dict[str, float],
-    notes: dict[str, str],
-) -> None:
-    """Record the relative error of each gradient, the largest so far, and what excludes an implementation."""
-    logits, target, upstream = case(64, vocab, 0.5, device)
-    for name, loss in losses.items():
+    losses: dict[str, Loss], vocabularies: list[int], device: torch.device, group: dist.ProcessGroup, notes: dict
+) -> dict[str, float]:
+    """The relative error of each gradient, the largest; notes get what excludes an implementation."""
+    errors: dict[str, float] = {}
+    for vocab, (name, loss) in itertools.product(vocabularies, losses.items()):
+        logits, target, upstream = case(GATE_TOKENS, vocab, 0.5, device)
         objective = name.removeprefix("ours: ").partition(",")[0] if name.startswith("ours") else "dft"
         leaf = logits.double().requires_grad_()
         truth = vocab_parallel_dft_loss(leaf, target, objective=objective, backend="torch")
-        (expected,) = torch.autograd.grad(truth, leaf, upstream.double())
-        try:
-            gradient = gradient_of(loss, logits, target, upstream, group)
-            error = ((gradient.double() - expected).norm() / expected.norm()).item()
-            errors[name] = max(round(error, 5), errors.get(name, 0.0))
-            if not error < (OURS if name.startswith("ours") else WRONG):
-                notes[name] = f"wrong at V = {vocab}: relative error of the gradient {error:.1e}"
-        except Exception as problem:
-            notes[name] = f"failed at V = {vocab}: {type(problem).__name__}: {str(problem).splitlines()[0][:120]}"
+        exact = torch.autograd.grad(truth, leaf, upstream.double())
+        note, error = compare(lambda: [gradient_of(loss, logits, target, upstream, group)], exact, name)  # noqa: B023
+        errors[name] = max(error, errors.get(name, 0.0))
+        if note:
+            notes[name] = f"V = {vocab}: {note}"
+    return errors
+
+
+def gate_heads(heads: dict[str, Head], device: torch.device, group: dist.ProcessGroup, notes: dict) -> dict[str, float]:
+    """The same of output layer and loss: gradients of hidden states and weight."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    hidden, weight = layer_case(GATE_TOKENS, GATE_HIDDEN, GATE_VOCABULARY, dtype, device)
+    target, upstream = tokens_of(GATE_TOKENS, GATE_VOCABULARY, 0.5, device)
+    exact_leaves = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    truth = vocab_parallel_dft_loss(exact_leaves[0] @ exact_leaves[1].t(), target, backend="torch")
+    exact = torch.autograd.grad(truth, exact_leaves, upstream.double())
+    errors = {}
+    for name, head in heads.items():
+
+        def gradients(head: Head = head) -> list[Tensor]:
+            weight.main_grad.zero_()
+            value = head(hidden, weight, target, group)
+            ours, theirs = torch.autograd.grad(value, (hidden, weight), upstream, allow_unused=True)
+            return [ours, weight.main_grad if theirs is None else theirs]
+
+        note, errors[name] = compare(gradients, exact, name)
+        if note:
+            notes[name] = note
+    return errors
+
+
+def compare(compute: Callable[[], list[Tensor]], exact, name: str) -> tuple[str, float]:
+    """What excludes an implementation, or nothing; the largest relative error of its gradients."""
+    try:
+        pairs = zip(compute(), exact, strict=True)
+        error = max(((ours.double() - right).norm() / right.norm()).item() for ours, right in pairs)
+    except Exception as problem:
+        return f"failed: {type(problem).__name__}: {str(problem).splitlines()[0][:120]}", float("nan")
+    wrong = not error < (OURS if name.startswith("ours") else WRONG)
+    return f"wrong: relative error of the gradient {error:.1e}" if wrong else "", round(error, 5)
 
 
 def case(tokens: int, vocab: int, masked: float, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -154,6 +223,25 @@ def case(tokens: int, vocab: int, masked: float, device: torch.device) -> tuple[
     return logits, target.masked_fill(prompt, -100), upstream.masked_fill(prompt, 0.0)
 
 
+def layer_case(tokens: int, width: int, vocab: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Hidden states [N, H] and weight [V, H], a leaf with its `main_grad`; logits are about normal."""
+    generator = torch.Generator(device).manual_seed(0)
+    hidden = torch.empty(tokens, width, dtype=dtype, device=device).normal_(generator=generator)
+    weight = torch.empty(vocab, width, dtype=dtype, device=device).normal_(0.0, width**-0.5, generator=generator)
+    hidden += 12.0 * weight[tokens_of(tokens, vocab, 0.0, device)[0]]
+    weight.main_grad = torch.zeros_like(weight)
+    return hidden.requires_grad_(), weight.requires_grad_()
+
+
+def tokens_of(tokens: int, vocab: int, masked: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Targets [N] and upstream gradients [N], the same for all that are not masked."""
+    generator = torch.Generator(device).manual_seed(1)
+    target = torch.randint(vocab, (tokens,), generator=generator, device=device)
+    prompt = torch.arange(tokens, device=device) % 64 < round(64 * masked)
+    valid = int((~prompt).sum())
+    return target.masked_fill(prompt, -100), torch.full((tokens,), 1.0 / valid, device=device).masked_fill(prompt, 0.0)
+
+
 def fresh(source: Tensor) -> Tensor:
     """A copy that another operation has computed, as a model's logits are."""
     return source + torch.zeros(1, dtype=source.dtype, device=source.device, requires_grad=True)
@@ -162,87 +250,6 @@ def fresh(source: Tensor) -> Tensor:
 def gradient_of(loss: Loss, source: Tensor, target: Tensor, upstream: Tensor, group: dist.ProcessGroup) -> Tensor:
     logits = fresh(source)
     return torch.autograd.grad(loss(logits, target, group), logits, upstream)[0]
-
-
-def measure(
-    losses: dict[str, Loss], inputs: tuple[Tensor, Tensor, Tensor], repetitions: int, group: dist.ProcessGroup
-) -> dict[str, dict[str, float]]:
-    """Interleaved runs of all implementations: what was measured of each."""
-    timed = timed_on_cuda if inputs[0].is_cuda else timed_on_cpu
-    runs: dict[str, list[tuple[float, ...]]] = {name: [] for name in losses}
-    for repetition in range(repetitions + 2):
-        for name, loss in losses.items():
-            result = timed(loss, *inputs, group)
-            if repetition >= 2:  # compiled, and settled
-                runs[name].append(result)
-    return {name: summary(results) for name, results in runs.items()}
-
-
-def summary(results: list[tuple[float, ...]]) -> dict[str, float]:
-    """Medians, and the distance between the quartiles of the totals."""
-    forward, backward, host, memory = zip(*results, strict=True)
-    total = [a + b for a, b in zip(forward, backward, strict=True)]
-    quarters = statistics.quantiles(total, n=4)
-    series = {"forward_ms": forward, "backward_ms": backward, "total_ms": total, "host_ms": host, "extra_mib": memory}
-    medians = {name: round(statistics.median(values), 4) for name, values in series.items()}
-    return {**medians, "spread_ms": round(quarters[2] - quarters[0], 4)}
-
-
-def timed_on_cuda(loss: Loss, source: Tensor, target: Tensor, upstream: Tensor, group) -> tuple:
-    """ms of forward and backward on the device, ms of the host to queue both, MiB beyond the inputs."""
-    logits = fresh(source)
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    torch.cuda._sleep(10_000_000)  # about 5 ms, in which the host queues what follows
-    begin = time.perf_counter()
-    events[0].record()
-    value = loss(logits, target, group)
-    events[1].record()
-    gradient = torch.autograd.grad(value, logits, upstream)
-    events[2].record()
-    host = time.perf_counter() - begin
-    torch.cuda.synchronize()
-    del gradient
-    forward, backward = (a.elapsed_time(b) for a, b in itertools.pairwise(events))
-    return forward, backward, 1e3 * host, (torch.cuda.max_memory_allocated() - before) / MIB
-
-
-def timed_on_cpu(loss: Loss, source: Tensor, target: Tensor, upstream: Tensor, group) -> tuple:
-    """The same on a CPU, where the host is the device."""
-    logits = fresh(source)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = resident("VmRSS")
-    times = [time.perf_counter()]
-    value = loss(logits, target, group)
-    times.append(time.perf_counter())
-    torch.autograd.grad(value, logits, upstream)
-    times.append(time.perf_counter())
-    forward, backward = (1e3 * (b - a) for a, b in itertools.pairwise(times))
-    return forward, backward, forward + backward, (resident("VmHWM") - before) / MIB
-
-
-def resident(name: str) -> int:
-    """VmRSS or VmHWM, its peak, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second that a large copy reads and writes."""
-    size = 4 * GIB if device.type == "cuda" else GIB // 2
-    source = torch.ones(size, dtype=torch.uint8, device=device)
-    copy = torch.empty_like(source)
-    wait: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    seconds = []
-    for _ in range(12):
-        wait()
-        begin = time.perf_counter()
-        copy.copy_(source)
-        wait()
-        seconds.append(time.perf_counter() - begin)
-    return 2 * size / statistics.median(seconds[2:])
 
 
 class Collectives(TorchDispatchMode):
@@ -268,35 +275,6 @@ def collectives(loss: Loss, device: torch.device) -> dict[str, float | str]:
     except ValueError as error:
         return {"collectives": "", "sent_bytes_per_token": str(error)}
     return {"collectives": len(seen.sent), "sent_bytes_per_token": sum(seen.sent) / len(target)}
-
-
-def conditions(device: torch.device, tokens: int, repetitions: int) -> dict[str, str | int]:
-    """What a number needs beside it."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    facts: dict[str, str | int] = {"device": name, "date": datetime.date.today().isoformat(), "commit": commit()}
-    for package in ("torch", "triton", "megatron-core", "liger-kernel", "transformer-engine", "flash-attn"):
-        try:
-            facts[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            facts[package] = ""
-    facts["threads"] = torch.get_num_threads() if device.type == "cpu" else ""
-    facts |= {"tokens": tokens, "dtype": "bf16", "repetitions": repetitions}
-    return facts | {"copy_gb_per_s": round(copy_bandwidth(device) / 1e9, 1)}
-
-
-def cpu_name() -> str:
-    lines = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return lines[0].partition(": ")[2] if lines else platform.machine()
-
-
-def commit() -> str:
-    """Of this checkout; with a + if files differ from it."""
-
-    def git(*words: str) -> str:
-        out = subprocess.run(["git", *words], cwd=TOOLS, capture_output=True, text=True)
-        return out.stdout.strip()
-
-    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
     loss = ce * torch.exp(-ce).detach()
 
-A rival is a function of logits [N, 1, V/tp], targets [N, 1] and a process group, as Megatron calls a loss. Each
-`make` imports what it needs when it is called, so that one that is not installed costs a row that says so. Of
-Transformer Engine and flash-attn the Python files are enough: their archives, unpacked into .rivals/.
+A rival is a function of logits [N, 1, V/tp], targets [N, 1] and a process group, as Megatron calls a loss; or, with
+the output layer, of hidden states [N, H], its weight [V/tp, H], targets [N] and the group. Each `make` imports what it
+needs when it is called, so that one that is not installed costs a row that says so. Of Transformer Engine and
+flash-attn the Python files are enough: their archives, unpacked into .rivals/.
 """
 
 from __future__ import annotations
@@ -13,17 +14,21 @@ import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_dft import OBJECTIVES, vocab_parallel_dft_loss
+from megatron_dft import OBJECTIVES, parse_objective, vocab_parallel_dft_loss
+from megatron_dft.autograd import LossOptions, loss_and_stats
+from megatron_dft.compaction import compacted, whole
+from megatron_dft.linear import Split, WeightGradient, linear_loss_and_stats
 
 UNPACKED = Path(__file__).resolve().parent.parent / ".rivals"
 Loss = Callable[[Tensor, Tensor, ProcessGroup], Tensor]
+Head = Callable[[Tensor, Tensor, Tensor, ProcessGroup], Tensor]
 
 
 def ours(objective: str, inplace: bool = True) -> Callable[[], Loss]:
@@ -111,6 +116,104 @@ def torch_cross_entropy() -> Loss:
     return with_dft_line(cross_entropy)
 
 
+class MainGrad(WeightGradient):
+    """Added to `weight.main_grad`, as Megatron's gradient accumulation fusion does."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.total = weight.main_grad  # type: ignore[attr-defined]
+
+    def add(self, columns: slice, gradient: Tensor, hidden: Tensor) -> None:
+        self.total[columns].addmm_(gradient.t(), hidden)
+
+    def result(self) -> None:
+        return None
+
+
+def megatron_linear(hidden: Tensor, weight: Tensor, group: ProcessGroup) -> Tensor:
+    """What Megatron's output layer computes, with gradient accumulation fusion; without Apex that is one line here."""
+    from megatron.core.tensor_parallel import layers
+
+    if not hasattr(layers, "fused_weight_gradient_mlp_cuda"):
+        add = lambda rows, gradient, main_grad: main_grad.addmm_(gradient.t(), rows)  # noqa: E731
+        stand_in = SimpleNamespace(wgrad_gemm_accum_fp32=add, wgrad_gemm_accum_fp16=add)
+        layers.fused_weight_gradient_mlp_cuda = stand_in
+    return layers.linear_with_grad_accumulation_and_async_allreduce(
+        hidden, weight, None, True, group.size() > 1, False, tp_group=group
+    )
+
+
+def ours_from_hidden(compact: bool, chunks: bool) -> Callable[[], Head]:
+    """As a Megatron host uses it: through all the logits or in chunks, masked tokens dropped or not."""
+
+    def head(hidden: Tensor, weight: Tensor, target: Tensor, group: ProcessGroup) -> Tensor:
+        options = LossOptions(parse_objective("dft"), group, value="nll", inplace_backward=True)
+
+        def of_rows(rows: Tensor, target: Tensor):
+            if chunks:
+                return linear_loss_and_stats(rows, weight, target, options, Split(), MainGrad)
+            return loss_and_stats(megatron_linear(rows, weight, group), target, options)
+
+        return (compacted if compact else whole)(of_rows, hidden, target, -100)[0]
+
+    return lambda: head
+
+
+def megatron_from_hidden(make: Callable[[], Loss]) -> Callable[[], Head]:
+    """Megatron's output layer, and a loss of its logits."""
+
+    def made() -> Head:
+        loss = make()
+
+        def head(hidden: Tensor, weight: Tensor, target: Tensor, group: ProcessGroup) -> Tensor:
+            logits = megatron_linear(hidden, weight, group)[:, None]
+            # Label -100 would be an index for it: hosts mask its loss.
+            value = loss(logits, target.clamp(min=0)[:, None], group)[:, 0]
+            return value.masked_fill(target == -100, 0.0)
+
+        return head
+
+    return made
+
+
+def liger_from_hidden() -> Head:
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    def head(hidden: Tensor, weight: Tensor, target: Tensor, group: ProcessGroup) -> Tensor:
+        _refuse_split(group)
+        numbers = (None, None, -100, 0.0, 0.0, "sum", None, False, None, True)  # the last one is DFT
+        total = LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, target, *numbers)[0]
+        return (total / (target != -100).sum()).expand(len(target))
+
+    return head
+
+
+def cut_cross_entropy() -> Head:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return _head_with_dft_line(lambda x, w, t: linear_cross_entropy(x, w, t, reduction="none"))
+
+
+def torch_from_hidden(chunks: bool) -> Callable[[], Head]:
+    def make() -> Head:
+        if not hasattr(F, "linear_cross_entropy"):
+            raise ImportError("needs torch 2.13")
+        options = torch.nn.LinearCrossEntropyOptions() if chunks else None
+        return _head_with_dft_line(
+            lambda x, w, t: F.linear_cross_entropy(x, w, t, reduction="none", ignore_index=-100, options=options)
+        )
+
+    return make
+
+
+def _head_with_dft_line(cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Head:
+    def head(hidden: Tensor, weight: Tensor, target: Tensor, group: ProcessGroup) -> Tensor:
+        _refuse_split(group)
+        ce = cross_entropy(hidden, weight, target)
+        return ce * torch.exp(-ce).detach()
+
+    return head
+
+
 def _refuse_split(group: ProcessGroup) -> None:
     if group.size() > 1:
         raise ValueError("knows the whole vocabulary only")
@@ -149,4 +252,16 @@ IMPLEMENTATIONS: dict[str, Callable[[], Loss]] = {
     "flash-attn, in place": flash_attn(inplace=True),
     "F.cross_entropy": torch_cross_entropy,
 }
-NEED_A_GPU = [name for name in IMPLEMENTATIONS if name.startswith(("Transformer", "Liger", "flash"))]
+STOCK = "Megatron: output layer, unfused"
+HEADS: dict[str, Callable[[], Head]] = {
+    "ours: masked tokens dropped": ours_from_hidden(compact=True, chunks=False),
+    "ours: masked tokens dropped, in chunks": ours_from_hidden(compact=True, chunks=True),
+    "ours: in chunks": ours_from_hidden(compact=False, chunks=True),
+    "ours: all the logits": ours_from_hidden(compact=False, chunks=False),
+    STOCK: megatron_from_hidden(megatron_unfused),
+    "Liger fused linear": liger_from_hidden,
+    "cut cross entropy": cut_cross_entropy,
+    "F.linear_cross_entropy": torch_from_hidden(chunks=False),
+    "F.linear_cross_entropy, chunked": torch_from_hidden(chunks=True),
+}
+NEED_A_GPU = [name for name in [*IMPLEMENTATIONS, *HEADS] if name.startswith(("Transformer", "Liger", "flash", "cut"))]

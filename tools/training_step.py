@@ -1,0 +1,139 @@
+"""Seconds per training step of a small GPT on a CPU: Megatron's loss against ours, in one process.
+
+    python tools/training_step.py        writes a file in tools/results/
+
+Megatron's own GPTModel (hidden size 512, 4 layers, 32000 words, fp32), one rank, 512 tokens of which 70% are masked in
+stretches, as prompts are; forward, backward and Adam. The candidates start from the same weights and take turns; all
+must come to the same NLL in the first step. With the stock loss DFT is the one line that its users write.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from measure import conditions
+from torch import Tensor
+
+from megatron_dft import DFTConfig, install
+from megatron_dft.hosts import cpu
+
+HIDDEN, LAYERS, VOCAB = 512, 4, 32000
+SEQUENCE, BATCH = 256, 2
+CANDIDATES = {  # how the loss is installed; None: not at all
+    "Megatron": None,
+    "ours": {},
+    "ours, in chunks": {"linear_fused": True},
+    "ours, masked tokens not dropped": {"compact_masked_tokens": False},
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--masked", type=float, default=0.7, help="share of masked tokens")
+    parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--out", type=Path, help="default: tools/results/DEVICE-DATE-step.csv")
+    wanted = parser.parse_args(arguments)
+    facts = conditions(torch.device("cpu"))
+    name = f"{str(facts['device']).replace(' ', '-')}-{facts['date']}-step.csv"
+    path = wanted.out or Path(__file__).resolve().parent / "results" / name
+
+    start()
+    steps = {name: training(options, wanted.masked) for name, options in CANDIDATES.items()}
+    first = {name: step() for name, step in steps.items()}
+    torch.testing.assert_close(list(first.values()), [first["Megatron"]] * len(first), rtol=1e-5, atol=0.0)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(wanted.repetitions):
+        for name, step in steps.items():
+            begin = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - begin)
+    with open(path, "w", newline="") as file:
+        columns = ["tokens", "masked", "repetitions", "implementation", "step_ms", "spread_ms"]
+        writer = csv.DictWriter(file, [*facts, *columns])
+        writer.writeheader()
+        for name, taken in seconds.items():
+            quarters = statistics.quantiles(taken, n=4)
+            row = {"tokens": SEQUENCE * BATCH, "masked": wanted.masked, "repetitions": wanted.repetitions}
+            row |= {"step_ms": round(1e3 * statistics.median(taken), 1)}
+            row |= {"spread_ms": round(1e3 * (quarters[2] - quarters[0]), 1)}
+            writer.writerow(facts | row | {"implementation": name})
+            print(f"{name:32} {row['step_ms']:9.1f} ms")
+    print(f"\n{path}")
+    return 0
+
+
+def start() -> None:
+    """One CPU rank."""
+    cpu.enable()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    store = torch.distributed.FileStore(tempfile.mktemp(), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1)
+
+
+def training(options: dict | None, masked: float) -> Callable[[], float]:
+    """One step of training, which returns the mean NLL before it."""
+    model = gpt()
+    if options is not None:
+        install([model], DFTConfig(loss_type="dft", **options))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+    tokens, labels, loss_mask = batch(masked)
+    positions = torch.arange(SEQUENCE).expand(BATCH, -1)
+    causal = torch.ones(1, 1, SEQUENCE, SEQUENCE).triu(1).bool()
+
+    def step() -> float:
+        nll = model(tokens, positions, causal, labels=labels, loss_mask=loss_mask)
+        loss = nll * torch.exp(-nll).detach() if options is None else nll
+        ((loss * loss_mask).sum() / loss_mask.sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return float((nll.detach() * loss_mask).sum() / loss_mask.sum())
+
+    return step
+
+
+def gpt() -> torch.nn.Module:
+    """The same weights on every call."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer import TransformerConfig
+
+    torch.manual_seed(1)
+    config = TransformerConfig(
+        num_layers=LAYERS,
+        hidden_size=HIDDEN,
+        num_attention_heads=8,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        use_cpu_initialization=True,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        bias_activation_fusion=False,
+    )
+    options = {"share_embeddings_and_output_weights": False, "position_embedding_type": "rope"}
+    return GPTModel(config, get_gpt_layer_local_spec(), VOCAB, SEQUENCE, **options)
+
+
+def batch(masked: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, labels and loss mask [b, s]; masked tokens have label -100, as those of chat data."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, labels = torch.randint(VOCAB, (2, BATCH, SEQUENCE), generator=generator)
+    prompt = torch.arange(SEQUENCE) % 64 < round(64 * masked)
+    loss_mask = (~prompt).float().expand(BATCH, -1).contiguous()
+    labels = labels.masked_fill(prompt, -100)
+    return tokens, labels, loss_mask
+
+
+if __name__ == "__main__":
+    sys.exit(main())
