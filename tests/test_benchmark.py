@@ -11,6 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / "tools"
 SMALL = ["--device", "cpu", "--tokens", "64", "--vocab", "512", "272", "--masked", "0", "0.5", "--repetitions", "2"]
+SMALL += ["--hidden", "16", "32", "--hidden-vocab", "300", "--hidden-masked", "0", "0.7"]
+OURS = ["ours: dft", "ours: deft", "ours: masked", "ours: in chunks", "ours: all"]
 
 
 def run(code, *arguments):
@@ -27,15 +29,17 @@ def rows(tmp_path_factory):
     path = tmp_path_factory.mktemp("benchmark") / "cpu.csv"
     rivals = "wrong = lambda x, t, group: rivals.ours('dft')()(x, t, group) * 1.2\n"
     rivals += "def missing(): raise ImportError('no such thing')\n"
-    rivals += "rivals.IMPLEMENTATIONS |= {'a wrong rival': lambda: wrong, 'a missing rival': missing}"
-    out = run(rivals, "--only", "ours: dft", "ours: deft", "Megatron unfused", "F.cross", "rival", "--out", path)
+    rivals += "rivals.IMPLEMENTATIONS |= {'a wrong rival': lambda: wrong, 'a missing rival': missing}\n"
+    rivals += "wrong_head = lambda h, w, t, group: rivals.ours_from_hidden(True, True)()(h * 1.1, w, t, group)\n"
+    rivals += "rivals.HEADS |= {'a wrong head, a rival': lambda: wrong_head}"
+    out = run(rivals, "--only", *OURS, "Megatron unfused", "Megatron:", "F.", "rival", "--out", path)
     assert out.returncode == 0, out.stderr
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
 
 
 def test_every_combination_is_measured_and_says_under_which_conditions(rows):
-    timed = [row for row in rows if not row["note"]]
+    timed = [row for row in rows if not row["note"] and not row["hidden"]]
     names = ["ours: dft", "ours: dft, out of place", "ours: deft", "Megatron unfused", "F.cross_entropy"]
     expected = {(name, vocab, masked) for name in names for vocab in ("512", "272") for masked in ("0.0", "0.5")}
     assert {(row["implementation"], row["vocab"], row["masked"]) for row in timed} == expected and len(timed) == 20
@@ -50,6 +54,17 @@ def test_every_combination_is_measured_and_says_under_which_conditions(rows):
         assert float(row["share_of_floor"]) == pytest.approx(floor / moved, rel=0.05, abs=2e-3)
 
 
+def test_output_layer_and_loss_are_measured_together(rows):
+    heads = [row for row in rows if row["hidden"]]
+    ours = {"masked tokens dropped", "masked tokens dropped, in chunks", "in chunks", "all the logits"}
+    names = {f"ours: {way}" for way in ours} | {"Megatron: output layer, unfused", "F.linear_cross_entropy"}
+    expected = {(name, hidden, masked) for name in names for hidden in ("16", "32") for masked in ("0.0", "0.7")}
+    assert {(row["implementation"], row["hidden"], row["masked"]) for row in heads} == expected and len(heads) == 24
+    for row in heads:
+        assert (row["tokens"], row["dtype"], row["repetitions"], row["vocab"]) == ("64", "float32", "2", "300")
+        assert float(row["total_ms"]) > 0.0 and float(row["gradient_error"]) < 1e-4
+
+
 def test_collectives_are_counted_on_eight_ranks(rows):
     sent = {row["implementation"]: (row["collectives"], row["sent_bytes_per_token"]) for row in rows}
     assert sent["ours: dft"] == ("1", "12.0") and sent["ours: deft"] == ("1", "16.0")
@@ -59,8 +74,14 @@ def test_collectives_are_counted_on_eight_ranks(rows):
 
 def test_a_rival_that_is_wrong_or_missing_gets_a_row_that_says_so(rows):
     notes = {row["implementation"]: row["note"] for row in rows if row["note"]}
-    assert set(notes) == {"a wrong rival", "a missing rival"}
+    assert set(notes) == {
+        "a wrong rival",
+        "a missing rival",
+        "a wrong head, a rival",
+        "F.linear_cross_entropy, chunked",
+    }
     assert "relative error of the gradient 2.0e-01" in notes["a wrong rival"]
+    assert "wrong: relative error of the gradient" in notes["a wrong head, a rival"]
     assert "no such thing" in notes["a missing rival"]
     assert all(float(row["gradient_error"]) < 0.05 for row in rows if not row["note"])
 
@@ -87,7 +108,24 @@ def test_the_readme_shows_what_was_measured():
     text = (ROOT / "README.md").read_text()
     assert written.section() in text, "run: python tools/report.py"
     for path in written.RESULTS.glob("*.csv"):
-        assert path.with_suffix(".png").exists() and path.name in text
+        assert path.name in text and (path.with_suffix(".png").exists() or path in written.results(of_steps=True))
+
+
+def test_a_training_step_is_measured_with_equal_losses(tmp_path):
+    pytest.importorskip("megatron.training")
+    path = tmp_path / "some-step.csv"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TOOLS), str(ROOT), *sys.path])}
+    small = "import training_step as t; t.HIDDEN, t.LAYERS, t.VOCAB = 32, 1, 512; "
+    code = small + f"t.main(['--repetitions', '2', '--out', {str(path)!r}])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert out.returncode == 0, out.stderr
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = ["Megatron", "ours", "ours, in chunks", "ours, masked tokens not dropped"]
+    assert [row["implementation"] for row in rows] == names and all(float(row["step_ms"]) > 0.0 for row in rows)
+    written = report()
+    text = written.step_part(rows, written.RESULTS / "some-step.csv")
+    assert "70% of them masked" in text and f"{float(rows[0]['step_ms']):.0f} (1.00)" in text
 
 
 def test_a_table_has_winners_losers_and_the_missing(rows):
@@ -98,6 +136,13 @@ def test_a_table_has_winners_losers_and_the_missing(rows):
         row for row in rows if (row["implementation"], row["vocab"], row["masked"]) == ("ours: dft", "512", "0.0")
     )
     assert f"| ours: dft | {float(ours['total_ms']):.3g} (1.00x) |" in text
+    assert "| H = 32, V = 300 | 0% masked | 70% masked |" in text
+    stock, dropped = (
+        next(r for r in rows if (r["implementation"], r["hidden"], r["masked"]) == (name, "32", "0.7"))
+        for name in ("Megatron: output layer, unfused", "ours: masked tokens dropped")
+    )
+    ratio = float(dropped["total_ms"]) / float(stock["total_ms"])
+    assert f" | {float(dropped['total_ms']):.0f} ({ratio:.2f}) |" in text
     gpu = [{**row, "device": "NVIDIA H200"} for row in rows]
     assert "TP = 8, projected" in written.part(gpu, written.RESULTS / "some.csv")
 

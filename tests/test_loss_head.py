@@ -207,7 +207,7 @@ def test_dropping_tokens_is_refused_where_it_cannot_be_and_left_out_by_default(f
     assert "--loss-compact-masked-tokens: expected a model" in facts[0]["dropped", name]
     assert f"got {reason}" in facts[0]["dropped", name] and "leave the flag out" in facts[0]["dropped", name]
     compacts, said = facts[0]["default", name]
-    assert not compacts and f"masked tokens pass through the output layer (this is {reason}" in said
+    assert not compacts and f"masked tokens pass through the output layer, because of {reason}" in said
 
 
 @pytest.mark.parametrize("name", NEITHER | NOT_IN_CHUNKS)

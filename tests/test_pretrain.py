@@ -193,7 +193,7 @@ def test_the_log_says_once_what_is_different(host):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ("--no-loss-compact-masked-tokens", "masked tokens pass through the output layer (as asked for)\n"),
+        ("--no-loss-compact-masked-tokens", "masked tokens pass through the output layer, as asked for\n"),
         ("--loss-linear-fused", "masked tokens skip the output layer; it is computed with the loss, 8192 words at"),
     ],
 )

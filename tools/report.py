@@ -2,7 +2,8 @@
 
     python tools/report.py            write the section between the markers of README.md, and tools/results/*.png
 
-Every number comes from a file that benchmark.py wrote; losers are shown, and so is who is missing and why.
+Every number comes from a file that benchmark.py or training_step.py (-step.csv) wrote; losers are shown, and so is who
+is missing and why.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import csv
 import sys
 from pathlib import Path
 
-from rivals import DFT
+from rivals import DFT, STOCK
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "tools" / "results"
@@ -27,8 +28,8 @@ def main() -> None:
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     readme.write_text(before + section() + after)
-    for path in sorted(RESULTS.glob("*.csv")):
-        draw(read(path), path.with_suffix(".png"))
+    for path in results():
+        draw(of_logits(read(path)), path.with_suffix(".png"))
 
 
 def read(path: Path) -> Rows:
@@ -36,33 +37,120 @@ def read(path: Path) -> Rows:
         return list(csv.DictReader(file))
 
 
+def results(of_steps: bool = False) -> list[Path]:
+    """Files of benchmark.py, or those of training_step.py; GPUs first."""
+    files = (path for path in RESULTS.glob("*.csv") if path.stem.endswith("-step") == of_steps)
+    return sorted(files, key=lambda path: ("NVIDIA" not in path.name, path.name))
+
+
 def section() -> str:
-    """What stands between the markers of the README: a part for each results file, GPUs first."""
-    files = sorted(RESULTS.glob("*.csv"), key=lambda path: ("NVIDIA" not in path.name, path.name))
-    parts = [part(read(path), path) for path in files]
+    """What stands between the markers of the README: a part for each results file."""
+    files = results()
+    parts = [part(read(path), path) for path in files] + [step_part(read(path), path) for path in results(True)]
     if not any("NVIDIA" in path.name for path in files):
         parts.insert(0, "**On GPUs: not measured yet.** `make gpu` tests the kernels there and writes this table.\n")
     return BEGIN + "\n" + "\n".join(parts) + "\n" + END
 
 
+def of_logits(rows: Rows) -> Rows:
+    """What was timed on given logits."""
+    return [row for row in rows if not row["note"] and not row["hidden"]]
+
+
 def part(rows: Rows, path: Path) -> str:
-    timed = [row for row in rows if not row["note"]]
+    """Text and tables of one file of benchmark.py."""
+    timed, heads = of_logits(rows), [row for row in rows if row["hidden"]]
     first, vocabularies = timed[0], sorted({int(row["vocab"]) for row in timed}, reverse=True)
-    versions = ", ".join(f"{name} {first[name]}" for name in ("torch", "triton", "megatron-core") if first[name])
-    threads = f" ({first['threads']} threads)" if first["threads"] else ""
     lines = [
-        f"**{first['device']}**{threads}: {first['tokens']} tokens, bf16 logits, forward + backward in ms, medians of "
-        f"{first['repetitions']} interleaved runs. A copy moves {float(first['copy_gb_per_s']):.0f} GB/s. {versions}; "
-        f"{first['date']}, commit {first['commit']}; [{path.name}]({path.relative_to(ROOT)}).\n",
+        f"**{conditions(first)}** {first['tokens']} tokens, bf16 logits, forward + backward in ms, medians of "
+        f"{first['repetitions']} interleaved runs. A copy moves {float(first['copy_gb_per_s']):.0f} GB/s. "
+        f"{origin(first, path)}.\n",
         rivals_table(timed, vocabularies),
         masked_table(timed, vocabularies[0]),
         objectives_table(timed, vocabularies[0]),
     ]
+    if heads:
+        first = heads[0]
+        lines += [
+            f"Output layer and loss together, from hidden states: {first['tokens']} tokens, {first['dtype']}, ms as "
+            f"above, medians of {first['repetitions']} interleaved runs; in brackets the share of Megatron's time with "
+            "as many masked tokens. MiB are beyond the inputs; Megatron and ours add the weight's gradient to a buffer "
+            "that is one of these, the others return it.\n",
+            heads_by_mask(heads),
+            heads_by_size(heads),
+        ]
     missing = [f"{row['implementation']}: {row['note']}" for row in rows if row["note"]]
     if missing:
         lines.append("Not in these tables: " + "; ".join(missing) + ".\n")
     lines.append(f"![bytes per logit of each implementation]({path.with_suffix('.png').relative_to(ROOT)})\n")
     return "\n".join(lines)
+
+
+def step_part(rows: Rows, path: Path) -> str:
+    """Text and table of one file of training_step.py."""
+    first = rows[0]
+    stock = float(first["step_ms"])
+    cells = [f"{float(row['step_ms']):.0f} ({float(row['step_ms']) / stock:.2f})" for row in rows]
+    return (
+        f"**{conditions(first)}** A training step of a small GPT (hidden size 512, 4 layers, 32000 words, fp32, "
+        f"{first['tokens']} tokens, {float(first['masked']):.0%} of them masked): forward, backward and Adam in ms, "
+        f"medians of {first['repetitions']} interleaved steps. {origin(first, path)}.\n\n"
+    ) + table(["", *(row["implementation"] for row in rows)], [["ms per step (share of Megatron's)", *cells]])
+
+
+def conditions(row: dict[str, str]) -> str:
+    """The device."""
+    return row["device"] + (f" ({row['threads']} threads)" if row["threads"] else "") + ":"
+
+
+def origin(row: dict[str, str], path: Path) -> str:
+    """Versions, date, commit and file."""
+    versions = ", ".join(f"{name} {row[name]}" for name in ("torch", "triton", "megatron-core") if row[name])
+    return f"{versions}; {row['date']}, commit {row['commit']}; [{path.name}]({path.relative_to(ROOT)})"
+
+
+def heads_by_mask(heads: Rows) -> str:
+    """The largest size: what masked tokens save."""
+    size = max((int(row["hidden"]), int(row["vocab"])) for row in heads)
+    shares = sorted({float(row["masked"]) for row in heads})
+    body = [
+        [name, *(share_of_stock(heads, name, *size, share) for share in shares)]
+        for name in dict.fromkeys(row["implementation"] for row in heads)
+    ]
+    return table([f"H = {size[0]}, V = {size[1]}", *(f"{share:.0%} masked" for share in shares)], body)
+
+
+def heads_by_size(heads: Rows) -> str:
+    """Every size, nothing masked and much: time against Megatron's, and memory."""
+    sizes = sorted({(int(row["hidden"]), int(row["vocab"])) for row in heads})
+    shares = [share for share in sorted({float(row["masked"]) for row in heads}) if share in (0.0, 0.7)]
+    body = []
+    for name in dict.fromkeys(row["implementation"] for row in heads):
+        found = [pick_head(heads, name, *size, share) for share in shares for size in sizes]
+        cells = [
+            f"{float(row['total_ms']) / stock_ms(heads, row):.2f}, {float(row['extra_mib']):.0f} MiB" for row in found
+        ]
+        body.append([name, *cells])
+    names = [f"{share:.0%}: {size[0]}, {size[1]}" for share in shares for size in sizes]
+    return table(["masked: H, V", *names], body)
+
+
+def share_of_stock(heads: Rows, name: str, hidden: int, vocab: int, masked: float) -> str:
+    row = pick_head(heads, name, hidden, vocab, masked)
+    return f"{float(row['total_ms']):.0f} ({float(row['total_ms']) / stock_ms(heads, row):.2f})"
+
+
+def stock_ms(heads: Rows, row: dict[str, str]) -> float:
+    """Megatron's time of the same size and share of masked tokens."""
+    stock = pick_head(heads, STOCK, int(row["hidden"]), int(row["vocab"]), float(row["masked"]))
+    return float(stock["total_ms"])
+
+
+def pick_head(heads: Rows, name: str, hidden: int, vocab: int, masked: float) -> dict[str, str]:
+    wanted = (name, str(hidden), str(vocab), masked)
+    keys = ("implementation", "hidden", "vocab")
+    (row,) = (row for row in heads if (*(row[key] for key in keys), float(row["masked"])) == wanted)
+    return row
 
 
 def rivals_table(timed: Rows, vocabularies: list[int]) -> str:
@@ -111,11 +199,10 @@ def objectives_table(timed: Rows, vocab: int) -> str:
     return table(["objective", *(cell[0] for cell in cells)], [[f"V = {vocab}", *(cell[1] for cell in cells)]])
 
 
-def draw(rows: Rows, path: Path) -> None:
+def draw(timed: Rows, path: Path) -> None:
     """Bytes per logit at the largest vocabulary, for each share of masked tokens."""
     import matplotlib.pyplot as plt
 
-    timed = [row for row in rows if not row["note"]]
     vocab = max(int(row["vocab"]) for row in timed)
     shares = sorted({float(row["masked"]) for row in timed})
     figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")

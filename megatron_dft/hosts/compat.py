@@ -125,8 +125,9 @@ def describe_output_layer(model: Any, config: DFTConfig) -> str:
     way = f"; it is computed with the loss, {chunk} words at a time" if config.linear_fused else ""
     if compacts(model, config):
         return f"masked tokens skip the output layer{way}"
-    reason = "as asked for" if config.compact_masked_tokens is False else f"this is {compaction_obstacle(model)}"
-    return f"masked tokens pass through the output layer ({reason}){way}"
+    asked = config.compact_masked_tokens is False
+    reason = "as asked for" if asked else f"because of {compaction_obstacle(model)}"
+    return f"masked tokens pass through the output layer, {reason}{way}"
 
 
 def check_forward(model: Any, given: Mapping[str, Any]) -> None:
