@@ -40,6 +40,7 @@ gpu:
 # The same benchmark of the backend for CPUs, and the README's tables.
 benchmark: .venv/installed
 	$(RUN) tools/benchmark.py --device cpu
+	$(RUN) tools/training_step.py
 	$(RUN) tools/report.py
 
 check: .venv/installed
