@@ -1,11 +1,13 @@
 """What only a GPU can show: no waiting, captured graphs, memory, determinism, more than 2^31 logits (`make gpu`)."""
 
+import warnings
+
 import pytest
 import torch
 from formulas import example
 from test_vocab_parallel import floor
 
-from megatron_dft import parse_objective, vocab_parallel_dft_loss
+from megatron_dft import linear_dft_loss, parse_objective, vocab_parallel_dft_loss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -134,3 +136,91 @@ def test_a_function_compiled_by_inductor_has_the_same_bits():
         loss = call(leaf, case[1])
         results.append((loss.detach(), torch.autograd.grad(loss, leaf, case[2])[0]))
     torch.testing.assert_close(results[1], results[0], **EXACT)
+
+
+def layer(tokens, width, vocab, dtype=torch.bfloat16):
+    """Hidden states and weight of an output layer, both leaves; logits are about normal, targets are likely."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.empty(tokens, width, device="cuda", dtype=dtype).normal_(generator=generator)
+    weight = torch.empty(vocab, width, device="cuda", dtype=dtype).normal_(0.0, width**-0.5, generator=generator)
+    target = torch.randint(vocab, (tokens,), device="cuda", generator=generator)
+    hidden += 8.0 * weight[target]
+    upstream = torch.randn(tokens, device="cuda", generator=generator)
+    target[::3] = -100
+    return hidden.requires_grad_(), weight.requires_grad_(), target, upstream
+
+
+def run_layer(hidden, weight, target, upstream, **options):
+    loss = linear_dft_loss(hidden, weight, target, **options)
+    return loss.detach(), *torch.autograd.grad(loss, (hidden, weight), upstream)
+
+
+@pytest.mark.parametrize("specification", SPECIFICATIONS)
+@pytest.mark.parametrize(
+    "options", [{}, {"vocab_chunk": 5000, "keep_chunks": 1}, {"compact_masked_tokens": False}], ids=str
+)
+def test_from_hidden_states_it_is_fp64_as_closely_as_through_the_logits(specification, options):
+    hidden, weight, target, upstream = layer(300, 512, 32000)
+    ours = run_layer(hidden, weight, target, upstream, objective=specification, **options)
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    truth = run_layer(*exact, target, upstream.double(), objective=specification)
+    loss = vocab_parallel_dft_loss(hidden @ weight.t(), target, objective=specification, inplace_backward=True)
+    plain = (loss.detach(), *torch.autograd.grad(loss, (hidden, weight), upstream))
+    for our, same_dtype, right in zip(ours, plain, truth, strict=True):
+        error, theirs = ((x.double() - right).norm() for x in (our, same_dtype))
+        assert error <= 2 * theirs
+
+
+def test_from_hidden_states_every_run_has_the_same_bits():
+    case = layer(1000, 512, 32000)
+    first = run_layer(*case, objective="deft")
+    for _ in range(3):
+        torch.testing.assert_close(run_layer(*case, objective="deft"), first, **EXACT)
+
+
+def test_dropping_masked_tokens_waits_once_for_the_device():
+    case = layer(300, 512, 32000)
+    run_layer(*case)  # compiled
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run_layer(*case)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert sum("synchronizing" in str(warning.message) for warning in caught) == 1
+
+
+def test_in_chunks_a_graph_is_captured_and_dropping_tokens_in_it_is_refused():
+    hidden, weight, target, upstream = layer(96, 256, 20000)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            run_layer(hidden, weight, target, upstream, compact_masked_tokens=False)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run_layer(hidden, weight, target, upstream, compact_masked_tokens=False)
+        with pytest.raises(ValueError, match="compact_masked_tokens: expected no CUDA graph"):
+            run_layer(hidden, weight, target, upstream)
+    target.copy_(target.roll(1))
+    upstream.neg_()
+    graph.replay()
+    expected = run_layer(hidden, weight, target, upstream, compact_masked_tokens=False)
+    torch.testing.assert_close(captured, expected, **EXACT)
+
+
+def test_in_chunks_extra_memory_is_at_most_a_sixth():
+    hidden, weight, target, upstream = layer(8192, 2048, 128256)
+    target.clamp_(min=0)
+    extra = {}
+    for chunk in (128256, 8192):
+        for _ in range(2):  # the first time code is loaded
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            results = run_layer(hidden, weight, target, upstream, vocab_chunk=chunk)
+            extra[chunk] = torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in results)
+            del results
+    assert extra[128256] >= 2 * 8192 * 128256 and extra[8192] <= 2 * 8192 * 128256 / 6
