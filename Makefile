@@ -21,7 +21,7 @@ test-py311: .venv311/installed
 
 # The hosts between: their own wheel, in front of the one in .venv.
 test-0.17.1 test-0.18.2: test-%: .versions/%
-	PYTHONPATH=$(CURDIR)/.versions/$* $(RUN) -m pytest tests/test_hook.py tests/test_models.py tests/test_layouts.py tests/test_checkpoints.py
+	PYTHONPATH=$(CURDIR)/.versions/$* $(RUN) -m pytest tests/test_hook.py tests/test_loss_head.py tests/test_models.py tests/test_layouts.py tests/test_checkpoints.py
 
 # Every generation of Megatron that is supported (MEGATRON_LM=/path/to/checkout adds that one).
 test-versions: test-py311 test-0.17.1 test-0.18.2 test

@@ -113,6 +113,8 @@ def refusals():
     facts["loss mask"] = message(lambda: forward(model, tokens, labels, torch.ones(BATCH, SEQUENCE + 1)))
     if HAS_HYBRID:
         facts["processor"] = message(lambda: model(tokens, tokens, None, labels=labels, output_processor=print))
+    chunks = install([gpt()], dft("chunks"))[0]
+    facts["passed by"] = message(lambda: chunks.forward(tokens, tokens, None, labels=labels))
     facts["gathered"] = message(lambda: model(tokens, tokens, None, labels=labels, runtime_gather_output=True))
     return facts
 
@@ -232,6 +234,7 @@ def test_a_model_without_obstacles_drops_tokens(facts):
 def test_a_forward_pass_that_wants_another_output_is_refused(facts):
     assert "loss_mask: expected one weight for each of the labels (3, 8), got (3, 9)" in facts[0]["loss mask"]
     assert "logits that stay split" in facts[0]["gathered"]
+    assert "call the model, model(...), not model.forward(...)" in facts[0]["passed by"]
     if HAS_HYBRID:
         assert "output_processor: expected none" in facts[0]["processor"]
 

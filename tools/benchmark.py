@@ -56,8 +56,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tokens", type=int, help="default: 8192; on a CPU 512, from hidden states 256")
-    parser.add_argument("--vocab", type=int, nargs="+", default=VOCABULARIES)
-    parser.add_argument("--hidden", type=int, nargs="*", default=[2048, 4096], help="sizes of hidden states")
+    parser.add_argument(
+        "--vocab", type=int, nargs="*", default=VOCABULARIES, help="of given logits; none: no such rows"
+    )
+    parser.add_argument("--hidden", type=int, nargs="*", default=[2048, 4096], help="sizes; none: no such rows")
     parser.add_argument("--hidden-vocab", type=int, nargs="+", default=[128256, 151936], help="their vocabularies")
     parser.add_argument("--masked", type=float, nargs="+", default=MASKED, help="shares of masked tokens")
     parser.add_argument("--hidden-masked", type=float, nargs="+", default=[0.0, 0.5, 0.7, 0.8])
@@ -71,6 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     losses, notes = available(IMPLEMENTATIONS, wanted.only, device)
     heads, head_notes = available(HEADS, wanted.only, device) if wanted.hidden else ({}, {})
+    losses = losses if wanted.vocab else {}
     errors = gate(losses, wanted.vocab, device, alone, notes)
     errors |= gate_heads(heads, device, alone, head_notes)
     notes |= head_notes

@@ -29,7 +29,8 @@ def main() -> None:
     _, _, after = rest.partition(END)
     readme.write_text(before + section() + after)
     for path in results():
-        draw(of_logits(read(path)), path.with_suffix(".png"))
+        if timed := of_logits(read(path)):
+            draw(timed, path.with_suffix(".png"))
 
 
 def read(path: Path) -> Rows:
@@ -60,29 +61,32 @@ def of_logits(rows: Rows) -> Rows:
 def part(rows: Rows, path: Path) -> str:
     """Text and tables of one file of benchmark.py."""
     timed, heads = of_logits(rows), [row for row in rows if row["hidden"]]
-    first, vocabularies = timed[0], sorted({int(row["vocab"]) for row in timed}, reverse=True)
-    lines = [
-        f"**{conditions(first)}** {first['tokens']} tokens, bf16 logits, forward + backward in ms, medians of "
-        f"{first['repetitions']} interleaved runs. A copy moves {float(first['copy_gb_per_s']):.0f} GB/s. "
-        f"{origin(first, path)}.\n",
-        rivals_table(timed, vocabularies),
-        masked_table(timed, vocabularies[0]),
-        objectives_table(timed, vocabularies[0]),
-    ]
+    lines = []
+    if timed:
+        first, vocabularies = timed[0], sorted({int(row["vocab"]) for row in timed}, reverse=True)
+        lines += [
+            f"**{conditions(first)}** {first['tokens']} tokens, bf16 logits, forward + backward in ms, medians of "
+            f"{first['repetitions']} interleaved runs. A copy moves {float(first['copy_gb_per_s']):.0f} GB/s. "
+            f"{origin(first, path)}.\n",
+            rivals_table(timed, vocabularies),
+            masked_table(timed, vocabularies[0]),
+            objectives_table(timed, vocabularies[0]),
+            f"![bytes per logit of each implementation]({path.with_suffix('.png').relative_to(ROOT)})\n",
+        ]
     if heads:
         first = heads[0]
         lines += [
-            f"Output layer and loss together, from hidden states: {first['tokens']} tokens, {first['dtype']}, ms as "
-            f"above, medians of {first['repetitions']} interleaved runs; in brackets the share of Megatron's time with "
-            "as many masked tokens. MiB are beyond the inputs; Megatron and ours add the weight's gradient to a buffer "
-            "that is one of these, the others return it.\n",
+            f"**{conditions(first)}** Output layer and loss together, from hidden states: {first['tokens']} tokens, "
+            f"{first['dtype']}, forward + backward in ms, medians of {first['repetitions']} interleaved runs; in "
+            "brackets the share of Megatron's time with as many masked tokens. MiB are beyond the inputs; Megatron and "
+            "ours add the weight's gradient to a buffer that is one of these, the others return it. "
+            f"{origin(first, path)}.\n",
             heads_by_mask(heads),
             heads_by_size(heads),
         ]
     missing = [f"{row['implementation']}: {row['note']}" for row in rows if row["note"]]
     if missing:
         lines.append("Not in these tables: " + "; ".join(missing) + ".\n")
-    lines.append(f"![bytes per logit of each implementation]({path.with_suffix('.png').relative_to(ROOT)})\n")
     return "\n".join(lines)
 
 

@@ -53,6 +53,11 @@ class LossHead:
         """labels [b, s], logits [s, b, V/tp], or what the output layer has handed on -> NLL [b, s]."""
         if self._handed_on:
             return self.of_hidden(labels, logits, self._handed_on.pop())
+        if self.split is not None and not compat.has_mtp(self.model.config):
+            raise ValueError(
+                "--loss-linear-fused: expected hidden states, got logits that were computed already; call the model, "
+                "model(...), not model.forward(...), which passes by its hooks"
+            )
         compat.check_width(self.model, logits)
         return _with_statistics(*loss_and_stats(logits, self._target(labels), self.options), None)
 
