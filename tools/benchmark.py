@@ -71,9 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
     alone = dist.new_group([0])
 
-    losses, notes = available(IMPLEMENTATIONS, wanted.only, device)
+    losses, notes = available(IMPLEMENTATIONS, wanted.only, device) if wanted.vocab else ({}, {})
     heads, head_notes = available(HEADS, wanted.only, device) if wanted.hidden else ({}, {})
-    losses = losses if wanted.vocab else {}
     errors = gate(losses, wanted.vocab, device, alone, notes)
     errors |= gate_heads(heads, device, alone, head_notes)
     notes |= head_notes

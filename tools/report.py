@@ -41,7 +41,7 @@ def read(path: Path) -> Rows:
 def results(of_steps: bool = False) -> list[Path]:
     """Files of benchmark.py, or those of training_step.py; GPUs first."""
     files = (path for path in RESULTS.glob("*.csv") if path.stem.endswith("-step") == of_steps)
-    return sorted(files, key=lambda path: ("NVIDIA" not in path.name, path.name))
+    return sorted(files, key=lambda path: ("NVIDIA" not in path.name, path.stem))
 
 
 def section() -> str:
@@ -50,6 +50,7 @@ def section() -> str:
     parts = [part(read(path), path) for path in files] + [step_part(read(path), path) for path in results(True)]
     if not any("NVIDIA" in path.name for path in files):
         parts.insert(0, "**On GPUs: not measured yet.** `make gpu` tests the kernels there and writes this table.\n")
+    parts.append(missing([row for path in files for row in read(path)]))
     return BEGIN + "\n" + "\n".join(parts) + "\n" + END
 
 
@@ -84,10 +85,13 @@ def part(rows: Rows, path: Path) -> str:
             heads_by_mask(heads),
             heads_by_size(heads),
         ]
-    missing = [f"{row['implementation']}: {row['note']}" for row in rows if row["note"]]
-    if missing:
-        lines.append("Not in these tables: " + "; ".join(missing) + ".\n")
     return "\n".join(lines)
+
+
+def missing(rows: Rows) -> str:
+    """Who could not be measured, and why."""
+    notes = {f"{row['implementation']}: {row['note']}": None for row in rows if row["note"]}
+    return "Not in these tables: " + "; ".join(notes) + ".\n" if notes else ""
 
 
 def step_part(rows: Rows, path: Path) -> str:
