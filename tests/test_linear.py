@@ -1,5 +1,6 @@
 """From hidden states to the loss, in chunks and without masked tokens: the same numbers as through all the logits."""
 
+import importlib.util
 import itertools
 import os
 
@@ -15,6 +16,7 @@ from megatron_dft import linear_dft_loss, vocab_parallel_dft_loss
 from megatron_dft.compaction import compacted
 from megatron_dft.linear import Split
 
+INTERPRETER = importlib.util.find_spec("triton") is not None and "TRITON_INTERPRET" in os.environ
 SEQUENCE, BATCH, HIDDEN, VOCAB = 8, 3, 8, 48
 TOLERANCE = {"rtol": 0.0, "atol": 1e-12}
 SIZES = [None, 35, 10]  # 35 empties the last of 4 shards, 10 all but the first
@@ -240,7 +242,7 @@ def test_a_second_backward_is_exact_or_refused():
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_the_device_is_asked_once_how_many_tokens_are_left(backend):
-    if backend == "triton" and "TRITON_INTERPRET" not in os.environ:
+    if backend == "triton" and not INTERPRETER:
         pytest.skip("needs Triton's interpreter; on a GPU test_gpu.py asks")
     hidden, weight, target, upstream = make_case()
     leaves = [x.float().requires_grad_() for x in (hidden, weight)]
@@ -252,7 +254,7 @@ def test_the_device_is_asked_once_how_many_tokens_are_left(backend):
         assert questions == ["nonzero.default"]
 
 
-@pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="needs Triton's interpreter; else test_gpu.py")
+@pytest.mark.skipif(not INTERPRETER, reason="needs Triton's interpreter; on a GPU test_gpu.py asks")
 def test_triton_kernels_take_chunks():
     hidden, weight, target, upstream = make_case()
     expected = truth("deft", hidden.float().double(), weight.float().double(), target, upstream)
