@@ -268,4 +268,4 @@ NOT_ON_A_CPU = {
     name: "needs a GPU"
     for name in [*IMPLEMENTATIONS, *HEADS]
     if name.startswith(("Transformer", "Liger", "flash", "cut"))
-} | {"F.linear_cross_entropy, chunked": "18 times slower there than when it is not chunked (H = 512, V = 32000)"}
+} | {"F.linear_cross_entropy, chunked": "much slower there than when it is not chunked"}
