@@ -7,7 +7,7 @@ PYTHON311 ?= PYENV_VERSION=3.11 python3.11
 RUN := .venv/bin/python
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-py311 test-0.17.1 test-0.18.2 test-versions faults gpu benchmark check format clean
+.PHONY: demo test test-py311 test-0.17.1 test-0.18.2 test-versions bridge-env test-bridge faults gpu benchmark check format clean
 
 demo: .venv/installed
 	$(RUN) examples/demo.py --out runs/demo
@@ -25,6 +25,13 @@ test-0.17.1 test-0.18.2: test-%: .versions/%
 
 # Every generation of Megatron that is supported (MEGATRON_LM=/path/to/checkout adds that one).
 test-versions: test-py311 test-0.17.1 test-0.18.2 test
+
+# Megatron-Bridge, on the CPU. Importing it takes Transformer Engine, whose extension for PyTorch is compiled here, once:
+# 15 minutes on two cores. .wheels keeps the result.
+bridge-env: .venv-bridge/installed
+
+test-bridge: .venv-bridge/installed
+	.venv-bridge/bin/python -m pytest tests/test_bridge.py tests/test_bridge_host.py
 
 # Apply each deliberate fault to a copy of the library; the tests must catch every one.
 faults: .venv/installed
@@ -64,9 +71,23 @@ format: .venv/installed
 	.venv311/bin/python $(PIP_INSTALL) torch==2.13.0 megatron-core==0.16.1 numpy pytest -e .
 	@touch $@
 
+# The compiler of CUDA and its headers come from PyPI. nvidia-resiliency-ext there is too old for Megatron-Core, which
+# then does without its checkpoints, and Bridge needs the rest of it.
+.venv-bridge/installed: PACKAGES = $(CURDIR)/.venv-bridge/lib/python3.12/site-packages
+.venv-bridge/installed: constraints-bridge.txt
+	$(PYTHON) -m venv .venv-bridge
+	.venv-bridge/bin/python $(PIP_INSTALL) --no-deps -r constraints-bridge.txt
+	rm -rf $(PACKAGES)/nvidia_resiliency_ext/checkpointing
+	PATH=$(CURDIR)/.venv-bridge/bin:$$PATH CUDA_HOME=$(PACKAGES)/nvidia/cu13 NVTE_WITH_NCCL_EP=0 \
+	CPATH=$(PACKAGES)/nvidia/cu13/include/cccl:$(PACKAGES)/nvidia/cudnn/include:$(PACKAGES)/nvidia/nccl/include \
+	.venv-bridge/bin/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps \
+		--find-links .wheels --wheel-dir .wheels transformer_engine_torch==2.19.0
+	.venv-bridge/bin/python $(PIP_INSTALL) --no-deps .wheels/transformer_engine_torch-2.19.0-*.whl -e .
+	@touch $@
+
 .versions/%: .venv/installed
 	$(RUN) $(PIP_INSTALL) --no-deps --target $@ megatron-core==$*
 	@touch $@
 
 clean:
-	rm -rf .venv .venv311 .versions runs build dist *.egg-info
+	rm -rf .venv .venv311 .venv-bridge .versions .wheels runs build dist *.egg-info

@@ -14,9 +14,8 @@ import os
 import runpy
 import sys
 
-import torch
-
 from megatron_dft.config import DFTConfig
+from megatron_dft.hosts import cpu
 
 
 def main(words: list[str]) -> None:
@@ -28,12 +27,10 @@ def main(words: list[str]) -> None:
     if not os.path.isfile(script):
         sys.exit(f"megatron_dft.launch: expected the path of a Python script, got {script!r}; the script comes first")
     sys.path.insert(0, os.path.dirname(os.path.abspath(script)))  # a checkout's own Megatron goes before a wheel's
-    device, words = _device(words)
+    on_cpu, words = _device(words)
     try:
         config = _config(words)
-        if device == "cpu":
-            from megatron_dft.hosts import cpu
-
+        if on_cpu:
             words = cpu.complete_arguments(words)
             cpu.enable()
         from megatron_dft.hosts import megatron_lm
@@ -45,14 +42,12 @@ def main(words: list[str]) -> None:
     runpy.run_path(script, run_name="__main__")
 
 
-def _device(words: list[str]) -> tuple[str, list[str]]:
-    """Where to run, and the arguments without --device, which the script does not know."""
+def _device(words: list[str]) -> tuple[bool, list[str]]:
+    """Whether to run on the CPU, and the arguments without --device, which the script does not know."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    parser.add_argument("--device", choices=("cuda", "cpu", "auto"), default="cuda")
+    parser.add_argument("--device", choices=cpu.DEVICES, default="cuda")
     known, rest = parser.parse_known_args(words)
-    if known.device == "auto":
-        return ("cuda" if torch.cuda.is_available() else "cpu"), rest
-    return known.device, rest
+    return cpu.is_meant_by(known.device), rest
 
 
 def _config(words: list[str]) -> DFTConfig:

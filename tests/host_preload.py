@@ -1,5 +1,6 @@
 """Imported once by the server from which `host_runs` forks its ranks: this process becomes a CPU rank of Megatron."""
 
+import importlib.util
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -8,5 +9,10 @@ from megatron_dft.hosts import cpu
 
 cpu.enable()
 
-import megatron.training  # noqa: E402, F401
+import megatron.training  # noqa: E402
 import torch.utils.tensorboard  # noqa: E402, F401
+
+if importlib.util.find_spec("megatron.bridge"):
+    cpu.enable_bridge()
+    import megatron.bridge.training.finetune
+    import megatron.bridge.training.gpt_step  # noqa: F401

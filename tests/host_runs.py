@@ -23,6 +23,7 @@ from demo import read_curves
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "pretrain_gpt.py"
 SCRIPT = ROOT / "tests" / "training_script.py"
+BRIDGE = ROOT / "tests" / "bridge_recipe.py"  # which has none of its own: --recipe bridge_recipe:tiny
 UNTIMED = re.compile("lm loss|dft |grad-norm|learning-rate|mtp|valid tokens(?! per)")
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["host_preload"])
@@ -42,7 +43,8 @@ class Host:
         """Start the ranks; `alone` leaves the launcher out."""
         folder = self.folder / f"run{len(list(self.folder.glob('run*')))}"
         folder.mkdir()
-        return Run(folder, script, [*flags.split(), "--tensorboard-dir", str(folder)], ranks, alone, environment)
+        logs = f"logger.tensorboard_dir={folder}" if script == BRIDGE else f"--tensorboard-dir={folder}"
+        return Run(folder, script, [*flags.split(), logs], ranks, alone, environment)
 
     def start(self, flags: str, **kwargs) -> tuple[int, str]:
         """Exit code and output of a whole run."""
@@ -108,7 +110,7 @@ def agree(ours: dict[str, list[float]], theirs: dict[str, list[float]], toleranc
     """Fails unless two runs logged the same."""
     assert set(ours) == set(theirs)
     for tag in theirs:
-        assert ours[tag] == pytest.approx(theirs[tag], rel=tolerance, abs=1e-7), tag
+        assert ours[tag] == pytest.approx(theirs[tag], rel=tolerance, abs=1e-7), (tag, ours[tag], theirs[tag])
 
 
 def _rank(rank: str, environment: dict[str, str], folder: Path, script: Path, words: list[str], alone: bool) -> None:
@@ -119,11 +121,13 @@ def _rank(rank: str, environment: dict[str, str], folder: Path, script: Path, wo
     assert "megatron.training" in sys.modules, "the server has not preloaded Megatron"
     os.environ |= environment | {"RANK": rank, "LOCAL_RANK": rank}
     if not alone:
-        from megatron_dft import launch
+        from megatron_dft import bridge, launch
 
-        return launch.main([str(script), *words, "--device", "cpu"])
+        words = [*words, "--device", "cpu"]
+        return bridge.main(words) if script == BRIDGE else launch.main([str(script), *words])
     from megatron_dft.hosts import cpu, megatron_lm
 
-    sys.argv = [str(script), *cpu.complete_arguments(words)]
+    sys.argv = [str(script), *(words if script == BRIDGE else cpu.complete_arguments(words))]
     runpy.run_path(str(script), run_name="__main__")
-    megatron_lm.flush_tensorboard()
+    if script != BRIDGE:
+        megatron_lm.flush_tensorboard()

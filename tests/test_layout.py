@@ -26,6 +26,7 @@ FLOORS = {
     "vocab_parallel": 5,
     "hosts": 6,
     "launch": 7,
+    "bridge": 7,
     "__init__": 8,
 }
 HOST_PACKAGES = {"megatron", "nemo", "transformers", "transformer_engine", "datasets", "apex", "lightning"}

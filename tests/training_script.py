@@ -23,14 +23,15 @@ from megatron.training.arguments import core_transformer_config_from_args
 class NoisyCounting(torch.utils.data.Dataset):
     """Each token is the one before plus 1, but for 30%. Of a sample none, one or two, some or all tokens are valid."""
 
-    def __init__(self, split: int, samples: int) -> None:
-        self.split, self.samples = split, samples
+    def __init__(self, split: int, samples: int, words: int, length: int, ignore_masked: bool = True) -> None:
+        self.split, self.samples, self.words, self.length = split, samples, words, length
+        self.ignore_masked = ignore_masked
 
     def __len__(self) -> int:
         return self.samples
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        words, length = get_args().vocab_size, get_args().seq_length
+        words, length = self.words, self.length
         random = torch.Generator().manual_seed(1_000_003 * self.split + int(index))
         text = (torch.randint(words, (1,), generator=random) + torch.arange(length + 1)) % words
         noise = torch.rand(length + 1, generator=random) < 0.3
@@ -42,13 +43,14 @@ class NoisyCounting(torch.utils.data.Dataset):
             torch.rand(length, generator=random) < 0.3,
             position >= 0,
         )[index % 4]
-        labels = text[1:].masked_fill(~valid, -100)
+        labels = text[1:].masked_fill(~valid, -100) if self.ignore_masked else text[1:]
         return {"tokens": text[:-1], "labels": labels, "loss_mask": valid.float(), "position_ids": position}
 
 
 def datasets(sample_counts: list[int], vp_stage: int | None = None) -> tuple:
     """Training, validation and test sets; under interleaved pipelines one of each for every model chunk."""
-    return tuple(NoisyCounting(split, count or 0) for split, count in enumerate(sample_counts))
+    words, length = get_args().vocab_size, get_args().seq_length
+    return tuple(NoisyCounting(split, count or 0, words, length) for split, count in enumerate(sample_counts))
 
 
 datasets.is_distributed = True  # every rank reads its own data

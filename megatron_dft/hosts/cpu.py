@@ -67,6 +67,13 @@ FACTORIES = (
     *("ones", "rand", "randint", "randn", "tensor", "zeros"),
 )
 CPU = torch.device("cpu")
+TRANSFORMER_ENGINE = ("transformer_engine", "transformer_engine_torch")
+DEVICES = ("cuda", "cpu", "auto")
+
+
+def is_meant_by(device: str) -> bool:
+    """Whether --device asks for CPU ranks; `auto` does where no GPU is found."""
+    return device == "cpu" or (device == "auto" and not torch.cuda.is_available())
 
 
 @functools.cache
@@ -79,6 +86,18 @@ def enable() -> None:
     _tensors()
     _cuda()
     _megatron()
+
+
+@functools.cache
+def enable_bridge() -> None:
+    """The same, and Megatron-Bridge runs on it. Its settings are the user's: nothing that needs CUDA among them."""
+    enable()
+    # Bridge cannot be imported without it, whether it is used or not; Megatron-Core has found none by now.
+    for name in TRANSFORMER_ENGINE:
+        del sys.modules[name]
+    _initialization("megatron.bridge.training.initialize")
+    # It compares layers with those of Transformer Engine that Megatron-Core offers: none.
+    _patch(importlib.import_module("megatron.bridge.peft.utils"), HAVE_TE=False)
 
 
 def complete_arguments(argv: list[str]) -> list[str]:
@@ -110,7 +129,7 @@ def _environment() -> None:
     # Megatron insists on this order of kernel launches under tensor and context parallelism.
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     # Where these are installed, Megatron prefers their kernels, which run on CUDA alone, to PyTorch's.
-    for name in ("apex", "transformer_engine", "transformer_engine_torch"):
+    for name in ("apex", *TRANSFORMER_ENGINE):
         sys.modules[name] = None  # type: ignore[assignment]
 
 
@@ -185,14 +204,13 @@ def _megatron() -> None:
     _norm()
     _attention()
     _pipeline()
-    if importlib.util.find_spec("megatron.training"):
-        _initialization()
+    if importlib.util.find_spec("megatron.training"):  # not in wheels before 0.17
+        _initialization("megatron.training.initialize")
 
 
-def _initialization() -> None:
-    """The start of Megatron's own pretrain(), which wheels before 0.17 do not have."""
-    from megatron.training import initialize
-
+def _initialization(name: str) -> None:
+    """The start of a pretrain()."""
+    initialize = importlib.import_module(name)
     # Asserts that there is a GPU unless it is told otherwise; changed in place, other modules hold it by now.
     _set_default(initialize.initialize_megatron, allow_no_cuda=True)
     # Draws from the one random stream there is, as much as the layout asks for: weights would depend on the layout.

@@ -154,21 +154,22 @@ def _reporting(
     loss_func: Callable[..., Any], objective: Objective, count_tokens: Callable[[Tensor], None]
 ) -> Callable[..., Any]:
     @functools.wraps(loss_func)
-    def wrapped(output: Tensor, **kwargs: Any) -> Any:
+    def wrapped(output: Tensor | tuple[Tensor, Tensor], **kwargs: Any) -> Any:
         if kwargs.get("non_loss_data"):
             return loss_func(output, **kwargs)
-        loss_mask = compat.loss_mask_of(loss_func)
-        same_tokens = loss_mask.numel() == output.numel()
-        statistics = statistics_of(output, loss_mask.view(output.shape)) if same_tokens else None
+        # LLaVA's output is its loss and, images having grown the text, a mask of the same length.
+        losses, loss_mask = output if isinstance(output, tuple) else (output, compat.loss_mask_of(loss_func))
+        same_tokens = loss_mask.numel() == losses.numel()
+        statistics = statistics_of(losses, loss_mask.view(losses.shape)) if same_tokens else None
         if statistics is None:
             raise ValueError(
                 f"the report needs the model's own per-token loss: expected the output of a model on which install() "
-                f"was called, [b, s] as the loss mask {tuple(loss_mask.shape)}, got {tuple(output.shape)}; "
+                f"was called, [b, s] as the loss mask {tuple(loss_mask.shape)}, got {tuple(losses.shape)}; "
                 "return the model's output from forward_step unchanged"
             )
-        loss_mask = loss_mask.view(output.shape)
         # A masked token is worth nothing, even where its NLL is inf or NaN.
-        loss, num_tokens, report = loss_func(output.masked_fill(loss_mask == 0.0, 0.0), **kwargs)
+        losses = losses.masked_fill(loss_mask.view(losses.shape) == 0.0, 0.0)
+        loss, num_tokens, report = loss_func((losses, loss_mask) if isinstance(output, tuple) else losses, **kwargs)
         if torch.is_grad_enabled():
             count_tokens(num_tokens)
         stats, weights = statistics

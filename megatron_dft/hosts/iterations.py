@@ -41,14 +41,12 @@ class TokenCount:
         """Of one micro-batch on this rank."""
         self._on_device().add_(num_tokens)
 
-    def take(self) -> int:
+    def take(self, tp_size: int) -> int:
         """Over all ranks, each token once; starts again from zero. Collective."""
-        from megatron.core import parallel_state
-
         # Pipeline stages before the last have counted none, tensor-parallel ranks the same ones.
         count = self._on_device()
         torch.distributed.all_reduce(count)
-        total = int(count.item()) // parallel_state.get_tensor_model_parallel_world_size()
+        total = int(count.item()) // tp_size
         count.zero_()
         return total
 
@@ -56,6 +54,12 @@ class TokenCount:
         if self._count is None:
             self._count = torch.zeros((), dtype=torch.int64, device="cuda")
         return self._count
+
+
+def token_report(count: int, seconds: float) -> dict[str, Tensor]:
+    """Of one iteration, in the form of the losses that a host logs."""
+    report = {"valid tokens": count, "valid tokens per second": count / seconds}
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in report.items()}
 
 
 @contextmanager
@@ -95,17 +99,13 @@ def _train_step(train_step: Callable[..., Any], objective: Objective, tokens: To
         objective.begin(run.curr_iteration + 1)
         start = time.perf_counter()
         losses, *rest = train_step(*args, **kwargs)
-        count = tokens.take()
+        count = tokens.take(run.tensor_model_parallel_size)
         seconds = time.perf_counter() - start
         total = getattr(run, TOTAL, 0) + count
         setattr(run, TOTAL, total)
         if losses:  # on the last pipeline stage
-            report = {
-                "valid tokens": count,
-                "valid tokens total": total,
-                "valid tokens per second": count / seconds,
-            }
-            losses = losses | {name: torch.tensor(value, dtype=torch.float64) for name, value in report.items()}
+            report = token_report(count, seconds)
+            losses = losses | report | {"valid tokens total": torch.tensor(total, dtype=torch.float64)}
         return losses, *rest
 
     return wrapped

@@ -1,0 +1,173 @@
+"""Fine-tune a Megatron-Bridge recipe with another loss.
+
+    torchrun --nproc-per-node 8 -m megatron_dft.bridge --recipe llama32_1b_sft_config \\
+        --config-file recipe.yaml dft.loss_type=dft train.train_iters=500
+
+--recipe NAME        an SFT or PEFT recipe of the installed Megatron-Bridge, or your own function as module:function
+--config-file FILE   YAML: Bridge's sections (model, train, dataset, ...), a `dft:` block with the settings of the
+                     objective and, so that --recipe can be left out, a line `recipe: NAME`
+--step NAME          the forward_step: gpt_step (default), vlm_step, ... of Bridge, or your own as module:function
+--device NAME        cuda (default), cpu (CPU ranks over gloo, to try things out), auto: those where no GPU is found
+--dry-run            print the final configuration and stop; WORLD_SIZE=64 in the environment stands for 64 ranks
+KEY=VALUE            Bridge's overrides and, as dft.KEY=VALUE, settings of the objective; they win over the file
+
+Without an objective the recipe runs as Bridge runs it. A key that does not exist is an error, wherever it stands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from megatron_dft.config import DFTConfig
+from megatron_dft.hosts import cpu
+from megatron_dft.objectives import nearest
+
+RECIPES = "megatron.bridge.recipes"
+STEPS = "megatron.bridge.training"
+OVERRIDES = "megatron.bridge.training.utils.omegaconf_utils"
+
+
+def main(words: list[str]) -> None:
+    """Build the recipe, put into it what was asked for, and run Bridge's finetune()."""
+    if not words or words[0] in ("-h", "--help"):
+        print(__doc__)
+        return
+    options = _parser().parse_intermixed_args(words)
+    try:
+        recipe, config, sections, overrides = requested(options.recipe, options.config_file, options.overrides)
+        if cpu.is_meant_by(options.device):
+            cpu.enable_bridge()
+        step = options.step if ":" in options.step else f"{STEPS}.{options.step}:forward_step"
+        cfg = load(recipe if ":" in recipe else f"{RECIPES}:{recipe}", "--recipe")()
+        forward_step = load(step, "--step")
+        override(cfg, sections, overrides)
+        from megatron_dft.hosts import bridge
+
+        (bridge.show if options.dry_run else bridge.finetune)(cfg, config, forward_step)
+    except ValueError as error:
+        sys.exit(f"megatron_dft.bridge: {error}")
+
+
+def requested(
+    recipe: str | None, config_file: str | None, words: list[str]
+) -> tuple[str, DFTConfig, dict[str, Any], list[str]]:
+    """The name of the recipe, the settings of the objective, and for Bridge: sections of the file and overrides."""
+    from omegaconf import OmegaConf
+
+    if config_file and not os.path.isfile(config_file):
+        raise ValueError(f"--config-file: expected a YAML file, got {config_file!r}")
+    file = OmegaConf.load(config_file) if config_file else OmegaConf.create()
+    sections: Any = OmegaConf.to_container(file, resolve=True)
+    if not isinstance(sections, dict):
+        raise ValueError(f"{config_file}: expected sections (model:, train:, dft:, ...), got {type(sections).__name__}")
+    for word in words:
+        if "=" not in word or word.startswith("~"):
+            raise ValueError(f"expected KEY=VALUE, got {word!r}")
+    ours = [word.removeprefix("dft.") for word in words if word.startswith("dft.")]
+    block, name = sections.pop("dft", None) or {}, sections.pop("recipe", None)
+    if recipe is None and name is None:
+        raise ValueError("expected the name of a recipe, got none; use --recipe NAME, or a line `recipe: NAME` in FILE")
+    given: Any = OmegaConf.to_container(OmegaConf.merge(block, OmegaConf.from_dotlist(ours)))
+    theirs = [word for word in words if not word.startswith("dft.")]
+    return recipe or name, DFTConfig.from_mapping(given), sections, theirs
+
+
+def load(path: str, option: str) -> Callable[..., Any]:
+    """The function that module:function names."""
+    module_name, _, function = path.rpartition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # something that the module needs
+        raise ValueError(
+            f"{option}: expected a function of an installed module, got {path} ({error}); check the name, or install "
+            "Megatron-Bridge"
+        ) from None
+    if not callable(getattr(module, function, None)):
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise ValueError(f"{option}: {module.__name__} has no function {function!r}{nearest(function, known)}")
+    return getattr(module, function)
+
+
+def override(cfg: Any, sections: Mapping[str, Any], overrides: list[str]) -> None:
+    """Apply the file, then KEY=VALUE, by Bridge's own means. What it would skip with a warning is an error here."""
+    host = importlib.import_module(OVERRIDES)
+    from omegaconf import OmegaConf
+
+    check_keys(sections, cfg)
+    overrides = [word.lstrip("+") for word in overrides]
+    for word in overrides:
+        given: Any = None
+        for name in reversed(word.partition("=")[0].split(".")):
+            given = {name: given}
+        check_keys(given, cfg)
+    warnings = _Warnings(logging.WARNING)
+    logging.getLogger(OVERRIDES).addHandler(warnings)
+    try:
+        tree, kept = host.create_omegaconf_dict_config(cfg)
+        # With ++, keys may be new to the tree: those of mappings, and of sections such as peft that Bridge leaves out.
+        tree = host.parse_hydra_overrides(OmegaConf.merge(tree, sections), [f"++{word}" for word in overrides])
+        host.apply_overrides(cfg, OmegaConf.to_container(tree, resolve=True), kept)
+    except host.OverridesError as error:
+        raise ValueError(f"KEY=VALUE: {error}") from None
+    finally:
+        logging.getLogger(OVERRIDES).removeHandler(warnings)
+    if warnings.lines:
+        raise ValueError("; ".join(warnings.lines))
+
+
+def check_keys(given: Mapping[str, Any], settings: Any, path: str = "") -> None:
+    """Refuse keys that a tree of dataclasses does not have, and mappings where it has no section to put them in."""
+    types = {f.name: str(f.type) for f in dataclasses.fields(settings) if not f.name.startswith("_")}
+    for key, value in given.items():
+        # Bridge's newer model configurations answer for the fields of the configuration inside, too.
+        if key not in types and (not hasattr(settings, key) or hasattr(type(settings), key)):
+            raise ValueError(
+                f"{path}{key}: expected a setting of {type(settings).__name__}, got one that it does not have"
+                f"{nearest(key, types)}"
+            )
+        if not isinstance(value, Mapping) or "_target_" in value:
+            continue
+        current = getattr(settings, key)
+        if dataclasses.is_dataclass(current):
+            check_keys(value, current, f"{path}{key}.")
+        elif not isinstance(current, Mapping) and not re.search("dict|Mapping|Any", types.get(key, "Any"), re.I):
+            raise ValueError(
+                f"{path}{key}: expected a recipe with that section, or the name of its class as `_target_:` in the "
+                f"section, got a section where the recipe has {current!r}"
+            )
+
+
+class _Warnings(logging.Handler):
+    """Collects what a logger warns of."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("megatron_dft.bridge", allow_abbrev=False, add_help=False)
+    parser.add_argument("--recipe")
+    parser.add_argument("--config-file")
+    parser.add_argument("--step", default="gpt_step")
+    parser.add_argument("--device", default="cuda", choices=cpu.DEVICES)
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("overrides", nargs="*")
+    return parser
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

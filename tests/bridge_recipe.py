@@ -1,0 +1,129 @@
+"""A recipe for Megatron-Bridge as users write them: a tiny GPT, and the noisy counting of `training_script`.
+
+The model has the shape of `test_layouts.MODEL`, so that a checkpoint of Megatron-LM loads into it. As a script, it is
+one of the user's own, with a callback: `bridge_recipe.py [OBJECTIVE] KEY=VALUE ...`.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+import torch
+from megatron.bridge.data.base import DatasetBuildContext, DatasetProvider
+from megatron.bridge.models.gpt_provider import GPTModelProvider, local_layer_spec
+from megatron.bridge.peft.lora import LoRA
+from megatron.bridge.training.callbacks import Callback, CallbackContext
+from megatron.bridge.training.config import (
+    CheckpointConfig,
+    ConfigContainer,
+    DistributedInitConfig,
+    LoggerConfig,
+    OptimizerConfig,
+    RerunStateMachineConfig,
+    RNGConfig,
+    SchedulerConfig,
+    TokenizerConfig,
+    TrainingConfig,
+    ValidationConfig,
+)
+from megatron.bridge.training.finetune import finetune
+from megatron.bridge.training.gpt_step import forward_step
+from megatron.bridge.training.utils.omegaconf_utils import process_config_with_overrides
+from megatron.core.distributed import DistributedDataParallelConfig
+from training_script import NoisyCounting
+
+
+@dataclass
+class Counting(DatasetProvider):
+    """Labels of masked tokens are real tokens, as in Bridge's own data sets."""
+
+    seq_length: int = 32
+    words: int = 30
+
+    def build_datasets(self, context: DatasetBuildContext) -> tuple:
+        counts = context.train_samples, context.valid_samples, context.test_samples
+        return tuple(
+            NoisyCounting(split, count, self.words, self.seq_length, ignore_masked=False)
+            for split, count in enumerate(counts)
+        )
+
+
+def tiny() -> ConfigContainer:
+    """Full fine-tuning in fp32."""
+    return ConfigContainer(
+        model=GPTModelProvider(
+            transformer_layer_spec=local_layer_spec,
+            num_layers=4,
+            hidden_size=32,
+            ffn_hidden_size=128,
+            num_attention_heads=4,
+            seq_length=32,
+            vocab_size=32,
+            normalization="RMSNorm",
+            position_embedding_type="rope",
+            apply_rope_fusion=False,
+            add_bias_linear=False,
+            share_embeddings_and_output_weights=False,
+            attention_dropout=0.0,
+            hidden_dropout=0.0,
+            use_cpu_initialization=True,
+            gradient_accumulation_fusion=False,
+            masked_softmax_fusion=False,
+            bias_dropout_fusion=False,
+            persist_layer_norm=False,
+            cross_entropy_loss_fusion=False,  # it rounds gradients to bf16 even here
+            calculate_per_token_loss=True,
+            pipeline_dtype=torch.float32,
+            transformer_impl="local",
+        ),
+        train=TrainingConfig(train_iters=3, global_batch_size=8, micro_batch_size=2),
+        validation=ValidationConfig(eval_iters=2, eval_interval=100),
+        optimizer=OptimizerConfig(
+            optimizer="adam", lr=1e-3, min_lr=0.0, use_distributed_optimizer=False, clip_grad=1.0
+        ),
+        scheduler=SchedulerConfig(
+            lr_decay_style="constant", lr_warmup_iters=0, start_weight_decay=0.01, end_weight_decay=0.01
+        ),
+        ddp=DistributedDataParallelConfig(use_distributed_optimizer=False),
+        dataset=Counting(dataloader_type="single", num_workers=0, pin_memory=False, persistent_workers=False),
+        logger=LoggerConfig(log_interval=1, tensorboard_log_interval=1),
+        tokenizer=TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=30),
+        checkpoint=CheckpointConfig(ckpt_format="torch_dist"),
+        rng=RNGConfig(seed=1234),
+        dist=DistributedInitConfig(distributed_backend="gloo"),
+        rerun_state_machine=RerunStateMachineConfig(check_for_nan_in_loss=False),
+    )
+
+
+def tiny_lora() -> ConfigContainer:
+    """Adapters alone."""
+    cfg = tiny()
+    cfg.peft = LoRA(target_modules=["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"], dim=4, alpha=8)
+    return cfg
+
+
+class Shown(Callback):
+    """Prints what Bridge tells callbacks of each step and each evaluation."""
+
+    def on_train_step_end(self, context: CallbackContext) -> None:
+        print("step:", *sorted(context.loss_dict), sep="|")
+
+    def on_eval_end(self, context: CallbackContext) -> None:
+        print("evaluation:", *sorted(context.total_loss_dict), sep="|")
+
+
+def main(words: list[str]) -> None:
+    objectives = [word for word in words if "=" not in word]
+    cfg = process_config_with_overrides(tiny(), cli_overrides=[word for word in words if "=" in word])
+    if objectives:
+        from megatron_dft import DFTConfig
+        from megatron_dft.hosts import bridge
+
+        bridge.finetune(cfg, DFTConfig(loss_type=objectives[0]), callbacks=[Shown()])
+    else:
+        finetune(cfg, forward_step)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

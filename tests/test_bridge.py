@@ -1,0 +1,194 @@
+"""What is asked of `python -m megatron_dft.bridge`, as far as no Megatron-Bridge is needed; see test_bridge_host."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("omegaconf")
+
+from megatron_dft import DFTConfig, bridge
+from megatron_dft.hosts.bridge import DFTStep
+
+RECIPES = sorted((Path(__file__).parent.parent / "examples" / "conf").glob("*.yaml"))
+
+
+@dataclasses.dataclass
+class Section:
+    seq_length: int = 8
+    dataset_kwargs: dict | None = None
+    _hidden: int = 0
+
+    def finalize(self):
+        """Not a setting."""
+
+
+@dataclasses.dataclass
+class Settings:
+    model: Section = dataclasses.field(default_factory=Section)
+    env_vars: dict = dataclasses.field(default_factory=dict)
+    comm_overlap: object = None
+
+
+def write(folder, text):
+    (folder / "recipe.yaml").write_text(text)
+    return str(folder / "recipe.yaml")
+
+
+def test_the_command_line_wins_over_the_file(tmp_path):
+    file = write(
+        tmp_path, "recipe: a\ndft: {loss_type: dft, vocab_chunk: 64, linear_fused: true}\nmodel: {seq_length: 1e-2}\n"
+    )
+    name, config, sections, overrides = bridge.requested(
+        None, file, ["dft.loss_type=tsallis:q=0.5", "a.b=c", "+d.e=f=g"]
+    )
+    assert (name, sections, overrides) == ("a", {"model": {"seq_length": 0.01}}, ["a.b=c", "+d.e=f=g"])
+    assert config == DFTConfig(loss_type="tsallis:q=0.5", vocab_chunk=64, linear_fused=True)
+    assert bridge.requested("b", file, [])[0] == "b"
+
+
+def test_settings_of_the_objective_are_read_from_the_command_line_alone():
+    words = [
+        "dft.loss_type=dft:start=2,ramp=3",
+        "dft.linear_fused=true",
+        "dft.vocab_chunk=64",
+        "dft.true_vocab_size=null",
+    ]
+    _, config, sections, overrides = bridge.requested("a", None, words)
+    assert config == DFTConfig(loss_type="dft:start=2,ramp=3", linear_fused=True, vocab_chunk=64)
+    assert (sections, overrides) == ({}, [])
+
+
+def test_without_an_objective_nothing_is_changed(tmp_path):
+    assert not bridge.requested(None, write(tmp_path, "recipe: a\ndft:\nmodel: {}"), [])[1].enabled
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "message"),
+    [
+        ("dft: {loss_typ: dft}", [], "got 'loss_typ'; did you mean 'loss_type'"),
+        ("dft: {loss_type: dtf}", [], "did you mean 'dft'"),
+        ("dft: {linear_fused: 1}", [], "linear_fused: expected bool, got 1"),
+        ("", ["dft.vocab_chunks=4"], "got 'vocab_chunks'; did you mean 'vocab_chunk'"),
+        ("", ["train.train_iters"], "expected KEY=VALUE, got 'train.train_iters'"),
+        ("", ["~model.seq_length=4"], "expected KEY=VALUE, got '~model.seq_length=4'"),
+        ("- dft", [], "expected sections .*, got list"),
+    ],
+)
+def test_what_cannot_be_is_an_error(tmp_path, text, words, message):
+    with pytest.raises(ValueError, match=message):
+        bridge.requested("a", write(tmp_path, text), words)
+
+
+def test_a_recipe_and_its_file_have_to_be_there():
+    with pytest.raises(ValueError, match="expected the name of a recipe, got none"):
+        bridge.requested(None, None, [])
+    with pytest.raises(ValueError, match=r"expected a YAML file, got .*nowhere\.yaml"):
+        bridge.requested("a", "/nowhere.yaml", [])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"modle": {}}, r"modle: expected a setting of Settings.*did you mean 'model'"),
+        ({"model": {"seq_lenght": 4}}, r"model\.seq_lenght: expected a setting of Section.*did you mean 'seq_length'"),
+        ({"model": {"finalize": 4}}, r"model\.finalize: expected a setting"),
+        ({"model": {"_hidden": 4}}, r"model\._hidden: expected a setting"),
+        (
+            {"comm_overlap": {"tp_comm_overlap": True}},
+            r"comm_overlap: expected .*_target_.*, got a section where .* None",
+        ),
+    ],
+)
+def test_keys_that_do_not_exist_are_errors_with_the_nearest_name(given, message):
+    with pytest.raises(ValueError, match=message):
+        bridge.check_keys(given, Settings())
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"model": {"seq_length": 4, "dataset_kwargs": {"anything": 1}}, "env_vars": {"NCCL_DEBUG": "INFO"}},
+        {"model": None, "comm_overlap": {"_target_": "a.B", "tp_comm_overlap": True}},
+        {"model": {"_target_": "a.B"}},
+    ],
+)
+def test_keys_that_exist_pass(given):
+    bridge.check_keys(given, Settings())
+
+
+def test_a_function_is_loaded_by_name():
+    assert bridge.load("json:dumps", "--recipe")({}) == "{}"
+    with pytest.raises(ValueError, match=r"--recipe: json has no function 'dmps'; did you mean 'dumps'"):
+        bridge.load("json:dmps", "--recipe")
+    with pytest.raises(
+        ValueError, match=r"--step: expected .* got nowhere:f .*check the name, or install Megatron-Bridge"
+    ):
+        bridge.load("nowhere:f", "--step")
+    with pytest.raises(ValueError, match="--recipe: json has no function 'decoder'"):
+        bridge.load("json:decoder", "--recipe")  # a module
+
+
+def test_the_command_explains_itself_and_ends_with_one_line():
+    command = [sys.executable, "-m", "megatron_dft.bridge"]
+    usage = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
+    assert all(option in usage for option in ("--recipe", "--config-file", "--step", "--device", "--dry-run"))
+    failed = subprocess.run([*command, "--recipe", "a", "dft.loss_type=dtf"], capture_output=True, text=True)
+    assert failed.returncode == 1 and re.fullmatch("megatron_dft.bridge: .*did you mean 'dft'.*\n", failed.stderr)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_ready_recipes_say_what_they_are(path):
+    name, config, sections, _ = bridge.requested(None, str(path), [])
+    assert name.endswith(("_sft_config", "_peft_config")) and config.loss_type == "dft"
+    assert "calculate_per_token_loss" in sections["model"] and "dft" not in sections
+    assert all(isinstance(section, Mapping) for section in sections.values())
+    assert f"--config-file examples/conf/{path.name}" in path.read_text()
+
+
+def batches(*masks):
+    labels = torch.arange(4).view(1, 4)
+    return iter([{"labels": labels, "loss_mask": torch.tensor([mask]), "tokens": labels} for mask in masks])
+
+
+def test_masked_labels_are_ignored_and_the_batch_is_left_alone():
+    seen = []
+
+    def forward_step(state, data_iterator, model, return_schedule_plan=False):
+        seen.append((state, next(data_iterator), model, return_schedule_plan))
+        return None, None
+
+    step = DFTStep(forward_step, DFTConfig("dft"))
+    given = list(batches([1.0, 0.0, 0.5, 0.0]))
+    assert step("state", iter(given), "model", return_schedule_plan=True) == (None, None)
+    ((state, batch, model, plan),) = seen
+    assert (state, model, plan) == ("state", "model", True)
+    assert batch["labels"].tolist() == [[0, -100, 2, -100]] and batch["tokens"] is given[0]["tokens"]
+    assert given[0]["labels"].tolist() == [[0, 1, 2, 3]]
+    assert list(step.__signature__.parameters) == ["state", "data_iterator", "model", "return_schedule_plan"]
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {"labels": None, "loss_mask": torch.zeros(1, 4)},
+        {"labels": torch.zeros(1, 4)},
+        {"labels": torch.zeros(1, 4), "loss_mask": torch.zeros(1, 2)},
+    ],
+)
+def test_batches_without_a_mask_of_their_labels_pass_as_they_are(batch):
+    step = DFTStep(lambda data_iterator, model: (next(data_iterator), None), DFTConfig("dft"))
+    assert step(iter([batch]), None)[0] is batch
+
+
+def test_a_stage_without_data_has_nothing_to_mark():
+    step = DFTStep(lambda data_iterator, model: (data_iterator, None), DFTConfig("dft"))
+    assert step(None, None) == (None, None)
+    kept = batches([0.0, 0.0, 0.0, 0.0])
+    unmarked = DFTStep(lambda data_iterator, model: (next(data_iterator), None), DFTConfig("dft"), mark=False)
+    assert unmarked(kept, None)[0]["labels"].tolist() == [[0, 1, 2, 3]]
