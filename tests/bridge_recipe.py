@@ -6,11 +6,13 @@ one of the user's own, with a callback: `bridge_recipe.py [OBJECTIVE] KEY=VALUE 
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 
 import torch
 from megatron.bridge.data.base import DatasetBuildContext, DatasetProvider
+from megatron.bridge.models.conversion.auto_bridge import AutoBridge
 from megatron.bridge.models.gpt_provider import GPTModelProvider, local_layer_spec
 from megatron.bridge.peft.lora import LoRA
 from megatron.bridge.training.callbacks import Callback, CallbackContext
@@ -33,6 +35,25 @@ from megatron.bridge.training.utils.omegaconf_utils import process_config_with_o
 from megatron.core.distributed import DistributedDataParallelConfig
 from training_script import NoisyCounting
 
+# What a CPU can run, and the same numbers in every layout.
+LOCAL = {
+    "transformer_layer_spec": local_layer_spec,
+    "transformer_impl": "local",
+    "seq_length": 32,
+    "pipeline_dtype": torch.float32,
+    "calculate_per_token_loss": True,
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "use_cpu_initialization": True,
+    "apply_rope_fusion": False,
+    "gradient_accumulation_fusion": False,
+    "masked_softmax_fusion": False,
+    "bias_dropout_fusion": False,
+    "bias_activation_fusion": False,
+    "persist_layer_norm": False,
+    "cross_entropy_loss_fusion": False,  # it rounds gradients to bf16 even in fp32
+}
+
 
 @dataclass
 class Counting(DatasetProvider):
@@ -53,29 +74,16 @@ def tiny() -> ConfigContainer:
     """Full fine-tuning in fp32."""
     return ConfigContainer(
         model=GPTModelProvider(
-            transformer_layer_spec=local_layer_spec,
             num_layers=4,
             hidden_size=32,
             ffn_hidden_size=128,
             num_attention_heads=4,
-            seq_length=32,
             vocab_size=32,
             normalization="RMSNorm",
             position_embedding_type="rope",
-            apply_rope_fusion=False,
             add_bias_linear=False,
             share_embeddings_and_output_weights=False,
-            attention_dropout=0.0,
-            hidden_dropout=0.0,
-            use_cpu_initialization=True,
-            gradient_accumulation_fusion=False,
-            masked_softmax_fusion=False,
-            bias_dropout_fusion=False,
-            persist_layer_norm=False,
-            cross_entropy_loss_fusion=False,  # it rounds gradients to bf16 even here
-            calculate_per_token_loss=True,
-            pipeline_dtype=torch.float32,
-            transformer_impl="local",
+            **LOCAL,
         ),
         train=TrainingConfig(train_iters=3, global_batch_size=8, micro_batch_size=2),
         validation=ValidationConfig(eval_iters=2, eval_interval=100),
@@ -100,6 +108,17 @@ def tiny_lora() -> ConfigContainer:
     """Adapters alone."""
     cfg = tiny()
     cfg.peft = LoRA(target_modules=["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"], dim=4, alpha=8)
+    return cfg
+
+
+def tiny_llama() -> ConfigContainer:
+    """A Llama that Hugging Face knows, from the folder in $TINY_LLAMA."""
+    cfg = tiny()
+    provider = AutoBridge.from_hf_pretrained(os.environ["TINY_LLAMA"]).to_megatron_provider(load_weights=False)
+    for name, value in LOCAL.items():
+        setattr(provider, name, value)
+    cfg.model = provider
+    cfg.checkpoint.pretrained_checkpoint = os.environ["TINY_LLAMA"]
     return cfg
 
 
