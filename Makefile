@@ -7,7 +7,7 @@ PYTHON311 ?= PYENV_VERSION=3.11 python3.11
 RUN := .venv/bin/python
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-py311 test-0.17.1 test-0.18.2 test-versions bridge-env test-bridge faults gpu benchmark check format clean
+.PHONY: demo test test-py311 test-0.17.1 test-0.18.2 test-versions bridge-env test-bridge nemo-env test-nemo faults gpu benchmark check format clean
 
 demo: .venv/installed
 	$(RUN) examples/demo.py --out runs/demo
@@ -32,6 +32,12 @@ bridge-env: .venv-bridge/installed
 
 test-bridge: .venv-bridge/installed
 	.venv-bridge/bin/python -m pytest tests/test_bridge.py tests/test_bridge_host.py
+
+# NeMo 2, on the CPU, with the Megatron-Core that it fits.
+nemo-env: .venv-nemo/installed
+
+test-nemo: .venv-nemo/installed
+	.venv-nemo/bin/python -m pytest tests/test_nemo.py
 
 # Apply each deliberate fault to a copy of the library; the tests must catch every one.
 faults: .venv/installed
@@ -85,9 +91,14 @@ format: .venv/installed
 	.venv-bridge/bin/python $(PIP_INSTALL) --no-deps .wheels/transformer_engine_torch-2.19.0-*.whl -e .
 	@touch $@
 
+.venv-nemo/installed: constraints-nemo.txt
+	$(PYTHON) -m venv .venv-nemo
+	.venv-nemo/bin/python $(PIP_INSTALL) --no-deps -r constraints-nemo.txt -e .
+	@touch $@
+
 .versions/%: .venv/installed
 	$(RUN) $(PIP_INSTALL) --no-deps --target $@ megatron-core==$*
 	@touch $@
 
 clean:
-	rm -rf .venv .venv311 .venv-bridge .versions .wheels runs build dist *.egg-info
+	rm -rf .venv .venv311 .venv-bridge .venv-nemo .versions .wheels runs build dist *.egg-info

@@ -1,7 +1,8 @@
 """A recipe for Megatron-Bridge as users write them: a tiny GPT, and the noisy counting of `training_script`.
 
 The model has the shape of `test_layouts.MODEL`, so that a checkpoint of Megatron-LM loads into it. As a script, it is
-one of the user's own, with a callback: `bridge_recipe.py [OBJECTIVE] KEY=VALUE ...`.
+one of the user's own, with a callback: `bridge_recipe.py [OBJECTIVE] KEY=VALUE ...`, or exports a checkpoint to the
+format of Hugging Face: `bridge_recipe.py export FROM TO`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from megatron.bridge.training.finetune import finetune
 from megatron.bridge.training.gpt_step import forward_step
 from megatron.bridge.training.utils.omegaconf_utils import process_config_with_overrides
 from megatron.core.distributed import DistributedDataParallelConfig
-from training_script import NoisyCounting
+from noisy_counting import NoisyCounting
 
 # What a CPU can run, and the same numbers in every layout.
 LOCAL = {
@@ -133,6 +134,9 @@ class Shown(Callback):
 
 
 def main(words: list[str]) -> None:
+    if words[0] == "export":
+        AutoBridge.from_hf_pretrained(os.environ["TINY_LLAMA"]).export_ckpt(words[1], words[2], show_progress=False)
+        return
     objectives = [word for word in words if "=" not in word]
     cfg = process_config_with_overrides(tiny(), cli_overrides=[word for word in words if "=" in word])
     if objectives:

@@ -183,7 +183,7 @@ def test_masked_labels_are_ignored_and_the_batch_is_left_alone():
 )
 def test_batches_without_a_mask_of_their_labels_pass_as_they_are(batch):
     step = DFTStep(lambda data_iterator, model: (next(data_iterator), None), DFTConfig("dft"))
-    assert step(iter([batch]), None)[0] is batch
+    assert step(iter([batch]), None)[0] == batch
 
 
 def test_a_stage_without_data_has_nothing_to_mark():

@@ -9,11 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from host_runs import BRIDGE, ROOT, Host, agree
 from test_layouts import CP2, DP, MODEL, MODELS, PER_TOKEN, PP2, SP, TP2, training
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch.distributed.checkpoint import FileSystemReader
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-pytest.importorskip("megatron.bridge", reason="needs Megatron-Bridge and Transformer Engine: make bridge-env")
+pytest.importorskip("megatron.bridge", reason="needs Megatron-Bridge and Transformer Engine: make test-bridge")
+from noisy_counting import NoisyCounting
+
 pytestmark = pytest.mark.host
 
 LM = f"{MODEL} {MODELS['dense']} {PER_TOKEN} --micro-batch-size 2 "
@@ -189,6 +195,28 @@ def test_what_bridge_would_pass_over_is_an_error(host, words, message):
     base = f"checkpoint.pretrained_checkpoint={host.folder / 'base'}"
     run = host.begin(f"--recipe bridge_recipe:tiny {base} dft.loss_type=dft {words}", script=BRIDGE)
     assert run.wait() == 1 and "\nmegatron_dft.bridge: " in "\n" + run.output() and message in run.output()
+
+
+def test_a_model_of_hugging_face_comes_back_as_one(host):
+    """Weights from Hugging Face, fine-tuned with DFT, exported: its NLL there is what Bridge logged at the end."""
+    folder, saved, exported = (host.folder / name for name in ("hf", "hf-trained", "hf-exported"))
+    torch.manual_seed(0)
+    shape = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    config = LlamaConfig(**shape, **heads, tie_word_embeddings=False, dtype="float32", initializer_range=0.2)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    words = Tokenizer(WordLevel({str(word): word for word in range(32)}, unk_token="0"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    flags = f"--recipe bridge_recipe:tiny_llama dft.loss_type=dft checkpoint.save={saved} checkpoint.save_interval=3"
+    curves = host.curves(flags, script=BRIDGE, TINY_LLAMA=str(folder))
+    run = host.begin(f"export {saved / 'iter_0000003'} {exported}", script=BRIDGE, alone=True, TINY_LLAMA=str(folder))
+    assert run.wait() == 0, run.output()[-6000:]
+    model, nll, count = LlamaForCausalLM.from_pretrained(exported), 0.0, 0.0
+    for sample in map(NoisyCounting(1, 16, 30, 32, ignore_masked=False).__getitem__, range(16)):
+        logits = model(sample["tokens"][None]).logits[0].detach().double()
+        losses = torch.nn.functional.cross_entropy(logits, sample["labels"], reduction="none")
+        nll, count = nll + (losses * sample["loss_mask"]).sum().item(), count + sample["loss_mask"].sum().item()
+    assert curves["lm loss validation"][0] == pytest.approx(nll / count, rel=1e-6)
 
 
 # What the recipes ask Hugging Face for, which a machine without internet has not: the shape of each model.

@@ -339,13 +339,21 @@ def test_models_that_would_give_wrong_numbers_are_refused(facts, case, words):
         assert word in facts[0]["errors"][case]
 
 
-def test_a_masked_token_is_worth_nothing_whatever_its_loss():
+def loss_func_of_either(loss_mask, output):
+    """As Megatron-Bridge's: LLaVA's output brings a mask of its own."""
+    return loss_func(output[1], output[0]) if isinstance(output, tuple) else loss_func(loss_mask, output)
+
+
+@pytest.mark.parametrize("own_mask", [False, True])
+def test_a_masked_token_is_worth_nothing_whatever_its_loss(own_mask):
     nll = torch.tensor([[0.5, torch.inf, torch.nan]])
     prob = torch.exp(-nll)
     stats = TokenStats(-nll, torch.ones_like(nll, dtype=torch.bool), loss=prob * nll, gate=prob)
     nll = loss_head._with_statistics(nll.t(), stats, None)
+    mask = torch.tensor([[1.0, 0.0, 0.0]])
+    result = ((nll, mask), torch.ones(1, 2)) if own_mask else (nll, mask)
     step = hook.with_metrics(
-        lambda data_iterator, model: (nll, partial(loss_func, torch.tensor([[1.0, 0.0, 0.0]]))), DFTConfig("dft")
+        lambda data_iterator, model: (result[0], partial(loss_func_of_either, result[1])), DFTConfig("dft")
     )
     output, func = step(None, None)
     loss, tokens, report = func(output)

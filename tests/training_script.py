@@ -18,33 +18,7 @@ from megatron.core.models.gpt import GPTModel, gpt_layer_specs
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import argument_utils, arguments, get_args, pretrain
 from megatron.training.arguments import core_transformer_config_from_args
-
-
-class NoisyCounting(torch.utils.data.Dataset):
-    """Each token is the one before plus 1, but for 30%. Of a sample none, one or two, some or all tokens are valid."""
-
-    def __init__(self, split: int, samples: int, words: int, length: int, ignore_masked: bool = True) -> None:
-        self.split, self.samples, self.words, self.length = split, samples, words, length
-        self.ignore_masked = ignore_masked
-
-    def __len__(self) -> int:
-        return self.samples
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        words, length = self.words, self.length
-        random = torch.Generator().manual_seed(1_000_003 * self.split + int(index))
-        text = (torch.randint(words, (1,), generator=random) + torch.arange(length + 1)) % words
-        noise = torch.rand(length + 1, generator=random) < 0.3
-        text = torch.where(noise, torch.randint(words, text.shape, generator=random), text)
-        position = torch.arange(length)
-        valid = (
-            position < 0,
-            position < 1 + index // 4 % 2,
-            torch.rand(length, generator=random) < 0.3,
-            position >= 0,
-        )[index % 4]
-        labels = text[1:].masked_fill(~valid, -100) if self.ignore_masked else text[1:]
-        return {"tokens": text[:-1], "labels": labels, "loss_mask": valid.float(), "position_ids": position}
+from noisy_counting import NoisyCounting
 
 
 def datasets(sample_counts: list[int], vp_stage: int | None = None) -> tuple:

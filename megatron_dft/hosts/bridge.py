@@ -26,9 +26,8 @@ from megatron_dft.config import DFTConfig
 from megatron_dft.hosts import compat
 from megatron_dft.hosts.hook import install, model_with_loss, with_metrics
 from megatron_dft.hosts.iterations import TokenCount, token_report
+from megatron_dft.hosts.loss_head import ignore_masked
 from megatron_dft.objectives import Objective
-
-IGNORE_INDEX = -100
 
 
 def finetune(
@@ -163,11 +162,7 @@ class _Marked:
         return self
 
     def __next__(self) -> Any:
-        batch = next(self.batches)
-        labels, loss_mask = (batch.get(name) for name in ("labels", "loss_mask"))
-        if labels is None or loss_mask is None or labels.shape != loss_mask.shape:
-            return batch
-        return {**batch, "labels": labels.masked_fill(loss_mask == 0, IGNORE_INDEX)}
+        return ignore_masked(next(self.batches))
 
 
 class Progress:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_dft.config import DFTConfig
 
@@ -84,9 +85,9 @@ def check_model(model: Any, config: DFTConfig) -> None:
             f"install: expected the loss of {type(model).__name__} as Megatron defines it, got one that is already "
             "replaced on this instance; install once, and not beside a distillation or logit-saving hook"
         )
-    if model.tp_group.size() > 1 and not getattr(model, "parallel_output", True):
+    if tp_group(model).size() > 1 and not getattr(model, "parallel_output", True):
         raise ValueError(
-            f"install: expected logits split over {model.tp_group.size()} tensor-parallel ranks, got a model built "
+            f"install: expected logits split over {tp_group(model).size()} tensor-parallel ranks, got a model built "
             "with parallel_output=False, which gathers them; build it with parallel_output=True"
         )
     compacts(model, config)
@@ -137,7 +138,7 @@ def check_forward(model: Any, given: Mapping[str, Any]) -> None:
             f"{OUTPUT_PROCESSOR}: expected none beside a loss that starts at the hidden states, got one; pass "
             "--no-loss-compact-masked-tokens, and no --loss-linear-fused"
         )
-    if given.get("runtime_gather_output") and model.tp_group.size() > 1:
+    if given.get("runtime_gather_output") and tp_group(model).size() > 1:
         raise ValueError(
             "runtime_gather_output: expected logits that stay split over the tensor-parallel ranks, got True beside "
             "labels; leave it out"
@@ -146,7 +147,7 @@ def check_forward(model: Any, given: Mapping[str, Any]) -> None:
 
 def check_width(model: Any, logits: Tensor) -> None:
     """Refuse logits that are not this rank's equal share of the vocabulary."""
-    ranks = model.tp_group.size()
+    ranks = tp_group(model).size()
     if logits.shape[-1] * ranks != model.vocab_size:
         raise ValueError(
             f"logits: expected an equal share of the vocabulary, {model.vocab_size} / {ranks} columns on "
@@ -174,6 +175,11 @@ def loss_mask_of(loss_func: Callable[..., Any]) -> Tensor:
             f"Megatron's scripts do, got {loss_func!r}"
         )
     return mask
+
+
+def tp_group(model: Any) -> ProcessGroup:
+    """The tensor-parallel ranks of a model; before 0.16 it has them among its other groups."""
+    return model.tp_group if hasattr(model, "tp_group") else model.pg_collection.tp
 
 
 def has_mtp(settings: Any) -> bool:

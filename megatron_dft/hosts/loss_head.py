@@ -16,7 +16,7 @@ The statistics of a micro-batch travel to its report on the loss itself (`statis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,6 +30,7 @@ from megatron_dft.hosts import compat
 from megatron_dft.linear import Split, WeightGradient, linear_loss_and_stats
 from megatron_dft.stats import TokenStats
 
+IGNORE_INDEX = -100
 _STATS = "megatron_dft_stats"  # on the loss: statistics, and the tokens they belong to
 _LOSS_MASK = "megatron_dft_loss_mask"  # on the labels that were given to the model
 
@@ -39,7 +40,7 @@ class LossHead:
 
     def __init__(self, model: Any, config: DFTConfig) -> None:
         self.model = model
-        self.options = config.options(model.tp_group)
+        self.options = config.options(compat.tp_group(model))
         self.compact = compat.compacts(model, config)
         self.split = config.split() if config.linear_fused else None
         self._handed_on: list[Tensor | None] = []  # the weight, when hidden states come instead of logits
@@ -153,6 +154,14 @@ def mark_labels(labels: Tensor, loss_mask: Tensor | None) -> None:
             f"loss_mask: expected one weight for each of the labels {tuple(labels.shape)}, got {tuple(loss_mask.shape)}"
         )
     setattr(labels, _LOSS_MASK, loss_mask)
+
+
+def ignore_masked(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch of a host that does not give its loss mask to the model: there, masked labels become ignored ones."""
+    labels, loss_mask = batch.get("labels"), batch.get("loss_mask")
+    if labels is None or loss_mask is None or labels.shape != loss_mask.shape:
+        return dict(batch)
+    return {**batch, "labels": labels.masked_fill(loss_mask == 0, IGNORE_INDEX)}
 
 
 def are_marked(labels: Tensor) -> bool:

@@ -1,0 +1,206 @@
+"""NeMo 2's own llm.pretrain(), by recipes of NeMo-Run, on CPU ranks; and the error where there is no NeMo 2."""
+
+import csv
+import dataclasses
+import inspect
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_dft import DFTConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+METRICS = ["dft loss", "dft prob", "dft gate", "dft accuracy"]
+
+
+def python(folder, code):
+    """What a Python prints that finds the packages of a folder first."""
+    environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=folder)
+
+
+def test_nemo_3_has_no_llms_and_the_error_points_to_bridge(tmp_path):
+    (tmp_path / "nemo_run.py").touch()
+    for package in ("nemo", "nemo/collections", "nemo/collections/asr", "lightning", "lightning/pytorch"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("Callback = object")
+    (tmp_path / "nemo_toolkit-3.0.0.dist-info").mkdir()
+    (tmp_path / "nemo_toolkit-3.0.0.dist-info" / "METADATA").write_text("Name: nemo-toolkit\nVersion: 3.0.0\n")
+    error = python(tmp_path, "import megatron_dft.hosts.nemo").stderr.splitlines()[-1]
+    assert error.startswith(
+        "ImportError: expected NeMo 2 with nemo.collections.llm, whose last release is nemo-toolkit 2"
+    )
+    assert (
+        "got nemo-toolkit 3.0.0" in error and "for NeMo 3 use Megatron-Bridge: python -m megatron_dft.bridge" in error
+    )
+
+
+@pytest.fixture(scope="module")
+def nemo():
+    pytest.importorskip("nemo.collections", reason="needs NeMo 2: make test-nemo")
+    os.environ["TORCH_CUDA_ARCH_LIST"] = "9.0"  # megatron-core compiles for the GPU that is there when it is imported
+    from megatron_dft.hosts import nemo
+
+    return nemo
+
+
+class Runs:
+    """Each distinct run is started once."""
+
+    def __init__(self, folder):
+        self.folder, self.known = folder, {}
+
+    def __call__(self, *words, ranks=1):
+        """What it logged: of training steps, and of validations."""
+        if words not in self.known:
+            self.known[words] = self.start(words, ranks)
+        return self.known[words]
+
+    def start(self, words, ranks):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        out = self.path(words)
+        here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
+        here |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "NEMO_HOME": str(self.folder / "home")}
+        command = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "nemo_training.py"), str(out), *words]
+        outputs = [self.folder / f"{out.name}.{rank}.txt" for rank in range(ranks)]
+        processes = [
+            subprocess.Popen(
+                command,
+                env=os.environ | here | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=output.open("w"),
+                stderr=subprocess.STDOUT,
+            )
+            for rank, output in enumerate(outputs)
+        ]
+        deadline = time.monotonic() + 180.0
+        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+            time.sleep(0.1)
+            if any(process.returncode for process in processes):
+                break
+        for process in processes:
+            process.kill()
+            process.wait()
+        shown = "\n".join(output.read_text(errors="replace")[-4000:] for output in outputs)
+        assert not any(process.returncode for process in processes), shown
+        (log,) = out.rglob("metrics.csv")
+        with log.open() as file:
+            rows = list(csv.DictReader(file))
+        names = [name for name in rows[0] if name != "step"]
+        return {name: [float(row[name]) for row in rows if row[name]] for name in names}
+
+    def path(self, words):
+        return self.folder / ("-".join(words).replace("=", "_").replace(":", "_") or "stock")
+
+
+@pytest.fixture(scope="module")
+def runs(nemo, tmp_path_factory):
+    return Runs(tmp_path_factory.mktemp("nemo"))
+
+
+def agree(ours, theirs, names):
+    for name in names:
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-5), (name, ours[name], theirs[name])
+
+
+def test_nll_is_nemos_own_loss(runs):
+    stock, ours = runs(), runs("loss_type=nll")
+    assert {"reduced_train_loss", "grad_norm", "val_loss"} <= set(stock) < set(ours)
+    agree(ours, stock, stock)
+
+
+def test_dft_reports_its_metrics_beside_the_nll(runs):
+    stock, ours = runs(), runs("loss_type=dft")
+    assert set(ours) - set(stock) == {*METRICS, *(f"val {name}" for name in METRICS)}
+    assert ours["reduced_train_loss"][0] == pytest.approx(stock["reduced_train_loss"][0], rel=1e-6)
+    assert ours["dft gate"] == ours["dft prob"] and len(ours["dft prob"]) == 4
+    assert ours["grad_norm"][0] < 0.1 * stock["grad_norm"][0]  # gates are small where training begins
+
+
+@pytest.mark.parametrize("layout", ["tp=2", "pp=2"])
+def test_layouts_agree_with_one_rank(runs, layout):
+    """Pipeline stages are initialised differently, so there only their own report is compared."""
+    one, two = runs("loss_type=dft"), runs("loss_type=dft", layout, "checkpoint=true", ranks=2)
+    assert set(two) == set(one)
+    if layout == "tp=2":
+        agree(two, one, [name for name in one if name not in ("lr", "consumed_samples")])
+    else:
+        assert two["reduced_train_loss"] == pytest.approx(one["reduced_train_loss"], rel=0.05)
+        stock = runs("loss_type=nll", layout, ranks=2)
+        assert two["reduced_train_loss"][0] == pytest.approx(stock["reduced_train_loss"][0], rel=1e-6)
+        assert two["dft accuracy"][0] == stock["dft accuracy"][0] and two["dft prob"][0] == stock["dft prob"][0]
+
+
+def test_nothing_of_ours_is_stored(runs):
+    runs("loss_type=dft", "tp=2", "checkpoint=true", ranks=2)
+    stored = list(runs.path(("loss_type=dft", "tp=2", "checkpoint=true")).rglob("context/io.json"))
+    assert stored and all("megatron_dft" not in path.read_text() for path in stored)
+
+
+class TestRecipes:
+    def recipe(self, **strategy):
+        from nemo.collections import llm
+
+        recipe = llm.llama3_8b.finetune_recipe(name="x", dir="/tmp/x", num_nodes=1, num_gpus_per_node=8)
+        for name, value in strategy.items():
+            setattr(recipe.trainer.strategy, name, value)
+        return recipe
+
+    def test_the_callback_is_added_and_survives_being_shipped(self, nemo):
+        from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
+
+        before = list(self.recipe().trainer.callbacks)
+        recipe = nemo.with_dft(self.recipe(), loss_type="tsallis:q=0.5", linear_fused=True)
+        assert recipe.trainer.callbacks == [*before, nemo.dft(loss_type="tsallis:q=0.5", linear_fused=True)]
+        serializer = ZlibJSONSerializer()
+        assert serializer.deserialize(serializer.serialize(recipe)) == recipe
+
+    def test_it_builds_into_a_callback(self, nemo):
+        import fiddle
+
+        callback = fiddle.build(nemo.dft(loss_type="tsallis:q=0.5", vocab_chunk=64, linear_fused=True))
+        assert callback.config == DFTConfig("tsallis:q=0.5", vocab_chunk=64, linear_fused=True)
+
+    def test_without_an_objective_nothing_is_changed(self, nemo):
+        assert nemo.with_dft(self.recipe(), loss_type="ce") == self.recipe()
+
+    def test_context_parallelism_gets_the_settings_it_needs(self, nemo, capsys):
+        recipe = self.recipe(context_parallel_size=2)
+        recipe.trainer.strategy.ddp.average_in_collective = True
+        recipe.model.config.cross_entropy_fusion_impl = "te"
+        nemo.with_dft(recipe)
+        assert recipe.model.config.calculate_per_token_loss is True
+        assert recipe.trainer.strategy.ddp.average_in_collective is False
+        assert recipe.model.config.cross_entropy_fusion_impl == "native"
+        assert capsys.readouterr().out.count("> megatron_dft: ") == 3
+
+    def test_what_cannot_be_is_an_error(self, nemo):
+        with pytest.raises(ValueError, match="did you mean 'loss_type'"):
+            nemo.with_dft(self.recipe(), loss_typ="dft")
+        with pytest.raises(ValueError, match="did you mean 'dft'"):
+            nemo.DFTCallback(loss_type="dtf")
+
+    def test_its_arguments_are_the_settings_of_dftconfig(self, nemo):
+        parameters = inspect.signature(nemo.dft).parameters
+        assert list(parameters) == [f.name for f in dataclasses.fields(DFTConfig)]
+        defaults = {name: p.default for name, p in parameters.items()}
+        assert defaults == {f.name: f.default for f in dataclasses.fields(DFTConfig)} | {"loss_type": "dft"}
+
+    def test_the_yaml_file_adds_it_to_a_recipe(self, nemo, tmp_path):
+        """As the command of NeMo-Run does, up to the point where it would train."""
+        yaml, out = ROOT / "examples" / "conf" / "nemo2" / "dft.yaml", tmp_path / "out.yaml"
+        code = (
+            "import sys; from nemo_run.cli.api import main; "
+            f"sys.argv = ['nemo', 'llm', 'finetune', '--factory', 'llama3_8b', '--yaml', {str(yaml)!r}, '--dryrun', "
+            f"'--yes', '--to-yaml', {str(out)!r}]; main()"
+        )
+        run = python(tmp_path, code)
+        assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+        text = out.read_text()
+        assert "megatron_dft.hosts.nemo.DFTCallback" in text and "loss_type: dft" in text
