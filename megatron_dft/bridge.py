@@ -60,19 +60,24 @@ def requested(
     recipe: str | None, config_file: str | None, words: list[str]
 ) -> tuple[str, DFTConfig, dict[str, Any], list[str]]:
     """The name of the recipe, the settings of the objective, and for Bridge: sections of the file and overrides."""
-    from omegaconf import OmegaConf
-
+    try:
+        from omegaconf import OmegaConf
+    except ModuleNotFoundError as error:
+        raise ValueError(f"expected Megatron-Bridge, got none of what it needs ({error}); install it") from None
     if config_file and not os.path.isfile(config_file):
         raise ValueError(f"--config-file: expected a YAML file, got {config_file!r}")
-    file = OmegaConf.load(config_file) if config_file else OmegaConf.create()
-    sections: Any = OmegaConf.to_container(file, resolve=True)
-    if not isinstance(sections, dict):
-        raise ValueError(f"{config_file}: expected sections (model:, train:, dft:, ...), got {type(sections).__name__}")
+    # What refers to other settings, ${model.seq_length}, is resolved by Bridge, in the whole of the recipe.
+    sections: Any = OmegaConf.to_container(OmegaConf.load(config_file) if config_file else OmegaConf.create())
+    block = sections.pop("dft", None) or {} if isinstance(sections, dict) else None
+    if not isinstance(block, dict):
+        raise ValueError(
+            f"{config_file}: expected sections (model:, train:, dft:, ...) of KEY: VALUE, got {sections!r}"
+        )
     for word in words:
         if "=" not in word or word.startswith("~"):
             raise ValueError(f"expected KEY=VALUE, got {word!r}")
     ours = [word.removeprefix("dft.") for word in words if word.startswith("dft.")]
-    block, name = sections.pop("dft", None) or {}, sections.pop("recipe", None)
+    name = sections.pop("recipe", None)
     if recipe is None and name is None:
         raise ValueError("expected the name of a recipe, got none; use --recipe NAME, or a line `recipe: NAME` in FILE")
     given: Any = OmegaConf.to_container(OmegaConf.merge(block, OmegaConf.from_dotlist(ours)))

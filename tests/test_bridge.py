@@ -64,6 +64,11 @@ def test_settings_of_the_objective_are_read_from_the_command_line_alone():
     assert (sections, overrides) == ({}, [])
 
 
+def test_references_are_left_to_bridge(tmp_path):
+    file = write(tmp_path, "recipe: a\ndataset: {seq_length: '${model.seq_length}'}")
+    assert bridge.requested(None, file, [])[2] == {"dataset": {"seq_length": "${model.seq_length}"}}
+
+
 def test_without_an_objective_nothing_is_changed(tmp_path):
     assert not bridge.requested(None, write(tmp_path, "recipe: a\ndft:\nmodel: {}"), [])[1].enabled
 
@@ -77,7 +82,8 @@ def test_without_an_objective_nothing_is_changed(tmp_path):
         ("", ["dft.vocab_chunks=4"], "got 'vocab_chunks'; did you mean 'vocab_chunk'"),
         ("", ["train.train_iters"], "expected KEY=VALUE, got 'train.train_iters'"),
         ("", ["~model.seq_length=4"], "expected KEY=VALUE, got '~model.seq_length=4'"),
-        ("- dft", [], "expected sections .*, got list"),
+        ("- dft", [], r"expected sections .*, got \['dft'\]"),
+        ("dft: nll", [], "expected sections .* of KEY: VALUE"),
     ],
 )
 def test_what_cannot_be_is_an_error(tmp_path, text, words, message):

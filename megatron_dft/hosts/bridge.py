@@ -124,6 +124,8 @@ def announcement(cfg: Any, config: DFTConfig) -> Iterator[str]:
             "the gradient is a mean of the means of micro-batches and ranks, Megatron's default, in which a token "
             "weighs more where few are valid; model.calculate_per_token_loss=true makes it a mean over all tokens"
         )
+    if compat.has_mtp(cfg.model):
+        yield "multi-token prediction needs every label, so masked tokens pass through the output layer"
 
 
 class DFTStep:
