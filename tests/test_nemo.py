@@ -171,8 +171,11 @@ class TestRecipes:
         assert nemo.with_dft(self.recipe(), loss_type="ce") == self.recipe()
 
     def test_context_parallelism_gets_the_settings_it_needs(self, nemo, capsys):
-        recipe = self.recipe(context_parallel_size=2)
-        recipe.trainer.strategy.ddp.average_in_collective = True
+        import nemo_run as run
+        from megatron.core.distributed import DistributedDataParallelConfig
+
+        ddp = run.Config(DistributedDataParallelConfig, average_in_collective=True)
+        recipe = self.recipe(context_parallel_size=2, ddp=ddp)
         recipe.model.config.cross_entropy_fusion_impl = "te"
         nemo.with_dft(recipe)
         assert recipe.model.config.calculate_per_token_loss is True
@@ -195,12 +198,9 @@ class TestRecipes:
     def test_the_yaml_file_adds_it_to_a_recipe(self, nemo, tmp_path):
         """As the command of NeMo-Run does, up to the point where it would train."""
         yaml, out = ROOT / "examples" / "conf" / "nemo2" / "dft.yaml", tmp_path / "out.yaml"
-        code = (
-            "import sys; from nemo_run.cli.api import main; "
-            f"sys.argv = ['nemo', 'llm', 'finetune', '--factory', 'llama3_8b', '--yaml', {str(yaml)!r}, '--dryrun', "
-            f"'--yes', '--to-yaml', {str(out)!r}]; main()"
-        )
-        run = python(tmp_path, code)
+        words = ["llm", "finetune", "--factory", "llama3_8b", "--yaml", str(yaml), "--dryrun", "--to-yaml", str(out)]
+        command = [Path(sys.executable).parent / "nemo", *words]
+        run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
         assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
         text = out.read_text()
         assert "megatron_dft.hosts.nemo.DFTCallback" in text and "loss_type: dft" in text
