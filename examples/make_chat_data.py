@@ -11,8 +11,9 @@
     tokenizer/          a Hugging Face tokenizer of whole words, single digits and signs
 
 A line is a packed sequence in the form that Megatron's --sft reads: {"messages": [system, user, assistant, ...]},
-where each system message begins another conversation. A conversation has about 54 tokens, 29 of them
-trained (the assistant's), and a line as many conversations as fit into --seq-length.
+where each system message begins another conversation; "channels" has the topic of each, for --loss-channels. A
+conversation has about 54 tokens, 29 of them trained (the assistant's), and a line as many conversations as fit into
+--seq-length.
 """
 
 from __future__ import annotations
@@ -90,6 +91,9 @@ def number(rng: random.Random) -> int:
 
 
 TOPICS: tuple[Callable[[Solver], tuple[str, list[str], str]], ...] = (addition, subtraction, shopping)
+
+
+CHANNELS = {"+": "addition", "-": "subtraction", "*": "shopping"}
 
 
 def conversations(
@@ -177,13 +181,16 @@ def main() -> None:
     rng.shuffle(noisy)
     tokenizer = make_tokenizer(files["base_train"], args.out / "tokenizer")
 
+    topic_of = {question: CHANNELS[problem[0]] for question, problem in asked.items()}
+
     def length(conversation: Conversation) -> int:
         frame = 4 + 4 + 6  # what the prompt format puts around a system, a user and an assistant message
         return frame + sum(len(tokenizer.tokenize(message["content"])) for message in conversation)
 
     for name, items in files.items():
         lines = pack(items, length, args.seq_length)
-        text = "".join(json.dumps({"messages": line}) + "\n" for line in lines)
+        packed = [{"messages": line, "channels": [topic_of[m["content"]] for m in line[1::3]]} for line in lines]
+        text = "".join(json.dumps(line) + "\n" for line in packed)
         (args.out / f"{name}.jsonl").write_text(text)
         tokens = sum(map(length, items))
         print(

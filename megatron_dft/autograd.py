@@ -42,6 +42,7 @@ class LossOptions:
     true_vocab_size: int | None = None
     backend: str = "auto"
     inplace_backward: bool = False
+    statistics: frozenset[str] = frozenset()  # for a report, beyond what the objective needs
 
     def __post_init__(self) -> None:
         if self.true_vocab_size is not None and self.true_vocab_size < 1:
@@ -50,6 +51,11 @@ class LossOptions:
             raise ValueError(f"value: expected one of {', '.join(VALUES)}, got {self.value!r}")
         if self.backend not in BACKENDS:
             raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {self.backend!r}")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Which statistics the one pass yields beyond the log-probability."""
+        return self.objective.needs | self.statistics
 
     def kernels(self, device: torch.device, dtype: torch.dtype) -> ModuleType:
         """The backend for such logits. Raises ValueError where it cannot run; then no other one takes its place."""
@@ -94,7 +100,7 @@ class _VocabParallelLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: Tensor, target: Tensor, options: LossOptions):
-        loss, saved, stats = loss_forward(logits, target, options, options.objective.needs)
+        loss, saved, stats = loss_forward(logits, target, options)
         ctx.save_for_backward(logits, target, saved)
         ctx.options = options
         return loss, *pack_stats(ctx, stats)
@@ -121,15 +127,13 @@ def unpack_stats(packed: Sequence[Tensor | None], vocab_size: int) -> TokenStats
     return TokenStats(logprob, valid, correct, entropy, collision, vocab_size, loss, gate)
 
 
-def loss_forward(
-    logits: Tensor, target: Tensor, options: LossOptions, needs: frozenset[str]
-) -> tuple[Tensor, Tensor, TokenStats]:
+def loss_forward(logits: Tensor, target: Tensor, options: LossOptions) -> tuple[Tensor, Tensor, TokenStats]:
     """The loss [...], what backward needs [3, ...], and the statistics of the whole vocabulary [...]."""
     check(logits, target)
     kernels, shard = options.kernels(logits.device, logits.dtype), options.shard(logits.shape[-1])
     target = target.contiguous()
-    part = kernels.shard_stats(_rows(logits), target.view(-1), options.ignore_index, shard, needs)
-    return gather_and_merge(kernels, part[None], target, shard.vocab_size, options, needs)
+    part = kernels.shard_stats(_rows(logits), target.view(-1), options.ignore_index, shard, options.needs)
+    return gather_and_merge(kernels, part[None], target, shard.vocab_size, options)
 
 
 def gather_and_merge(
@@ -138,13 +142,13 @@ def gather_and_merge(
     target: Tensor,  # [...]
     vocab_size: int,
     options: LossOptions,
-    needs: frozenset[str],
 ) -> tuple[Tensor, Tensor, TokenStats]:
     """From the parts of the vocabulary on this rank to the loss over all of it; see a backend's `merge`."""
     if torch.is_anomaly_enabled():
         _refuse_unknown_ids(target, options.ignore_index, vocab_size)
     shards = _all_gather(parts, options.tp_group)
-    return kernels.merge(shards, target, options.ignore_index, vocab_size, options.objective, needs, options.value)
+    how = options.objective, options.needs, options.value
+    return kernels.merge(shards, target, options.ignore_index, vocab_size, *how)
 
 
 def loss_backward(

@@ -23,10 +23,10 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from megatron_dft.config import DFTConfig
+from megatron_dft.config import DFTConfig, load_function
 from megatron_dft.hosts import cpu
 from megatron_dft.objectives import nearest
 
@@ -46,8 +46,8 @@ def main(words: list[str]) -> None:
         if cpu.is_meant_by(options.device):
             cpu.enable_bridge()
         step = options.step if ":" in options.step else f"{STEPS}.{options.step}:forward_step"
-        cfg = load(recipe if ":" in recipe else f"{RECIPES}:{recipe}", "--recipe")()
-        forward_step = load(step, "--step")
+        cfg = load_function(recipe if ":" in recipe else f"{RECIPES}:{recipe}", "--recipe")()
+        forward_step = load_function(step, "--step")
         override(cfg, sections, overrides)
         from megatron_dft.hosts import bridge
 
@@ -83,24 +83,6 @@ def requested(
     given: Any = OmegaConf.to_container(OmegaConf.merge(block, OmegaConf.from_dotlist(ours)))
     theirs = [word for word in words if not word.startswith("dft.")]
     return recipe or name, DFTConfig.from_mapping(given), sections, theirs
-
-
-def load(path: str, option: str) -> Callable[..., Any]:
-    """The function that module:function names."""
-    module_name, _, function = path.rpartition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # something that the module needs
-        raise ValueError(
-            f"{option}: expected a function of an installed module, got {path} ({error}); check the name, or install "
-            "Megatron-Bridge"
-        ) from None
-    if not callable(getattr(module, function, None)):
-        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise ValueError(f"{option}: {module.__name__} has no function {function!r}{nearest(function, known)}")
-    return getattr(module, function)
 
 
 def override(cfg: Any, sections: Mapping[str, Any], overrides: list[str]) -> None:

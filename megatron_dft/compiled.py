@@ -31,7 +31,7 @@ def loss_operator(
 ) -> tuple[Tensor, Tensor]:
     """The loss and what backward needs, as one operation of a compiled graph."""
     options = _named_options(objective, tp_group, ignore_index, value, true_vocab_size, backend)
-    return loss_forward(logits, target, options, options.objective.needs)[:2]
+    return loss_forward(logits, target, options)[:2]
 
 
 @torch.library.custom_op("megatron_dft::loss_backward", mutates_args=())

@@ -8,7 +8,8 @@ YAML            dft: {loss_type: "tsallis:q=0.5", mtp: same}
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import importlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
@@ -16,7 +17,9 @@ from typing import Any
 from torch.distributed import ProcessGroup
 
 from megatron_dft.autograd import BACKENDS, LossOptions
+from megatron_dft.channels import channel_names
 from megatron_dft.linear import VOCAB_CHUNK, Split
+from megatron_dft.metrics import LEVELS, Detail
 from megatron_dft.objectives import OBJECTIVES, Objective, nearest, parse_objective
 
 STOCK = "ce"
@@ -62,15 +65,30 @@ class DFTConfig:
     keep_chunks: int = _setting(
         0, int, "How many chunks keep their logits under linear_fused, and are not computed again in backward."
     )
+    metrics: str = _setting(
+        "basic", str, "What is reported: full adds entropy, collision and histograms of probability.", LEVELS
+    )
+    channels: str | None = _setting(
+        None, str, "Report these data sources or domains one by one, as in maths,code; the `channel` of each data line."
+    )
+    callback: str | None = _setting(
+        None, str, "A function, as module:function, that is called with the tokens of each micro-batch (TokenBatch)."
+    )
 
     def __post_init__(self) -> None:
         for f in fields(self):
             _check_setting(f.name, getattr(self, f.name), f.metadata)
         if (self.vocab_chunk is not None or self.keep_chunks) and not self.linear_fused:
             raise ValueError("dft: vocab_chunk, keep_chunks: expected them with linear_fused, got them without")
+        if (self.channels or self.callback or self.metrics != "basic") and not self.enabled:
+            raise ValueError(
+                "dft: metrics, channels, callback: expected an objective that they tell about, got none; pass "
+                "--loss-type nll for the plain cross entropy"
+            )
         if self.enabled:
             self.options()
             self.split()
+            channel_names(self.channels)
 
     @property
     def enabled(self) -> bool:
@@ -82,6 +100,11 @@ class DFTConfig:
         """One object for the loss and the report of a run, because a scheduled objective moves on with it."""
         return parse_objective(self.loss_type)
 
+    @cached_property
+    def detail(self) -> Detail:
+        """What is reported beyond the metrics that every run has."""
+        return Detail(self.metrics == "full", channel_names(self.channels))
+
     def options(self, tp_group: ProcessGroup | None = None) -> LossOptions:
         """For a host: report the NLL, send back the gradient of the objective."""
         return LossOptions(
@@ -91,6 +114,7 @@ class DFTConfig:
             true_vocab_size=self.true_vocab_size,
             backend=self.backend,
             inplace_backward=self.inplace_backward,
+            statistics=self.detail.needs,
         )
 
     def split(self) -> Split:
@@ -122,6 +146,24 @@ class DFTConfig:
         """From parsed flags; fields that the namespace lacks keep their defaults."""
         values: dict[str, Any] = {f.name: getattr(args, _dest(f.name), f.default) for f in fields(cls)}
         return cls(**values)
+
+
+def load_function(path: str, option: str) -> Callable[..., Any]:
+    """What "module:function" names. Raises ValueError if there is none; `option` is where the name was given."""
+    module_name, _, function = path.rpartition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except (ModuleNotFoundError, ValueError) as error:
+        if isinstance(error, ModuleNotFoundError) and not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # something that the module needs
+        raise ValueError(
+            f"{option}: expected module:function of an installed module, got {path!r} ({error}); check the name, or "
+            "install what it belongs to"
+        ) from None
+    if not callable(getattr(module, function, None)):
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise ValueError(f"{option}: {module.__name__} has no function {function!r}{nearest(function, known)}")
+    return getattr(module, function)
 
 
 def _flag(name: str) -> str:

@@ -135,15 +135,16 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor, options: LossOptions, split: Split, into):
         kernels, shard = options.kernels(hidden.device, hidden.dtype), options.shard(len(weight))
-        chunks, needs = split.columns(len(weight)), options.objective.needs
+        chunks = split.columns(len(weight))
         count = split.keep_chunks if any(ctx.needs_input_grad) else 0
         kept = [hidden @ weight[columns].t() for columns in chunks[:count]]
         buffer = _buffer(hidden, chunks[count:])
         parts = []
         for i, columns in enumerate(chunks):
             logits = kept[i] if i < count else _logits(hidden, weight, columns, buffer)
-            parts.append(kernels.shard_stats(logits, target, options.ignore_index, shard.chunk(columns), needs))
-        loss, saved, stats = gather_and_merge(kernels, torch.stack(parts), target, shard.vocab_size, options, needs)
+            part = kernels.shard_stats(logits, target, options.ignore_index, shard.chunk(columns), options.needs)
+            parts.append(part)
+        loss, saved, stats = gather_and_merge(kernels, torch.stack(parts), target, shard.vocab_size, options)
         ctx.save_for_backward(hidden, weight, target, saved, *kept)
         ctx.settings = kernels, shard, chunks, options.tp_group, into
         return loss, *pack_stats(ctx, stats)

@@ -84,8 +84,9 @@ def vocab_stats(
 
     Arguments and errors as in `vocab_parallel_dft_loss`. One pass over the logits and one all-gather.
     """
-    options = LossOptions(NLL(), tp_group, ignore_index, "objective", true_vocab_size, backend)
-    stats = loss_forward(vocab_parallel_logits.detach(), target, options, frozenset({ENTROPY, COLLISION}))[2]
+    everything = frozenset({ENTROPY, COLLISION})
+    options = LossOptions(NLL(), tp_group, ignore_index, "objective", true_vocab_size, backend, statistics=everything)
+    stats = loss_forward(vocab_parallel_logits.detach(), target, options)[2]
     return replace(stats, loss=None, gate=None)
 
 

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "pretrain_gpt.py"
 SCRIPT = ROOT / "tests" / "training_script.py"
 BRIDGE = ROOT / "tests" / "bridge_recipe.py"  # which has none of its own: --recipe bridge_recipe:tiny
-UNTIMED = re.compile("lm loss|dft |grad-norm|learning-rate|mtp|valid tokens(?! per)")
+UNTIMED = re.compile("lm loss|dft |channel/|grad-norm|learning-rate|mtp|valid tokens(?! per)")
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["host_preload"])
 

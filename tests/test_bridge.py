@@ -128,18 +128,6 @@ def test_keys_that_exist_pass(given):
     bridge.check_keys(given, Settings())
 
 
-def test_a_function_is_loaded_by_name():
-    assert bridge.load("json:dumps", "--recipe")({}) == "{}"
-    with pytest.raises(ValueError, match=r"--recipe: json has no function 'dmps'; did you mean 'dumps'"):
-        bridge.load("json:dmps", "--recipe")
-    with pytest.raises(
-        ValueError, match=r"--step: expected .* got nowhere:f .*check the name, or install Megatron-Bridge"
-    ):
-        bridge.load("nowhere:f", "--step")
-    with pytest.raises(ValueError, match="--recipe: json has no function 'decoder'"):
-        bridge.load("json:decoder", "--recipe")  # a module
-
-
 def test_the_command_explains_itself_and_ends_with_one_line():
     command = [sys.executable, "-m", "megatron_dft.bridge"]
     usage = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout

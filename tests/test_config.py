@@ -6,6 +6,7 @@ from dataclasses import fields
 import pytest
 
 from megatron_dft import OBJECTIVES, DFTConfig, parse_objective
+from megatron_dft.config import load_function
 from megatron_dft.linear import Split
 
 FLAGS = {
@@ -18,6 +19,9 @@ FLAGS = {
     "linear_fused": (["--loss-linear-fused"], True),
     "vocab_chunk": (["--loss-vocab-chunk", "4096", "--loss-linear-fused"], 4096),
     "keep_chunks": (["--loss-keep-chunks", "2", "--loss-linear-fused"], 2),
+    "metrics": (["--loss-metrics", "full", "--loss-type", "nll"], "full"),
+    "channels": (["--loss-channels", "maths,code", "--loss-type", "nll"], "maths,code"),
+    "callback": (["--loss-callback", "json:dumps", "--loss-type", "nll"], "json:dumps"),
 }
 
 
@@ -28,7 +32,8 @@ def parse(*words):
 @pytest.mark.parametrize("name", [f.name for f in fields(DFTConfig)])
 def test_each_field_has_a_flag_a_key_and_a_help_text(name):
     words, value = FLAGS[name]
-    settings = {name: value, "linear_fused": "--loss-linear-fused" in words}
+    settings = {"linear_fused": "--loss-linear-fused" in words, "loss_type": "nll" if "nll" in words else "ce"}
+    settings |= {name: value}
     expected = DFTConfig(**settings)
     assert expected != DFTConfig()
     assert parse(*words) == expected == DFTConfig.from_mapping(settings)
@@ -114,3 +119,28 @@ def test_loss_and_report_share_one_objective():
     config = DFTConfig(loss_type="dft:start=2")
     config.objective.begin(1)
     assert config.options().objective is config.objective
+
+
+def test_a_function_is_loaded_by_name():
+    assert load_function("json:dumps", "--recipe")({}) == "{}"
+    with pytest.raises(ValueError, match=r"--recipe: json has no function 'dmps'; did you mean 'dumps'"):
+        load_function("json:dmps", "--recipe")
+    for path in ("nowhere:f", "f", "json.decode:f"):
+        with pytest.raises(ValueError, match=f"--step: expected module:function .* got '{path}' .*check the name"):
+            load_function(path, "--step")
+    with pytest.raises(ValueError, match="--recipe: json has no function 'decoder'"):
+        load_function("json:decoder", "--recipe")  # a module
+
+
+def test_what_is_reported_is_part_of_the_configuration():
+    assert DFTConfig("dft").detail.names == ()
+    assert DFTConfig("dft").options().needs == frozenset()
+    config = DFTConfig("dft", metrics="full", channels="maths, code")
+    assert config.detail.channels == ("other", "maths", "code")
+    assert config.options().needs == {"entropy", "collision"}
+    for setting in ({"metrics": "full"}, {"channels": "maths"}, {"callback": "json:dumps"}):
+        with pytest.raises(ValueError, match=r"expected an objective .* got none; pass --loss-type nll"):
+            DFTConfig(**setting)
+    for names in ("", "maths,", "maths,maths", "other"):
+        with pytest.raises(ValueError, match=f"channels: expected different names, .* got '{names}'"):
+            DFTConfig("nll", channels=names)

@@ -12,7 +12,9 @@ import torch
 from ranks import run_ranks
 
 from megatron_dft import DFTConfig, TokenStats, install
+from megatron_dft.channels import with_channels
 from megatron_dft.hosts import compat, hook, loss_head
+from megatron_dft.hosts.iterations import Tally
 from megatron_dft.hosts.loss_head import statistics_of
 
 pytest.importorskip("megatron.core")
@@ -145,6 +147,8 @@ def on_ranks():
     if "output_processor" in inspect.signature(gpt().forward).parameters:  # from megatron-core 0.18 on
         for way in WAYS:
             facts["mtp", way] = multi_token_prediction("nll", **WAYS[way])
+    for way in WAYS:
+        facts["details", way] = details(way)
     facts["drop-in"] = drop_in()
     facts["errors"] = errors()
     return facts
@@ -174,7 +178,44 @@ def reports():
         )
     with torch.no_grad():
         outputs = [forward(chunk, *b) for b in batches]
-    return result, [(out.float(), *statistics_of(out, b[2]), b[2]) for out, b in zip(outputs, batches, strict=True)]
+    return result, [(out.float(), *statistics_of(out, b[2])[:2], b[2]) for out, b in zip(outputs, batches, strict=True)]
+
+
+SEEN = []  # what the callback was given
+
+
+def details(way):
+    """Two iterations, of which the second has no token of channel b, and an evaluation."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    settings = WAYS[way] | ({"metrics": "full", "channels": "a,b"} if way != "out of place" else {})
+    config = DFTConfig("dft", callback="test_hook:remember", **settings)
+    tally = Tally(config.detail)
+    (chunk,) = install([gpt(calculate_per_token_loss=True)], config)
+    step = hook.with_metrics(forward_step, config, tally.add)
+    schedule = get_forward_backward_func()
+    SEEN.clear()
+    reports = []
+    for seed, training in ((0, True), (1, True), (0, False)):
+        tokens, labels, loss_mask = batch(seed)
+        labels = with_channels(labels, torch.arange(BATCH * SEQUENCE).view(BATCH, SEQUENCE) % (3 - seed))
+        with torch.set_grad_enabled(training):  # as Megatron's evaluate()
+            schedule(
+                forward_step_func=step,
+                data_iterator=iter([(tokens, labels, loss_mask)]),
+                model=[chunk],
+                num_microbatches=1,
+                seq_length=SEQUENCE,
+                micro_batch_size=BATCH,
+                forward_only=not training,
+            )
+        ranks = torch.distributed.get_world_size()
+        reports.append(tally.report(ranks, 1.0) if training else tally.validation(ranks))
+    return reports, [(x.stats.nll, x.stats.loss, x.loss_mask, x.channel, x.training) for x in SEEN]
+
+
+def remember(tokens):
+    SEEN.append(tokens)
 
 
 def multi_token_prediction(mtp, **way):
@@ -349,7 +390,7 @@ def test_a_masked_token_is_worth_nothing_whatever_its_loss(own_mask):
     nll = torch.tensor([[0.5, torch.inf, torch.nan]])
     prob = torch.exp(-nll)
     stats = TokenStats(-nll, torch.ones_like(nll, dtype=torch.bool), loss=prob * nll, gate=prob)
-    nll = loss_head._with_statistics(nll.t(), stats, None)
+    nll = loss_head._with_statistics(nll.t(), stats, None, nll)
     mask = torch.tensor([[1.0, 0.0, 0.0]])
     result = ((nll, mask), torch.ones(1, 2)) if own_mask else (nll, mask)
     step = hook.with_metrics(
@@ -360,6 +401,32 @@ def test_a_masked_token_is_worth_nothing_whatever_its_loss(own_mask):
     assert (loss.item(), tokens.item()) == (0.5, 1)
     assert report["dft prob"].tolist() == pytest.approx([math.exp(-0.5), 1.0])
     assert report["dft loss"].tolist() == pytest.approx([0.5 * math.exp(-0.5), 1.0])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_details_and_the_callback_tell_the_same(facts, way):
+    """Reports of sums over ranks, against the tokens that the callback was given on one of them."""
+    reports, seen = facts[0]["details", way]
+    assert [training for *_, training in seen] == [True, True, False]
+    known = {}
+    for i, (report, (nll, loss, mask, channel, training)) in enumerate(zip(reports, seen, strict=True)):
+        assert torch.equal(channel, torch.arange(BATCH * SEQUENCE).view(BATCH, SEQUENCE) % (2 if i == 1 else 3))
+        torch.testing.assert_close((loss * mask).sum(), (nll * torch.exp(-nll) * mask).sum())
+        if training:
+            assert report["valid tokens"] == mask.sum()
+        if way == "out of place":
+            assert not any("/" in name for name in report)
+            continue
+        for number, name in enumerate(("other", "a", "b")):
+            of_channel = mask * (channel == number)
+            assert report[f"channel/{name} tokens"] == of_channel.sum()
+            if of_channel.any():
+                known[name] = (nll * of_channel).sum() / of_channel.sum(), (loss * of_channel).sum() / of_channel.sum()
+            assert report[f"channel/{name} nll"].item() == pytest.approx(known[name][0].item(), rel=1e-6)
+            assert report[f"channel/{name} loss"].item() == pytest.approx(known[name][1].item(), rel=1e-6)
+        shares = [x.item() for name, x in report.items() if name.startswith("dft prob/")]
+        assert (sum(shares), len(shares)) == ((pytest.approx(1.0), 10) if training else (0, 0))
+    assert reports[1].get("channel/b tokens", 0) == 0
 
 
 def test_a_module_without_a_language_model_is_refused():

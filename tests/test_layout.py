@@ -14,6 +14,9 @@ PACKAGE = Path(megatron_dft.__file__).parent
 FLOORS = {
     "version": 0,
     "stats": 0,
+    "channels": 0,
+    "chat": 0,
+    "packing": 0,
     "objectives": 1,
     "reference": 2,
     "triton_kernels": 2,
@@ -27,6 +30,7 @@ FLOORS = {
     "hosts": 6,
     "launch": 7,
     "bridge": 7,
+    "data": 7,
     "__init__": 8,
 }
 HOST_PACKAGES = {"megatron", "nemo", "transformers", "transformer_engine", "datasets", "apex", "lightning"}

@@ -8,8 +8,8 @@ from formulas import FORMULAS, example, token
 
 from megatron_dft import parse_objective
 from megatron_dft.autograd import LossOptions, loss_and_stats
-from megatron_dft.metrics import token_metrics
-from megatron_dft.stats import ENTROPY
+from megatron_dft.metrics import Detail, token_metrics
+from megatron_dft.stats import COLLISION, ENTROPY
 
 KEYS = ["dft loss", "dft prob", "dft gate", "dft accuracy"]
 
@@ -94,10 +94,97 @@ def test_a_statistic_that_is_not_there_is_left_out():
     objective = parse_objective("dft")
     _, stats = loss_and_stats(logits, target, LossOptions(objective))
     assert list(token_metrics(replace(stats, correct=None), objective, mask)) == KEYS[:3]
-    assert list(token_metrics(replace(stats, entropy=stats.nll), objective, mask)) == [*KEYS, "dft entropy"]
+    assert list(token_metrics(replace(stats, entropy=stats.nll), objective, mask)) == KEYS  # it is in `Detail`
 
 
 def test_a_mask_may_be_bool_and_logits_bf16():
     logits, target, mask = make_case()
     metrics = report("dft", logits.bfloat16(), target, mask.bool())
     assert {pair.dtype for pair in metrics.values()} == {torch.float32}
+
+
+FULL = Detail(full=True, channels=("other", "maths", "code"))
+
+
+def make_channels():
+    return torch.arange(24).view(4, 6) % 4  # the last number has no name
+
+
+def detail(specification, logits, target, mask, channel=None, of=FULL):
+    options = LossOptions(parse_objective(specification), statistics=of.needs)
+    _, stats = loss_and_stats(logits, target, options)
+    return of.sums(stats, mask, channel)
+
+
+@pytest.mark.parametrize("specification", FORMULAS)
+def test_the_details_are_what_the_formula_says(specification):
+    logits, target, mask = make_case()
+    channel = make_channels()
+    t = token(logits.requires_grad_(), target)
+    weight = mask * t.valid
+    loss = FORMULAS[specification](t)
+    (to_logits,) = torch.autograd.grad(loss.sum(), logits, retain_graph=True)
+    (error,) = torch.autograd.grad(t.l.sum(), logits)
+    sent = to_logits.norm(dim=-1)
+    gate, collision = sent / error.norm(dim=-1), logits.softmax(-1).square().sum(-1)
+    values = FULL.values(detail(specification, logits.detach(), target, mask, channel))
+
+    def total(x, where=True):
+        return (x.detach() * weight)[(weight > 0) & where].sum().item()
+
+    one = torch.ones_like(weight)
+    assert values["dft entropy"] == pytest.approx(total(t.H) / total(one))
+    assert values["dft collision"] == pytest.approx(total(collision) / total(one))
+    assert values["dft effective tokens"] == pytest.approx(total(gate))
+    for i in range(10):
+        inside = (t.p >= i / 10) & (t.p < (i + 1) / 10)
+        bounds = f"{i / 10}-{(i + 1) / 10}"
+        assert values[f"dft prob/{bounds}"] == pytest.approx(total(one, inside) / total(one))
+        assert values[f"dft gradient/{bounds}"] == pytest.approx(total(sent, inside) / total(sent))
+    for name, numbers in {"other": (0, 3), "maths": (1,), "code": (2,)}.items():
+        where = sum(channel == n for n in numbers).bool()
+        assert values[f"channel/{name} tokens"] == total(one, where)
+        for what, column in {"nll": t.l, "loss": loss, "prob": t.p}.items():
+            assert values[f"channel/{name} {what}"] == pytest.approx(total(column, where) / total(one, where))
+
+
+def test_a_probability_of_one_is_in_the_last_bin():
+    logits = torch.tensor([[200.0, 0.0], [0.0, 200.0]], dtype=torch.float64)
+    values = FULL.values(detail("nll", logits, torch.zeros(2, dtype=torch.int64), torch.ones(2)))
+    assert (values["dft prob/0.9-1.0"], values["dft prob/0.0-0.1"]) == (0.5, 0.5)
+    assert (values["dft gradient/0.9-1.0"], values["dft gradient/0.0-0.1"]) == (0.0, 1.0)
+
+
+def test_details_of_micro_batches_add_up_and_channels_may_be_missing():
+    case = (*make_case(), make_channels())
+    parts = [detail("dft", *(x[rows] for x in case)) for rows in (slice(0, 1), slice(1, 4))]
+    torch.testing.assert_close(parts[0] + parts[1], detail("dft", *case))
+    nothing = detail("dft", *(x[:0] for x in case))
+    assert nothing.shape == parts[0].shape and not nothing.any()
+    only_other = FULL.values(detail("dft", *case[:3]))
+    assert only_other["channel/other tokens"] == case[2][case[1] >= 0].sum()
+    assert only_other["channel/maths tokens"] == 0 and "channel/maths nll" not in only_other
+
+
+def test_a_broken_token_spoils_no_other_channel_and_a_masked_one_nothing():
+    logits, target, mask = make_case()
+    channel = make_channels()
+    expected = detail("dft", logits, target, mask, channel)
+    logits[0, 3] = logits[0, 5] = torch.nan
+    assert mask[0, 3] == 0.0 and target[0, 5] == -100
+    assert torch.equal(detail("dft", logits, target, mask, channel), expected)
+    assert channel[0, 2] == 2 and mask[0, 2] == 1.0
+    logits[0, 2] = torch.nan
+    values = FULL.values(detail("dft", logits, target, mask, channel))
+    assert {name for name, value in values.items() if name.startswith("channel") and value != value} == {
+        f"channel/code {what}" for what in ("nll", "loss", "prob")
+    }
+
+
+def test_only_what_is_asked_for_is_computed_and_named():
+    case = make_case()
+    assert Detail().names == () and detail("dft", *case, of=Detail()).shape == (0, 2)
+    channels = Detail(channels=("other", "maths"))
+    assert channels.needs == frozenset() and FULL.needs == {ENTROPY, COLLISION}
+    assert all(name.startswith("channel/") for name in channels.names)
+    assert detail("dft", *case, of=channels).shape == (8, 2) and len(FULL.names) == 3 + 20 + 12

@@ -14,7 +14,8 @@ from host_runs import EXAMPLE, ROOT, UNTIMED, Host, agree
 
 from megatron_dft import DFTConfig, parse_objective
 from megatron_dft.hosts import megatron_lm
-from megatron_dft.hosts.iterations import TokenCount, followed
+from megatron_dft.hosts.iterations import Tally, followed
+from megatron_dft.metrics import Detail
 
 STEPS = 3
 MODEL = (
@@ -42,6 +43,19 @@ class ChatHost(Host):
             f"--tokenizer-model {chat / 'tokenizer'} --train-data-path {chat / 'noisy_train.jsonl'} "
             f"--valid-data-path {chat / 'valid.jsonl'} --data-cache-path {folder / 'cache'} "
         )
+
+    def tokens_of(self, channel: str, lines: int) -> int:
+        """How many tokens of a channel train in the first lines of the training data."""
+        from megatron.core.tokenizers.text.libraries.sft_tokenizer import SFTTokenizer
+
+        chat = self.folder / "chat"
+        tokenizer = SFTTokenizer(str(chat / "tokenizer"), "nemotron-nano-v2")
+        count = 0
+        for line in map(json.loads, (chat / "noisy_train.jsonl").read_text().splitlines()[:lines]):
+            for name, conversation in zip(line["channels"], split_at_system(line["messages"]), strict=True):
+                _, target = tokenizer.tokenize_conversation(conversation, True, False)
+                count += int((target != -100).sum()) * (name == channel)
+        return count
 
     def begin(self, flags, *, script=EXAMPLE, **kwargs):
         return super().begin(flags, script=script, **kwargs)
@@ -127,6 +141,45 @@ def test_skipping_masked_tokens_and_chunks_change_no_curve(host, checkpoint, ran
     if "context" in flags:  # with --sft, Megatron validates with a mean over ranks of means over their tokens
         one, other = ({tag: x for tag, x in run.items() if "validation" not in tag} for run in (one, other))
     agree(other, one, 2e-5 if ranks > 1 else 2e-6)
+
+
+DETAILS = "--loss-type dft --loss-metrics full --loss-channels addition,subtraction"
+
+
+@pytest.mark.host
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+        (2, "--pipeline-model-parallel-size 2"),
+        (2, "--context-parallel-size 2"),
+        (2, "--loss-linear-fused --loss-vocab-chunk 50"),
+        (1, "--no-loss-compact-masked-tokens --micro-batch-size 3"),
+    ],
+)
+def test_histograms_and_channels_agree_with_one_rank(host, checkpoint, ranks, layout):
+    one = host.curves(f"{host.sft} {checkpoint} {DETAILS}")
+    many = host.curves(f"{host.sft} {checkpoint} {DETAILS} {layout}", ranks=ranks)
+    # With --sft, Megatron validates with means of the means of micro-batches and ranks; for channels we do it.
+    one, many = ({t: x for t, x in run.items() if "validation" not in t or "channel" in t} for run in (one, many))
+    agree(many, one, 2e-5)
+
+
+@pytest.mark.host
+def test_channels_are_those_of_the_conversations(host, checkpoint):
+    """One line to a batch, so that most channels are missing now and then."""
+    flags = f"{host.sft} {checkpoint} {DETAILS} --global-batch-size 2 --train-iters 6"
+    curves = host.curves(flags, ranks=2)
+    assert sum("/0." in tag for tag in curves) == 2 * 2 * 10  # as iterations and as samples
+    channels = ("other", "addition", "subtraction")
+    counts = {name: curves[f"channel/{name} tokens"] for name in channels}
+    assert [sum(x) for x in zip(*counts.values(), strict=True)] == curves["valid tokens"]
+    for step, valid in enumerate(curves["valid tokens"]):
+        for what, mean in {"nll": "lm loss", "loss": "dft loss", "prob": "dft prob"}.items():
+            weighted = sum(curves[f"channel/{name} {what}"][step] * counts[name][step] for name in channels)
+            assert weighted / valid == pytest.approx(curves[mean][step], rel=1e-5)
+    assert sum(curves["channel/other tokens"]) == host.tokens_of("shopping", 12)
+    assert sum(curves["channel/addition tokens"]) == host.tokens_of("addition", 12)
 
 
 @pytest.mark.host
@@ -260,7 +313,7 @@ def test_a_training_loop_that_nobody_knows_is_refused(monkeypatch):
 
     monkeypatch.delattr(training, "train_step")
     expected = r"megatron.training.training: expected a function train_step\(\)"
-    with pytest.raises(ValueError, match=expected), followed(parse_objective("dft"), TokenCount()):
+    with pytest.raises(ValueError, match=expected), followed(parse_objective("dft"), Tally(Detail())):
         pass
 
 
@@ -269,10 +322,11 @@ def test_the_training_loop_is_left_as_it_was():
     from megatron.training import checkpointing, training
 
     def loop():
-        return training.train_step, training.evaluate_and_print_results, checkpointing.check_checkpoint_args
+        wrapped = training.train_step, training.evaluate, training.evaluate_and_print_results
+        return *wrapped, checkpointing.check_checkpoint_args
 
     before = loop()
-    with followed(parse_objective("dft"), TokenCount()):
+    with followed(parse_objective("dft"), Tally(Detail())):
         assert not set(loop()) & set(before)
     assert loop() == before
 

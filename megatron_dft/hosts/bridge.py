@@ -20,12 +20,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import Tensor
-
 from megatron_dft.config import DFTConfig
 from megatron_dft.hosts import compat
-from megatron_dft.hosts.hook import install, model_with_loss, with_metrics
-from megatron_dft.hosts.iterations import TokenCount, token_report
+from megatron_dft.hosts.hook import AddToTally, install, model_with_loss, with_metrics
+from megatron_dft.hosts.iterations import Tally
 from megatron_dft.hosts.loss_head import ignore_masked
 from megatron_dft.objectives import Objective
 
@@ -55,10 +53,10 @@ def finetune(
     mark = not compat.has_mtp(cfg.model)
     config = config if mark else _without_compaction(config)
     _hook_model(cfg.model, functools.partial(_install, config=config))
-    tokens = TokenCount()
+    tally = Tally(config.detail)
     manager = normalize_callbacks(callbacks or [])
-    Progress(config.objective, tokens, cfg.model.tensor_model_parallel_size).register(manager)
-    host_finetune(cfg, DFTStep(step, config, tokens.add, mark), callbacks=manager)
+    Progress(config.objective, tally, cfg.model.tensor_model_parallel_size).register(manager)
+    host_finetune(cfg, DFTStep(step, config, tally.add, mark), callbacks=manager)
 
 
 def show(cfg: Any, config: DFTConfig, forward_step: Callable[..., Any] | None = None) -> None:
@@ -139,11 +137,11 @@ class DFTStep:
         self,
         forward_step: Callable[..., Any],
         config: DFTConfig,
-        count_tokens: Callable[[Tensor], None] = lambda num_tokens: None,
+        tally: AddToTally = lambda num_tokens, sums: None,
         mark: bool = True,
     ) -> None:
         self.__signature__ = inspect.signature(forward_step)  # Bridge gives its state to those who ask for it
-        self.step = with_metrics(forward_step, config, count_tokens)
+        self.step = with_metrics(forward_step, config, tally)
         self.mark = mark
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -168,10 +166,10 @@ class _Marked:
 
 
 class Progress:
-    """Once per iteration: the objective moves on, and `valid tokens` join the losses that Bridge logs."""
+    """Once per iteration: the objective moves on, and the tally joins the losses that Bridge logs."""
 
-    def __init__(self, objective: Objective, tokens: TokenCount, tp_size: int) -> None:
-        self.objective, self.tokens, self.tp_size = objective, tokens, tp_size
+    def __init__(self, objective: Objective, tally: Tally, tp_size: int) -> None:
+        self.objective, self.tally, self.tp_size = objective, tally, tp_size
         self.start = 0.0
 
     def register(self, manager: Any) -> None:
@@ -180,18 +178,25 @@ class Progress:
         manager.register("on_train_step_end", self.after_step)
         manager.register("on_eval_start", self.before_evaluation)
         manager.register("on_test_start", self.before_evaluation)
+        manager.register("on_eval_end", self.after_evaluation)
+        manager.register("on_test_end", self.after_evaluation)
 
     def before_step(self, context: Any) -> None:
         self.objective.begin(context.state.train_state.step + 1)
         self.start = time.perf_counter()
 
     def after_step(self, context: Any) -> None:
-        count = self.tokens.take(self.tp_size)
+        report = self.tally.report(self.tp_size, time.perf_counter() - self.start)
         if context.loss_dict:  # on the last pipeline stage
-            context.loss_dict.update(token_report(count, time.perf_counter() - self.start))
+            context.loss_dict.update(report)
 
     def before_evaluation(self, context: Any) -> None:
         self.objective.begin(context.state.train_state.step)
+
+    def after_evaluation(self, context: Any) -> None:
+        report = self.tally.validation(self.tp_size)
+        if context.total_loss_dict:
+            context.total_loss_dict.update(report)
 
 
 def _without_compaction(config: DFTConfig) -> DFTConfig:

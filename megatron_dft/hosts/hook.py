@@ -5,7 +5,8 @@
                  NLL and sends back the objective's gradient: `lm loss`, perplexity and NaN checks keep their meaning.
                  A loss that starts at the hidden states is the `output_processor` of GPTModel.forward; where there
                  is none, the output layer hands its input on to the loss.
-    loss_func    what forward_step returns beside the output (`with_metrics`). Its report gains the metrics.
+    loss_func    what forward_step returns beside the output (`with_metrics`). Its report gains the metrics; what is
+                 reported in detail goes to a `tally`, and every token to the user's `callback`.
 
 The statistics of a micro-batch travel from the first to the second on the output tensor itself, because under
 interleaved schedules several micro-batches are in flight and "the last one" is the wrong one.
@@ -26,12 +27,14 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_dft.config import DFTConfig
+from megatron_dft.channels import split_channels
+from megatron_dft.config import DFTConfig, load_function
 from megatron_dft.hosts import compat
-from megatron_dft.hosts.loss_head import LossHead, are_marked, mark_labels, statistics_of
-from megatron_dft.metrics import token_metrics
-from megatron_dft.objectives import Objective
+from megatron_dft.hosts.loss_head import LossHead, are_marked, mark_labels, statistics_of, token_batch
+from megatron_dft.metrics import TokenBatch, token_metrics
 from megatron_dft.vocab_parallel import vocab_parallel_dft_loss
+
+AddToTally = Callable[[Tensor, Tensor], None]  # number of tokens, `Detail.sums`
 
 
 def install(model_chunks: Sequence[torch.nn.Module], config: DFTConfig) -> Sequence[torch.nn.Module]:
@@ -57,20 +60,24 @@ def install(model_chunks: Sequence[torch.nn.Module], config: DFTConfig) -> Seque
 def with_metrics(
     forward_step: Callable[..., Any],
     config: DFTConfig,
-    count_tokens: Callable[[Tensor], None] = lambda num_tokens: None,
+    tally: AddToTally = lambda num_tokens, sums: None,
 ) -> Callable[..., Any]:
     """The same forward_step; the loss_func it returns reports the metrics of the objective as well.
 
     Args:
-        count_tokens: gets Megatron's num_tokens of each micro-batch that trains.
+        tally: gets, of each micro-batch, Megatron's num_tokens and the `Detail.sums` that the configuration asks for.
+
+    Raises:
+        ValueError: for a callback that cannot be found.
     """
     if not config.enabled:
         return forward_step
+    callback = load_function(config.callback, "--loss-callback") if config.callback else None
 
     @functools.wraps(forward_step)
     def wrapped(data_iterator: Any, model: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         output, loss_func = forward_step(data_iterator, model, *args, **kwargs)
-        return output, None if loss_func is None else _reporting(loss_func, config.objective, count_tokens)
+        return output, None if loss_func is None else _reporting(loss_func, config, tally, callback)
 
     return wrapped
 
@@ -136,7 +143,12 @@ def _bind(model: Any, config: DFTConfig) -> None:
         if head.from_hidden:
             head.give_back()
         if given.get("labels") is not None:
-            mark_labels(given["labels"], given.get("loss_mask"))
+            labels, channel = split_channels(given["labels"])
+            mark_labels(labels, given.get("loss_mask"), channel)
+            if "labels" in kwargs:
+                kwargs = kwargs | {"labels": labels}
+            else:
+                args = tuple(labels if x is given["labels"] else x for x in args)
             if head.from_hidden:
                 compat.check_forward(model, given)
                 if compat.OUTPUT_PROCESSOR in signature.parameters:  # Megatron's own way to do this
@@ -151,7 +163,7 @@ def _bind(model: Any, config: DFTConfig) -> None:
 
 
 def _reporting(
-    loss_func: Callable[..., Any], objective: Objective, count_tokens: Callable[[Tensor], None]
+    loss_func: Callable[..., Any], config: DFTConfig, tally: AddToTally, callback: Callable[[TokenBatch], None] | None
 ) -> Callable[..., Any]:
     @functools.wraps(loss_func)
     def wrapped(output: Tensor | tuple[Tensor, Tensor], **kwargs: Any) -> Any:
@@ -167,12 +179,13 @@ def _reporting(
                 f"was called, [b, s] as the loss mask {tuple(loss_mask.shape)}, got {tuple(losses.shape)}; "
                 "return the model's output from forward_step unchanged"
             )
+        if callback is not None:
+            callback(token_batch(losses, loss_mask, torch.is_grad_enabled()))
         # A masked token is worth nothing, even where its NLL is inf or NaN.
         losses = losses.masked_fill(loss_mask.view(losses.shape) == 0.0, 0.0)
         loss, num_tokens, report = loss_func((losses, loss_mask) if isinstance(output, tuple) else losses, **kwargs)
-        if torch.is_grad_enabled():
-            count_tokens(num_tokens)
-        stats, weights = statistics
-        return loss, num_tokens, {**report, **token_metrics(stats, objective, weights)}
+        stats, weights, channel = statistics
+        tally(num_tokens, config.detail.sums(stats, weights, channel))
+        return loss, num_tokens, {**report, **token_metrics(stats, config.objective, weights)}
 
     return wrapped

@@ -11,13 +11,14 @@ The output layer stays Megatron's own module. For compaction it is called, on fe
 its weight is used by linear.py, from within a call of the module, because hooks on it may have to bring the weight
 first (DDP's overlapped gathering of parameters). `main_grad` is filled as the layer would fill it.
 
-The statistics of a micro-batch travel to its report on the loss itself (`statistics_of`).
+The statistics of a micro-batch travel to its report on the loss itself (`statistics_of`, `token_batch`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -28,11 +29,13 @@ from megatron_dft.compaction import compacted, gather_sequence, whole
 from megatron_dft.config import DFTConfig
 from megatron_dft.hosts import compat
 from megatron_dft.linear import Split, WeightGradient, linear_loss_and_stats
+from megatron_dft.metrics import TokenBatch
 from megatron_dft.stats import TokenStats
 
 IGNORE_INDEX = -100
 _STATS = "megatron_dft_stats"  # on the loss: statistics, and the tokens they belong to
 _LOSS_MASK = "megatron_dft_loss_mask"  # on the labels that were given to the model
+_CHANNEL = "megatron_dft_channel"
 
 
 class LossHead:
@@ -60,7 +63,7 @@ class LossHead:
                 "model(...), not model.forward(...), which passes by its hooks"
             )
         compat.check_width(self.model, logits)
-        return _with_statistics(*loss_and_stats(logits, self._target(labels), self.options), None)
+        return _with_statistics(*loss_and_stats(logits, self._target(labels), self.options), None, labels)
 
     def take_over(self) -> None:
         """Let the output layer, once, hand its input on; the loss, which comes next, does its work."""
@@ -95,7 +98,7 @@ class LossHead:
         target = self._target(labels)
         compute = compacted if self.compact else whole
         loss, stats, rows = compute(of_rows, hidden.flatten(0, 1), target.view(-1), self.options.ignore_index)
-        return _with_statistics(loss.view(target.shape), stats, rows)
+        return _with_statistics(loss.view(target.shape), stats, rows, labels)
 
     def _target(self, labels: Tensor) -> Tensor:
         """[b, s] -> [s, b], ignored where the loss mask is 0."""
@@ -147,13 +150,14 @@ class MainGrad(WeightGradient):
         return make(self.weight)
 
 
-def mark_labels(labels: Tensor, loss_mask: Tensor | None) -> None:
-    """Note on the labels of a model's forward pass the mask that came with them."""
+def mark_labels(labels: Tensor, loss_mask: Tensor | None, channel: Tensor | None = None) -> None:
+    """Note on the labels of a model's forward pass the mask and the channels that came with them."""
     if loss_mask is not None and loss_mask.numel() != labels.numel():
         raise ValueError(
             f"loss_mask: expected one weight for each of the labels {tuple(labels.shape)}, got {tuple(loss_mask.shape)}"
         )
     setattr(labels, _LOSS_MASK, loss_mask)
+    setattr(labels, _CHANNEL, channel)
 
 
 def ignore_masked(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,20 +176,38 @@ def are_marked(labels: Tensor) -> bool:
 def statistics_of(
     output: Tensor,  # [b, s], what the model returned
     loss_mask: Tensor,  # [b, s]
-) -> tuple[TokenStats, Tensor] | None:  # both of the same tokens, in one order
-    """What a report is made of: statistics and the mask's weights. None: this is not a loss of ours."""
+) -> tuple[TokenStats, Tensor, Tensor | None] | None:  # all of the same tokens, in one order
+    """What a report is made of: statistics, the mask's weights, channels. None: this is not a loss of ours."""
     if not hasattr(output, _STATS):
         return None
-    stats, rows = getattr(output, _STATS)
-    weights = loss_mask.transpose(0, 1).reshape(-1)
-    weights = weights if rows is None else weights.index_select(0, rows)
-    return stats, weights.view(stats.valid.shape)
+    stats, rows, channel = getattr(output, _STATS)
+
+    def picked(x: Tensor) -> Tensor:
+        x = x.transpose(0, 1).reshape(-1)
+        return (x if rows is None else x.index_select(0, rows)).view(stats.valid.shape)
+
+    return stats, picked(loss_mask), None if channel is None else picked(channel)
 
 
-def _with_statistics(loss: Tensor, stats: TokenStats, rows: Tensor | None) -> Tensor:
+def token_batch(output: Tensor, loss_mask: Tensor, training: bool) -> TokenBatch:
+    """The same for every token of the micro-batch, [b, s]."""
+    stats, rows, channel = getattr(output, _STATS)
+
+    def spread(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        x = x.flatten()
+        x = x if rows is None else x.new_zeros(output.numel()).index_copy(0, rows, x)
+        return x.view(output.shape[::-1]).transpose(0, 1)
+
+    everywhere = TokenStats(**{f.name: spread(getattr(stats, f.name)) for f in fields(TokenStats)})
+    return TokenBatch(everywhere, loss_mask.view(output.shape), channel, training)
+
+
+def _with_statistics(loss: Tensor, stats: TokenStats, rows: Tensor | None, labels: Tensor) -> Tensor:
     """[s, b] -> [b, s]. `rows` count in [s, b] order."""
     loss = loss.transpose(0, 1).contiguous()
-    setattr(loss, _STATS, (stats, rows))
+    setattr(loss, _STATS, (stats, rows, getattr(labels, _CHANNEL, None)))
     return loss
 
 

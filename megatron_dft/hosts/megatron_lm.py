@@ -15,9 +15,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from megatron_dft.config import DFTConfig
-from megatron_dft.hosts import compat
+from megatron_dft.hosts import compat, sft
 from megatron_dft.hosts.hook import install, model_with_loss, with_metrics
-from megatron_dft.hosts.iterations import TokenCount, followed
+from megatron_dft.hosts.iterations import Tally, followed
+
+DATASETS = "train_valid_test_dataset_provider"
 
 
 def enable(command_line: DFTConfig) -> None:
@@ -41,6 +43,7 @@ def enable(command_line: DFTConfig) -> None:
         ) from None
     arguments: Any = megatron.training.arguments
     arguments.add_megatron_arguments = _with_flags(arguments.add_megatron_arguments)
+    sft.enable_formats()
     megatron.training.pretrain = with_objective(megatron.training.pretrain, command_line)
 
 
@@ -108,11 +111,14 @@ def _settings(call: inspect.BoundArguments) -> Any:
 def _prepared(call: inspect.BoundArguments, settings: Any, config: DFTConfig) -> AbstractContextManager[None]:
     """Put the objective into the arguments of pretrain(); within the result, the training loop follows it."""
     compat.check_settings(settings, config)
-    tokens = TokenCount()
-    call.arguments["forward_step_func"] = with_metrics(call.arguments["forward_step_func"], config, tokens.add)
+    tally = Tally(config.detail)
+    call.arguments["forward_step_func"] = with_metrics(call.arguments["forward_step_func"], config, tally.add)
     _hook_model(call, functools.partial(_install, config=config))
+    if config.channels:
+        provider = call.arguments[DATASETS]
+        call.arguments[DATASETS] = sft.naming_channels(provider, config.detail.channels)
     _announce(settings, config)
-    return followed(config.objective, tokens)
+    return followed(config.objective, tally)
 
 
 def _install(chunks: list, config: DFTConfig) -> list:

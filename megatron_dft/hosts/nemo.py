@@ -23,10 +23,10 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from megatron_dft.config import DFTConfig
+from megatron_dft.config import DFTConfig, load_function
 from megatron_dft.hosts import compat
 from megatron_dft.hosts.hook import install
-from megatron_dft.hosts.loss_head import ignore_masked, statistics_of
+from megatron_dft.hosts.loss_head import ignore_masked, statistics_of, token_batch
 from megatron_dft.metrics import token_metrics
 
 try:
@@ -64,9 +64,13 @@ class DFTCallback(Callback, io.IOMixin):
         linear_fused: bool = False,
         vocab_chunk: Optional[int] = None,  # noqa: UP045
         keep_chunks: int = 0,
+        metrics: str = "basic",
+        channels: Optional[str] = None,  # noqa: UP045
+        callback: Optional[str] = None,  # noqa: UP045
     ) -> None:
         given = locals()
         self.config = DFTConfig(**{f.name: given[f.name] for f in dataclasses.fields(DFTConfig)})
+        self.callback = load_function(callback, "callback") if callback else None
         self.installed = False
         self.sums: dict[str, Tensor] = {}  # of the micro-batches of a step, [sum, count] each
         self.names: list[str] | None = None
@@ -104,17 +108,25 @@ class DFTCallback(Callback, io.IOMixin):
             return  # of a stage before the last
         statistics = statistics_of(output, loss_mask.view(output.shape))
         if statistics is not None:
-            stats, weights = statistics
-            for name, pair in token_metrics(stats, self.config.objective, weights).items():
-                self.sums[name] = self.sums.get(name, 0.0) + pair
+            stats, weights, channel = statistics
+            if self.callback is not None:
+                self.callback(token_batch(output, loss_mask, torch.is_grad_enabled()))
+            detail = self.config.detail
+            pairs = token_metrics(stats, self.config.objective, weights)
+            pairs |= zip(detail.names, detail.sums(stats, weights, channel), strict=True)
+            for name, pair in pairs.items():
+                self.sums[name] = self.sums.get(name, 0.0) + pair.double()
 
     def on_megatron_step_end(self, step: Any, microbatch_outputs: Any, reduced: Any = None) -> None:
         """Log means over all tokens of the batch, on the ranks that NeMo logs from."""
         if not self.config.enabled:
             return
         prefix = "val " if step.forward_only else ""
-        for name, (total, count) in self._over_all_ranks().items():
-            step.pl_module.log(f"{prefix}{name}", total / count, prog_bar=True, batch_size=1)
+        pairs, detail = self._over_all_ranks(), self.config.detail
+        details = torch.stack([pairs.pop(name) for name in detail.names]) if detail.names else torch.empty(0, 2)
+        means = {name: total / count for name, (total, count) in pairs.items()}
+        for name, value in (means | detail.values(details)).items():
+            step.pl_module.log(f"{prefix}{name}", value, prog_bar=True, batch_size=1)
 
     def _over_all_ranks(self) -> dict[str, Tensor]:
         """[sum, count] of each metric over data- and context-parallel ranks, on every stage of the pipeline."""
@@ -134,7 +146,7 @@ class DFTCallback(Callback, io.IOMixin):
             torch.distributed.broadcast_object_list(box, src=last, group=stages)
             self.names = box[0]
         device = torch.device("cuda", torch.cuda.current_device())
-        pairs = torch.zeros(len(self.names), 2, device=device)
+        pairs = torch.zeros(len(self.names), 2, device=device, dtype=torch.float64)
         if self.sums:
             pairs = torch.stack([self.sums[name] for name in self.names])
         torch.distributed.all_reduce(pairs, group=parallel_state.get_data_parallel_group(with_context_parallel=True))

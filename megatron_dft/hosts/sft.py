@@ -1,0 +1,110 @@
+"""What Megatron-LM's --sft does not know: other prompt formats, and where conversations come from.
+
+    prompt formats   --sft-tokenizer-prompt-format chat | completion    (`chat.py`) beside Megatron's own
+    channels         `channels`, a name for each conversation of a packed line, or `channel`, one for the line
+
+Formats are known wherever the launcher runs a script. Channels are put on the labels (`channels.py`) of the data sets
+that pretrain() is given, when the run reports them; nothing else about those data sets changes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy
+import torch
+
+from megatron_dft.channels import with_channels
+from megatron_dft.chat import FORMATS, ChatFormat
+
+
+def enable_formats() -> None:
+    """Teach Megatron's tokenizer for --sft the formats `chat` and `completion`; its own stay as they are."""
+    from megatron.core.tokenizers.text import libraries
+    from megatron.core.tokenizers.text.libraries.sft_tokenizer import PromptConfig, SFTTokenizer
+
+    class ChatTokenizer(SFTTokenizer):
+        def __init__(self, tokenizer_path: str, prompt_format: str) -> None:
+            super().__init__(tokenizer_path, "default")
+            self._format = ChatFormat(self._tokenizer, prompt_format)
+            self._prompt_config = PromptConfig(
+                assistant_prefix_len=0,
+                pad_token_id=self._format.pad_id,
+                custom_chat_template=self._tokenizer.chat_template,
+                has_bos=False,
+                has_system_role=True,
+            )
+
+        def tokenize_conversation(self, conversation: list[dict], return_target: bool, add_generation_prompt: bool):
+            if add_generation_prompt:
+                return super().tokenize_conversation(conversation, return_target, add_generation_prompt)
+            (encoded,) = self._format.encode([conversation])
+            if isinstance(encoded, ValueError):
+                raise encoded
+            ids = numpy.array(encoded.ids)
+            return (ids, numpy.array(encoded.targets())) if return_target else ids
+
+    @functools.wraps(SFTTokenizer, updated=())
+    def of_format(tokenizer_path: str, prompt_format: str) -> Any:
+        kind = ChatTokenizer if prompt_format in FORMATS else SFTTokenizer
+        return kind(tokenizer_path, prompt_format)
+
+    libraries.SFTTokenizer = of_format  # type: ignore[misc, assignment]
+
+
+def naming_channels(provider: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
+    """A provider of data sets, and channels on the labels of those that are Megatron's for --sft.
+
+    Raises:
+        ValueError: if there are other data sets; those put channels on their labels themselves.
+    """
+
+    @functools.wraps(provider)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        provided = provider(*args, **kwargs)
+        for dataset in _parts(provided):
+            _name_channels(dataset, names)
+        return provided
+
+    return wrapped
+
+
+def _parts(provided: Any) -> Iterator[Any]:
+    """Data sets below lists, and below Megatron's blends of several files."""
+    if isinstance(provided, (list, tuple)):
+        for item in provided:
+            yield from _parts(item)
+    elif hasattr(provided, "datasets"):
+        yield from _parts(provided.datasets)
+    elif provided is not None:
+        yield provided
+
+
+def _name_channels(dataset: Any, names: tuple[str, ...]) -> None:
+    from megatron.training.datasets.sft_dataset import SFTDataset
+
+    if not isinstance(dataset, SFTDataset):
+        return
+    kind = type(dataset)
+    numbers = {name: number for number, name in enumerate(names)}
+
+    class WithChannels(kind):  # type: ignore[valid-type, misc]
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            sample = super().__getitem__(index)
+            line = self.dataset.dataset[int(self.indices[index % len(self.indices)])]
+            sample["labels"] = with_channels(sample["labels"], _by_token(line, sample, numbers))
+            return sample
+
+    WithChannels.__name__ = WithChannels.__qualname__ = kind.__name__
+    dataset.__class__ = WithChannels
+
+
+def _by_token(line: dict[str, Any], sample: dict[str, Any], numbers: dict[str, int]) -> torch.Tensor:
+    """The channel's number of each label of a packed line."""
+    names = line.get("channels") or [line.get("channel")]
+    ends = sample["cu_seqlens"][1:]  # of conversations; filled up with the length of the line
+    following = torch.arange(1, len(sample["labels"]) + 1, dtype=ends.dtype)  # the label of a token is the next one
+    conversation = torch.searchsorted(ends, following, right=True).clamp(max=len(names) - 1)
+    return torch.tensor([numbers.get(name, 0) for name in names])[conversation]

@@ -1,0 +1,32 @@
+"""Channels on labels: they travel wherever labels go, and come off without a trace."""
+
+import pytest
+import torch
+
+from megatron_dft.channels import channel_names, split_channels, with_channels
+
+
+def test_labels_and_channels_come_back():
+    labels = torch.tensor([[0, 5, -100], [2**31 - 1, 7, -100]])
+    channel = torch.tensor([[0, 1, 2], [3, 1000, 5]])
+    back, numbers = split_channels(with_channels(labels, channel))
+    assert torch.equal(back, labels)
+    assert numbers.tolist() == [[0, 1, 0], [3, 1000, 0]]  # a label that is ignored has none
+
+
+def test_labels_without_channels_are_as_they_were():
+    labels = torch.tensor([3, -100, 0])
+    assert torch.equal(with_channels(labels, 0), labels)
+    back, channel = split_channels(labels)
+    assert torch.equal(back, labels) and not channel.any()
+    assert split_channels(with_channels(labels, 2))[1].tolist() == [2, 0, 2]
+
+
+def test_labels_have_to_be_wide_enough():
+    with pytest.raises(ValueError, match=r"labels: expected int64 token ids, got torch.int32"):
+        with_channels(torch.zeros(2, dtype=torch.int32), 1)
+
+
+def test_names_have_numbers():
+    assert channel_names(None) == ()
+    assert channel_names("maths, code") == ("other", "maths", "code")
