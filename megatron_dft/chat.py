@@ -124,10 +124,9 @@ class ChatFormat:
         if self.form == "completion":
             return self._of_contents(messages)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        text = self._render(messages)
-        whole = text if not turns or turns[-1] == len(messages) - 1 else self._render(messages[: turns[-1] + 1])
+        text, closing = self._render(messages), ""
+        following = len(text)
         spans: list[Span] = []
-        closing = ""
         for i in reversed(turns):
             prompt = self._render(messages[:i], add_generation_prompt=True)
             if not text.startswith(prompt):
@@ -136,13 +135,13 @@ class ChatFormat:
                     "the assistant's part of the template with {% generation %}"
                 )
             content = messages[i]["content"].strip()
-            at = whole.rfind(content) if i == turns[-1] else text.find(content, len(prompt))
-            if at < len(prompt):
-                raise ValueError(f"message {i}: the chat template does not show its content as it is")
-            end = at + len(content)
             if i == turns[-1]:
-                closing = whole[end:].rstrip()
-            spans.append((len(prompt), end + len(closing) * text.startswith(closing, end)))
+                closing = self._render(messages[: i + 1]).rpartition(content)[2].strip()
+            turn = _find(text, len(prompt), following, content, closing)
+            if turn is None:
+                raise ValueError(f"message {i}: the chat template does not show its content as it is")
+            spans.append((len(prompt), turn))
+            following = len(prompt)
         return text, spans[::-1]
 
     def _of_contents(self, messages: Conversation) -> tuple[str, list[Span]]:
@@ -174,15 +173,20 @@ class ChatFormat:
         return Encoded(list(result["input_ids"]), list(zip(edges[::2], edges[1::2], strict=True)))
 
 
+def _find(text: str, begin: int, end: int, content: str, closing: str) -> int | None:
+    """Where a turn ends: behind its content, and its closing if that follows."""
+    for pattern in (rf"{re.escape(content)}\s*{re.escape(closing)}" if closing else "(?!)", re.escape(content)):
+        if found := re.compile(pattern).search(text, begin, end):
+            return found.end()
+    return None
+
+
 def _of_text(encoding: Any, places: list[Span]) -> Encoded:
-    """From places in the text to tokens. One that begins before its turn belongs to the prompt."""
+    """From places in the text to tokens. One that is partly inside trains: " yes" for a reply "yes" after a space."""
     spans = []
     for begin, end in places:
         first = next((t for at in range(begin, end) if (t := encoding.char_to_token(at)) is not None), None)
         last = next((t for at in range(end - 1, begin - 1, -1) if (t := encoding.char_to_token(at)) is not None), None)
-        if first is None or last is None:
-            continue
-        first += encoding.token_to_chars(first)[0] < begin
-        if first <= last:
+        if first is not None and last is not None:
             spans.append((first, last + 1))
     return Encoded(encoding.ids, spans)

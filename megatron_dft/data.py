@@ -32,7 +32,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 from array import array
 from collections import Counter
@@ -41,14 +40,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_dft.chat import FORMATS, IGNORE_INDEX, ChatFormat, Conversation, Encoded
+from megatron_dft.chat import FORMATS, Conversation, Encoded
+from megatron_dft.hosts.sft import MEGATRON_FORMATS, Encode, encoder
 from megatron_dft.packing import best_fit, first_fit
 
-MEGATRON_FORMATS = ("nemotron-nano-v2", "nemotron-h-aligned")
 BATCH = 512  # conversations that are tokenized together, on all cores
 SHOWN = 10  # rejected lines that are printed
 ROLES = ("system", "user", "assistant", "tool")
-Encode = Callable[[list[Conversation]], list[Encoded | ValueError]]
 
 
 @dataclass
@@ -78,6 +76,7 @@ class Account:
         rejected.unlink(missing_ok=True)
 
     def accept(self, line: Line) -> None:
+        """Count a conversation that goes into the output."""
         self.lengths.append(line.length)
         self.truncated += line.truncated
         numbers = self.channels.setdefault(line.channel, [0, 0, 0])
@@ -85,6 +84,7 @@ class Account:
             numbers[i] += more
 
     def reject(self, line: Line, reason: str) -> None:
+        """Name a line that does not; `reason` begins with its kind, up to a colon."""
         self.reasons[reason.partition(":")[0]] += 1
         place = {"file": str(line.file), "line": line.number, "reason": reason}
         if self._rejected is None:
@@ -97,6 +97,7 @@ class Account:
             print(f"(all others only in {self._path})", file=sys.stderr)
 
     def close(self) -> None:
+        """No more lines."""
         if self._rejected is not None:
             self._rejected.close()
 
@@ -266,36 +267,6 @@ class Again:
         return conversation_of(json.loads(self.files[file].readline()))[0]
 
 
-def encoder(folder: str, form: str) -> tuple[Any, Encode]:
-    """The tokenizer, and the function that training will call too."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if form in FORMATS:
-        chat = ChatFormat(tokenizer, form)
-        chat.pad_id  # noqa: B018 (raises where there is none)
-        return tokenizer, chat.encode
-    from megatron.core.tokenizers.text.libraries import SFTTokenizer
-
-    host = SFTTokenizer(folder, form)
-
-    def encode(conversations: list[Conversation]) -> list[Encoded | ValueError]:
-        return [_by_megatron(host, conversation) for conversation in conversations]
-
-    return tokenizer, encode
-
-
-def _by_megatron(host: Any, conversation: Conversation) -> Encoded | ValueError:
-    try:
-        ids, targets = host.tokenize_conversation(conversation, return_target=True, add_generation_prompt=False)
-    except (ValueError, AssertionError) as error:
-        return ValueError(str(error).partition("\n")[0])
-    trains = [False, *(targets != IGNORE_INDEX).tolist(), False]
-    edges = [i - 1 for i in range(1, len(trains)) if trains[i] != trains[i - 1]]
-    return Encoded(ids.tolist(), list(zip(edges[::2], edges[1::2], strict=True)))
-
-
 def rendering(tokenizer: Any, encoded: Encoded, coloured: bool) -> str:
     """The text, tokens that train in green, or between [ ] without colours."""
     begin, end = ("\033[1;32m", "\033[0m") if coloured else ("[", "]")
@@ -408,6 +379,7 @@ def show(report: dict[str, Any], out: Path) -> None:
 
 
 def main(words: list[str]) -> None:
+    """Check what can be checked at once, then show or write."""
     if not words or words[0] in ("-h", "--help"):
         print(__doc__)
         return

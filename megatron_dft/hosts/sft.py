@@ -10,6 +10,7 @@ that pretrain() is given, when the run reports them; nothing else about those da
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +18,10 @@ import numpy
 import torch
 
 from megatron_dft.channels import with_channels
-from megatron_dft.chat import FORMATS, ChatFormat
+from megatron_dft.chat import FORMATS, IGNORE_INDEX, ChatFormat, Conversation, Encoded
+
+MEGATRON_FORMATS = ("nemotron-nano-v2", "nemotron-h-aligned")  # of which Megatron masks what is not the assistant's
+Encode = Callable[[list[Conversation]], list[Encoded | ValueError]]
 
 
 def enable_formats() -> None:
@@ -52,6 +56,40 @@ def enable_formats() -> None:
         return kind(tokenizer_path, prompt_format)
 
     libraries.SFTTokenizer = of_format  # type: ignore[misc, assignment]
+
+
+def encoder(folder: str, form: str) -> tuple[Any, Encode]:
+    """A tokenizer, and the function by which Megatron will tokenize conversations in this format.
+
+    Raises:
+        ValueError: for a folder without a tokenizer, or a tokenizer that the format cannot use.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--tokenizer: expected the folder of a tokenizer, got {folder!r} ({reason})") from None
+    if form in FORMATS:
+        chat = ChatFormat(tokenizer, form)
+        chat.pad_id  # noqa: B018 (raises where there is none)
+        return tokenizer, chat.encode
+    from megatron.core.tokenizers.text.libraries.sft_tokenizer import SFTTokenizer
+
+    host = SFTTokenizer(folder, form)
+    return tokenizer, lambda conversations: [_by_megatron(host, conversation) for conversation in conversations]
+
+
+def _by_megatron(host: Any, conversation: Conversation) -> Encoded | ValueError:
+    try:
+        ids, targets = host.tokenize_conversation(conversation, return_target=True, add_generation_prompt=False)
+    except (ValueError, AssertionError) as error:
+        return ValueError(str(error).partition("\n")[0])
+    trains = [False, *(targets != IGNORE_INDEX).tolist(), False]
+    edges = [i - 1 for i in range(1, len(trains)) if trains[i] != trains[i - 1]]
+    return Encoded(ids.tolist(), list(zip(edges[::2], edges[1::2], strict=True)))
 
 
 def naming_channels(provider: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
