@@ -13,6 +13,7 @@ import argparse
 import os
 import runpy
 import sys
+from collections.abc import Callable
 
 from megatron_dft.config import DFTConfig
 from megatron_dft.hosts import cpu
@@ -23,9 +24,14 @@ def main(words: list[str]) -> None:
     if not words or words[0] in ("-h", "--help"):
         print(__doc__)
         return
+    run(words, "megatron_dft.launch", _enable)
+
+
+def run(words: list[str], program: str, enable: Callable[[DFTConfig], None]) -> None:
+    """Run the script that comes first in `words`, on a host that `enable` has prepared for the configuration."""
     script, words = words[0], words[1:]
     if not os.path.isfile(script):
-        sys.exit(f"megatron_dft.launch: expected the path of a Python script, got {script!r}; the script comes first")
+        sys.exit(f"{program}: expected the path of a Python script, got {script!r}; the script comes first")
     sys.path.insert(0, os.path.dirname(os.path.abspath(script)))  # a checkout's own Megatron goes before a wheel's
     on_cpu, words = _device(words)
     try:
@@ -33,13 +39,17 @@ def main(words: list[str]) -> None:
         if on_cpu:
             words = cpu.complete_arguments(words)
             cpu.enable()
-        from megatron_dft.hosts import megatron_lm
-
-        megatron_lm.enable(config)
+        enable(config)
     except ValueError as error:
-        sys.exit(f"megatron_dft.launch: {error}")
+        sys.exit(f"{program}: {error}")
     sys.argv = [script, *words]
     runpy.run_path(script, run_name="__main__")
+
+
+def _enable(config: DFTConfig) -> None:
+    from megatron_dft.hosts import megatron_lm
+
+    megatron_lm.enable(config)
 
 
 def _device(words: list[str]) -> tuple[bool, list[str]]:

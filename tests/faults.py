@@ -54,6 +54,7 @@ HIDDEN = ("linear", "through_all_the_logits")
 MAIN_GRAD = ("loss_head", "megatron_accumulates_them")
 METRIC = ("metrics", "weighted_sum")
 DETAIL = ("metrics", "details_are")
+TEMPLATES = ("chat", "nothing_else")
 
 # fmt: off
 FAULTS = [
@@ -357,6 +358,40 @@ FAULTS = [
           "x.view(output.shape)", "hook", "details_and"),
     Fault("callback without the dropped tokens' places", "hosts/loss_head", "index_copy(0, rows, x)",
           "index_copy(0, torch.arange(len(x)), x)", "hook", "details_and"),
+    # What a user sees of the data before training
+    Fault("prompt trains", "chat", "spans.append((len(prompt), turn))", "spans.append((0, turn))", *TEMPLATES),
+    Fault("reply without its closing token", "chat", "if closing else \"(?!)\"", "if False else \"(?!)\"", *TEMPLATES),
+    Fault("reply of a later turn", "chat", "following = len(prompt)", "pass", "chat", "closes_the_last"),
+    Fault("last token of a reply left out", "chat", "spans.append((first, last + 1))", "spans.append((first, last))",
+          *TEMPLATES),
+    Fault("end of the text does not train", "chat", "spans[-1] = (spans[-1][0], len(text))", "pass",
+          "chat", "end_of_the_text"),
+    Fault("padding that is a target", "chat", "trained = {t.eos_token_id, *encoded.targets()}", "trained = set()",
+          "chat", "never_a_target"),
+    Fault("empty system message shown", "chat", 'm["role"] != "system" or m["content"]', "True",
+          "chat", "empty_system"),
+    Fault("cut by the tokenizer", "chat", "tokenizer.backend_tokenizer.no_truncation()", "pass",
+          "chat", "cuts_and_pads"),
+    Fault("room not given back", "packing", "with_room[room - size].append(line)", "with_room[room].append(line)",
+          "packing", "is_best_fit"),
+    Fault("worst fit", "packing", "(enough & -enough).bit_length() - 1", "enough.bit_length() - 1",
+          "packing", "is_best_fit"),
+    Fault("line that is too full", "packing", "if room >= size", "if room + 1 >= size", "packing", "first_fit_takes"),
+    Fault("padding of conversations forgotten", "data", "multiple = 2 * cp if cp > 1 else 1\n", "multiple = 1\n",
+          "data", "no_line_is_longer"),
+    Fault("rejected line takes another's result", "data", "None if reason else next(results)", "next(results, None)",
+          "data", "comes_out_once"),
+    Fault("offset of the line before", "data", "line = Line(file, number, offset)", "line = Line(file, number, 0)",
+          "data", "comes_out_once"),
+    Fault("list of rejected lines stays", "data", "rejected.unlink(missing_ok=True)", "pass", "data", "does_not_stay"),
+    Fault("replies beyond a line counted", "data", "max(min(last, seq_length) - first, 0)", "last - first",
+          "data", "nothing_is_left"),
+    Fault("survey of masked tokens", "survey", "torch.where(batch.stats.valid, batch.loss_mask.double(), 0.0)",
+          "batch.loss_mask.double().fill_(1.0)", "survey", "counted_by_channel"),
+    Fault("survey without the error's length", "survey", "loss, gate, gate * error)", "loss, gate, gate)",
+          "survey", "formula_says"),
+    Fault("advice upside down", "survey", "if mean > STRONG:", "if mean < STRONG:", "survey", "follows_mean_p"),
+    Fault("channels named twice", "hosts/sft", ' or hasattr(kind, "channels")', "", "sft", "given_twice"),
     Fault("tokens lost in a checkpoint", "hosts/iterations", "getattr(checkpoint_args, TOTAL, 0)", "0",
           "checkpoints", "another_objective and nll-dft"),
     Fault("schedule late", "hosts/iterations", "run.curr_iteration + 1", "run.curr_iteration",

@@ -53,6 +53,14 @@ def test_replies_and_what_closes_them_train_and_nothing_else(template, name):
     assert all(target in (-100, token) for target, token in zip(encoded.targets(), encoded.ids, strict=True))
 
 
+def test_a_template_that_closes_the_last_reply_only():
+    last = "{% if loop.last and m['role'] == 'assistant' %}{{ '</s>' }}{% endif %}"
+    tok = tokenizer("{% for m in messages %}{{ m['content'] }}" + last + "{{ '\\n' }}{% endfor %}")
+    (encoded,) = ChatFormat(tok, "chat").encode([talk("one", "yes", "two", "yes")])
+    assert tok.decode(encoded.ids) == "one\nyes\ntwo\nyes</s>\n"
+    assert trained_texts(encoded, tok) == ["yes", "yes</s>"]
+
+
 def test_an_empty_system_message_is_not_shown():
     for template in (CHATML, MARKED, INSTRUCT):
         assert encode(template, talk("one", "two", system="")) == encode(template, talk("one", "two"))

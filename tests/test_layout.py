@@ -23,6 +23,7 @@ FLOORS = {
     "metrics": 2,
     "compaction": 1,
     "autograd": 3,
+    "survey": 3,
     "compiled": 4,
     "linear": 4,
     "config": 5,
@@ -31,7 +32,8 @@ FLOORS = {
     "launch": 7,
     "bridge": 7,
     "data": 7,
-    "__init__": 8,
+    "advise": 8,
+    "__init__": 9,
 }
 HOST_PACKAGES = {"megatron", "nemo", "transformers", "transformer_engine", "datasets", "apex", "lightning"}
 FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in PACKAGE.rglob("*.py")}

@@ -123,12 +123,14 @@ def _parts(provided: Any) -> Iterator[Any]:
 def _name_channels(dataset: Any, names: tuple[str, ...]) -> None:
     from megatron.training.datasets.sft_dataset import SFTDataset
 
-    if not isinstance(dataset, SFTDataset):
-        return
     kind = type(dataset)
+    if not isinstance(dataset, SFTDataset) or hasattr(kind, "channels"):  # a provider may give one twice
+        return
     numbers = {name: number for number, name in enumerate(names)}
 
     class WithChannels(kind):  # type: ignore[valid-type, misc]
+        channels = names
+
         def __getitem__(self, index: int) -> dict[str, Any]:
             sample = super().__getitem__(index)
             line = self.dataset.dataset[int(self.indices[index % len(self.indices)])]

@@ -1,0 +1,77 @@
+"""python -m megatron_dft.advise: the first look of a base model at its data, through Megatron, in several layouts."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from test_pretrain import checkpoint, host  # noqa: F401  (fixtures)
+
+from megatron_dft import advise
+
+LINES = 12
+
+
+def run(host, checkpoint, name, *words, ranks=1):  # noqa: F811
+    """The advice of one run, started as a user starts it, and what it printed."""
+    out = host.folder / name
+    command = [sys.executable, "-m", "megatron_dft.advise"]
+    if ranks > 1:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command += ["-m", "megatron_dft.advise"]
+    command += ["examples/pretrain_gpt.py", "--device", "cpu", *host.sft.split(), *checkpoint.split(), *words]
+    command += ["--loss-type", "dft", "--loss-channels", "addition,subtraction", "--global-batch-size", "4"]
+    command += ["--advise-batches", str(LINES // 4), "--advise-out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((out / "advice.json").read_text()), done.stdout, out
+
+
+@pytest.mark.host
+def test_the_survey_is_what_the_first_step_of_training_would_report(host, checkpoint):  # noqa: F811
+    result, shown, out = run(host, checkpoint, "one")
+    shortened = "--lr 1e-9 --train-iters 1"
+    for loss_type in ("dft", "deft"):
+        curves = host.curves(f"{host.sft} {checkpoint} --loss-type {loss_type} {shortened} --global-batch-size {LINES}")
+        assert result["mean_p"] == pytest.approx(curves["dft prob"][0], rel=1e-5)
+        assert result["nll"] == pytest.approx(curves["lm loss"][0], rel=1e-5)
+        assert result["objectives"][loss_type]["gate_mass"] == pytest.approx(curves["dft gate"][0], rel=1e-5)
+        assert result["objectives"][loss_type]["loss"] == pytest.approx(curves["dft loss"][0], rel=1e-5)
+    expected = {"other": "shopping", "addition": "addition", "subtraction": "subtraction"}
+    for name, topic in expected.items():
+        assert result["channels"][name]["tokens"] == host.tokens_of(topic, LINES)
+    assert f"--loss-type {result['advice']['objective']}" in shown and (out / "advice.txt").read_text() in shown
+    assert (out / "advice.png").stat().st_size > 20_000
+    assert not list(host.folder.glob("one/*.pt"))
+
+
+@pytest.mark.host
+def test_the_layout_changes_nothing(host, checkpoint):  # noqa: F811
+    one, _, _ = run(host, checkpoint, "again")
+    two, _, _ = run(host, checkpoint, "two", "--pipeline-model-parallel-size", "2", ranks=2)
+    tp, _, _ = run(host, checkpoint, "tp", "--tensor-model-parallel-size", "2", ranks=2)
+    for many in (two, tp):
+        assert many["tokens"] == one["tokens"]
+        assert many["histogram"] == pytest.approx(one["histogram"])
+        for name, found in one["objectives"].items():
+            for what, value in found.items():
+                assert many["objectives"][name][what] == pytest.approx(value, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["nowhere.py"], "expected the path of a Python script, got 'nowhere.py'"),
+        (["x.py", "--advise-objectives", "dtf"], "unknown objective 'dtf': .*did you mean 'dft'"),
+        (["x.py", "--full-validation"], "--full-validation: expected --advise-batches"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(words, expected, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit, match=f"megatron_dft.advise: {expected}"):
+        advise.main(words)
+
+
+def test_the_command_explains_itself(capsys):
+    advise.main([])
+    assert "--advise-batches N" in capsys.readouterr().out
