@@ -120,13 +120,18 @@ class Detail:
         }
 
 
+def tenth_of(prob: Tensor) -> Tensor:
+    """Its bin: 0 for [0, 0.1), ... 9 for [0.9, 1]."""
+    return (prob * BINS).to(torch.int64).clamp(0, BINS - 1)
+
+
 def _full(stats: TokenStats, weight: Tensor) -> Tensor:
     assert stats.entropy is not None and stats.collision is not None and stats.gate is not None
-    error = (1.0 - 2.0 * stats.prob + stats.collision).clamp(min=0.0).sqrt()  # |softmax - onehot|
-    columns = torch.stack([stats.entropy, stats.collision, stats.gate, stats.gate * error, torch.ones_like(error)])
+    sent, one = stats.gate * stats.error, torch.ones_like(stats.gate)
+    columns = torch.stack([stats.entropy, stats.collision, stats.gate, sent, one])
     means, gradient, one = _weighted(columns, weight).split([3, 1, 1])
-    bin_of = (stats.prob.flatten() * BINS).to(torch.int64).clamp(0, BINS - 1)
-    shares = weight.new_zeros(BINS, 2).index_add_(0, bin_of, torch.cat([one, gradient]).t())  # tokens, gradient
+    tokens_and_gradient = torch.cat([one, gradient]).t()
+    shares = weight.new_zeros(BINS, 2).index_add_(0, tenth_of(stats.prob.flatten()), tokens_and_gradient)
     tokens, sent = shares.sum(0)
     counts = torch.stack([tokens, sent]).repeat_interleave(BINS)
     return torch.cat([torch.stack([means.sum(1), tokens.expand(3)], 1), torch.stack([shares.t().flatten(), counts], 1)])

@@ -81,6 +81,12 @@ class TokenStats:
         """Probability of the target, in [0, 1]."""
         return self.logprob.exp()
 
+    @cached_property
+    def error(self) -> Tensor:
+        """|softmax - onehot|, in [0, sqrt(2)]: a token's gradient on its logits is so long, times gate and upstream."""
+        assert self.collision is not None
+        return (1.0 - 2.0 * self.prob + self.collision).clamp(min=0.0).sqrt()
+
 
 def row_names(needs: frozenset[str]) -> tuple[str, ...]:
     """Which sums a shard reports, in the order in which they are packed and sent."""

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_dft.metrics import BINS, TokenBatch
+from megatron_dft.metrics import BINS, TokenBatch, tenth_of
 from megatron_dft.objectives import Objective, loss_and_gate
 
 STRONG, WEAK = 0.5, 0.1  # mean p
@@ -42,9 +42,8 @@ class Survey:
         stats = replace(batch.stats, valid=batch.stats.valid & (batch.loss_mask > 0.0))
         number = torch.zeros_like(stats.valid, dtype=torch.int64) if batch.channel is None else batch.channel
         number = number.masked_fill(number >= len(self.channels), 0).flatten()
-        bin_of = (stats.prob.flatten() * BINS).to(torch.int64).clamp(0, BINS - 1)
-        assert stats.collision is not None and stats.correct is not None
-        error = (1.0 - 2.0 * stats.prob + stats.collision).clamp(min=0.0).sqrt()
+        bin_of = tenth_of(stats.prob.flatten())
+        assert stats.correct is not None
 
         def by(index: Tensor, size: int, *columns: Tensor) -> Tensor:
             """[size, k] sums of k columns."""
@@ -59,7 +58,7 @@ class Survey:
         ]
         for objective in self.objectives:
             loss, gate = loss_and_gate(objective, stats)
-            sums += [by(number, count, loss, gate, gate * error), by(bin_of, BINS, gate * error)]
+            sums += [by(number, count, loss, gate, gate * stats.error), by(bin_of, BINS, gate * stats.error)]
         self._sums = [a + b for a, b in zip(self._sums, sums, strict=True)] if self._sums else sums
 
     def totals(self, device: torch.device) -> Tensor:

@@ -9,6 +9,8 @@ from test_pretrain import checkpoint, host  # noqa: F401  (fixtures)
 
 from megatron_dft import advise
 
+pytest.importorskip("matplotlib")
+
 LINES = 12
 
 

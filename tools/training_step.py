@@ -3,8 +3,8 @@
     python tools/training_step.py        writes a file in tools/results/
 
 Megatron's own GPTModel (hidden size 512, 4 layers, 32000 words, fp32), one rank, 512 tokens of which 70% are masked in
-stretches, as prompts are; forward, backward and Adam. The candidates start from the same weights and take turns; all
-must come to the same NLL in the first step. With the stock loss DFT is the one line that its users write.
+stretches, as prompts are; forward, report, backward and Adam. The candidates start from the same weights and take
+turns; all must come to the same NLL in the first step. With the stock loss DFT is the one line that its users write.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,8 @@ from torch import Tensor
 
 from megatron_dft import DFTConfig, install
 from megatron_dft.hosts import cpu
+from megatron_dft.hosts.hook import with_metrics
+from megatron_dft.hosts.iterations import Tally
 
 HIDDEN, LAYERS, VOCAB = 512, 4, 32000
 SEQUENCE, BATCH = 256, 2
@@ -32,6 +35,7 @@ CANDIDATES = {  # how the loss is installed; None: not at all
     "ours": {},
     "ours, in chunks": {"linear_fused": True},
     "ours, masked tokens not dropped": {"compact_masked_tokens": False},
+    "ours, full metrics, 3 channels": {"metrics": "full", "channels": "maths,code,chat"},
 }
 
 
@@ -85,22 +89,37 @@ def start() -> None:
 def training(options: dict | None, masked: float) -> Callable[[], float]:
     """One step of training, which returns the mean NLL before it."""
     model = gpt()
-    if options is not None:
-        install([model], DFTConfig(loss_type="dft", **options))
+    config = DFTConfig() if options is None else DFTConfig("dft", **options)
+    install([model], config)
+    forward_step = with_metrics(forward, config, Tally(config.detail).add)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
-    tokens, labels, loss_mask = batch(masked)
-    positions = torch.arange(SEQUENCE).expand(BATCH, -1)
-    causal = torch.ones(1, 1, SEQUENCE, SEQUENCE).triu(1).bool()
+    micro_batch = batch(masked)
 
     def step() -> float:
-        nll = model(tokens, positions, causal, labels=labels, loss_mask=loss_mask)
-        loss = nll * torch.exp(-nll).detach() if options is None else nll
-        ((loss * loss_mask).sum() / loss_mask.sum()).backward()
+        output, loss_func = forward_step(micro_batch, model)
+        loss, num_tokens, report = loss_func(output)
+        if options is None:
+            loss = (output * torch.exp(-output).detach() * micro_batch[2]).sum()
+        (loss / num_tokens).backward()
         optimizer.step()
         optimizer.zero_grad()
-        return float((nll.detach() * loss_mask).sum() / loss_mask.sum())
+        return float(report["lm loss"][0] / report["lm loss"][1])
 
     return step
+
+
+def forward(micro_batch: tuple[Tensor, Tensor, Tensor], model: torch.nn.Module) -> tuple[Tensor, Callable]:
+    """A forward_step in Megatron's form."""
+    tokens, labels, loss_mask = micro_batch
+    positions = torch.arange(SEQUENCE).expand(BATCH, -1)
+    causal = torch.ones(1, 1, SEQUENCE, SEQUENCE).triu(1).bool()
+    return model(tokens, positions, causal, labels=labels, loss_mask=loss_mask), partial(loss_func, loss_mask)
+
+
+def loss_func(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum of the losses, number of tokens, and the report as [sum, count]."""
+    loss, num_tokens = (output * loss_mask).sum(), loss_mask.sum()
+    return loss, num_tokens.to(torch.int), {"lm loss": torch.stack([loss.detach(), num_tokens])}
 
 
 def gpt() -> torch.nn.Module:

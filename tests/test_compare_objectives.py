@@ -1,0 +1,290 @@
+"""The comparison of objectives measures what it says, and its page says what was measured."""
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_dft.objectives import parse_objective
+from megatron_dft.vocab_parallel import vocab_parallel_dft_loss, vocab_stats
+
+pytest.importorskip("matplotlib")
+ROOT = Path(__file__).resolve().parent.parent
+TOOLS = ROOT / "tools"
+sys.path.insert(0, str(TOOLS))
+try:
+    import compare_objectives as tool
+    import dynamics_report as report
+finally:
+    sys.path.remove(str(TOOLS))
+
+TASKS = list(itertools.product(report.PRIORS, report.TARGETS))
+TINY = tool.Settings(words=8, relations=2, width=8, base_steps=5, steps=4, batch=16, every=2)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """The folder that the quick version writes."""
+    folder = tmp_path_factory.mktemp("dynamics")
+    command = [sys.executable, str(TOOLS / "compare_objectives.py"), "--quick", "--out", str(folder)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "14/14 jobs" in done.stdout and "| 5. deft is between dft and nll | " in done.stdout
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(out):
+    return json.loads((out / "results.json").read_text())
+
+
+def test_every_figure_is_drawn_and_on_the_page(out):
+    text = (out / "report.md").read_text()
+    assert set(re.findall(r"\]\(figures/(\S+)\)", text)) == set(report.FIGURES)
+    for name in report.FIGURES:
+        data = (out / "figures" / name).read_bytes()
+        assert data.startswith(b"\x89PNG") and 2000 < len(data) < 120_000, name
+
+
+def test_every_combination_was_run_and_the_conditions_are_named(results):
+    settings = results["settings"]
+    expected = {(*task, o, 1.0, s) for task in TASKS for o in settings["objectives"] for s in range(2)}
+    expected |= {(*task, o, 3.0, s) for task in TASKS for o in ("nll", "dft") for s in range(2)}
+    keys = ("prior", "targets", "objective", "factor", "seed")
+    assert {tuple(run[key] for key in keys) for run in results["runs"]} == expected
+    assert len(results["runs"]) == len(expected)
+    assert all(results["facts"][key] for key in ("device", "date", "commit", "torch", "megatron_dft", "seconds"))
+
+
+def test_the_priors_are_what_they_are_called(results):
+    assert len(results["priors"]) == 6
+    for row in results["priors"]:
+        low, high = {"strong": (0.5, 1.0), "middle": (0.1, 0.5), "weak": (0.0, 0.1)}[row["prior"]]
+        assert low < row["p"] < high
+        # 40% of the targets are wrong, and the base does not expect those.
+        assert row["prior"] == "weak" or 0.5 * row["p"] < row["p of noisy targets"] < 0.8 * row["p"]
+
+
+def test_objectives_of_a_seed_start_from_the_same_weights(results):
+    first = {}
+    for run in results["runs"]:
+        if run["factor"] == 1.0:
+            first.setdefault((run["prior"], run["targets"], run["seed"]), []).append(run["first"])
+    for starts in first.values():
+        for key in ("train nll", "held-out nll", "train p"):
+            assert len({start[key] for start in starts}) == 1 and len(starts) == 4
+    assert first["strong", "clean", 0][0]["train nll"] != first["strong", "clean", 1][0]["train nll"]
+
+
+def test_dft_and_prob_are_the_same_run_and_nll_is_another(results):
+    assert len(results["same"]) == 12
+    assert max(max(row["weights"], row["curves"]) for row in results["same"]) <= 1e-6
+    for task in TASKS:
+        last = {
+            name: [run["last"]["train nll"] for run in report.pick(results, *task, name)]
+            for name in ("dft", "prob", "nll")
+        }
+        assert last["dft"] == last["prob"] != last["nll"]
+
+
+def test_a_difference_between_dft_and_prob_is_seen():
+    point = {"train nll": 1.0, "train objective": 0.3}
+    weights = {"dft": torch.zeros(3), "prob": torch.tensor([0.0, 0.0, -0.5])}
+    found = tool.same(weights, {"dft": [point], "prob": [{**point, "train nll": 1.25, "train objective": 0.9}]}, {})
+    assert found == {"weights": 0.5, "curves": 0.25}  # the objective's own value may differ
+
+
+def test_gradient_shares_sum_to_one_and_nll_listens_to_rare_targets(results):
+    for task in TASKS:
+        for name in results["settings"]["objectives"]:
+            for run in report.pick(results, *task, name):
+                for when in ("before", "after"):
+                    assert sum(run[when]["share"]) == pytest.approx(1.0, abs=2e-3)
+                    assert len(run[when]["share"]) == 10 and run[when]["variance"] > 0.0
+    nll, dft = (report.pick(results, "strong", "noisy", name)[0]["before"]["share"][0] for name in ("nll", "dft"))
+    assert nll > 2 * dft
+
+
+def test_shares_are_those_of_the_bins_of_p():
+    p = torch.tensor([0.05, 0.55, 0.55, 1.0], dtype=torch.float64)
+    collision = p**2 + (1 - p) ** 2  # of two answers; the gradient's norm for nll is then sqrt(2) (1-p)
+    stats = tool.TokenStats(p.log(), torch.ones(4, dtype=torch.bool), collision=collision)
+    share = tool.gradient_share(parse_objective("nll"), stats)
+    assert share == pytest.approx([0.95 / 1.85, 0, 0, 0, 0, 0.9 / 1.85, 0, 0, 0, 0.0])
+
+
+@pytest.mark.parametrize("name", ["nll", "dft", "prob", "tsallis:q=0.5", "deft", "cayley", "focal", "entropy", "luffy"])
+def test_the_norm_of_a_tokens_gradient_is_exact(name):
+    generator = torch.Generator().manual_seed(1)
+    logits = 3.0 * torch.randn(20, 7, generator=generator, dtype=torch.float64)
+    logits[0, 0] = 12.0
+    target = torch.randint(7, (20,), generator=generator)
+    target[0] = 0  # p near 1
+    logits.requires_grad_()
+    vocab_parallel_dft_loss(logits, target, objective=name).sum().backward()
+    norms = tool.token_gradient(parse_objective(name), vocab_stats(logits, target))
+    torch.testing.assert_close(norms, logits.grad.norm(dim=-1), rtol=1e-9, atol=1e-12)
+
+
+def tiny(prior="middle", targets="noisy"):
+    world = tool.make_world(TINY, 0)
+    torch.manual_seed(0)
+    return tool.Model(TINY.words, TINY.width), tool.make_task(TINY, world, 0, prior, targets)
+
+
+def test_gradient_variance_is_its_definition():
+    model, task = tiny()
+    rows = torch.arange(len(task.train[0]))
+    whole = tool.replace(task, batches=rows.expand(2, -1))
+    assert tool.gradient_variance(model, whole, parse_objective("nll"), 2) < 1e-10
+    single = tool.replace(task, batches=rows[:, None])
+    squares, mean = [], 0.0
+    for row in rows:
+        loss = torch.nn.functional.cross_entropy(model(task.train[0][row : row + 1]), task.train[1][row : row + 1])
+        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+        squares.append(gradient.square().sum().item())
+        mean = mean + gradient / len(rows)
+    signal = mean.square().sum().item()
+    expected = (sum(squares) / len(squares) - signal) / signal
+    assert tool.gradient_variance(model, single, parse_objective("nll"), len(rows)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_world_is_as_described():
+    world = tool.make_world(tool.Settings(), 0)
+    a, b, c = world.answers
+    assert not ((a == b) | (a == c) | (b == c)).any()
+    torch.testing.assert_close(world.share.sum(0), torch.ones(1024))
+    assert set(world.train.tolist()) | set(world.held_out.tolist()) == set(range(1024))
+    assert len(world.train) + len(world.held_out) == 1024 and len(world.held_out) == 205
+    assert 0.3 < (world.given[0] != a).float().mean() < 0.45
+    same_fact = (world.questions[:, 0] == 3) & (world.questions[:, 1] % 4 == 2)
+    assert len(set(a[same_fact].tolist())) == 1 and same_fact.sum() == 8
+    clean, noisy = (tool.make_task(tool.Settings(), world, 0, "strong", targets) for targets in report.TARGETS)
+    assert torch.equal(clean.batches, noisy.batches) and torch.equal(noisy.held_out[1], a[world.held_out])
+    assert torch.equal(clean.train[1], a[world.train]) and not torch.equal(noisy.train[1], a[world.train])
+
+
+def test_a_schedule_moves_on():
+    model, task = tiny()
+    base = {key: value.clone() for key, value in model.state_dict().items()}
+    names = ("nll", "dft", "dft:start=1000", "dft:start=0")
+    runs = {name: tool.fine_tune(model, base, task, parse_objective(name), TINY, 1.0) for name in names}
+    last = {name: points[-1]["train nll"] for name, points in runs.items()}
+    assert last["dft:start=1000"] == last["nll"] != last["dft"] == last["dft:start=0"]
+    assert all(len(points) == 3 for points in runs.values())
+
+
+def test_a_base_without_its_prior_is_an_error(tmp_path):
+    with pytest.raises(RuntimeError, match=r"seed 0: expected a strong prior, a mean p between 0.5 and 1.0, got 0.1"):
+        tool.base_job(TINY, 0, tmp_path / "base.pt")
+
+
+def test_objectives_are_split_at_the_right_commas():
+    assert tool.split_objectives("nll,threshold:lo=0.1,base=prob,deft,nll") == (
+        "nll",
+        "threshold:lo=0.1,base=prob",
+        "deft",
+    )
+    with pytest.raises(ValueError, match="did you mean 'dft'"):
+        tool.split_objectives("nll,dtf")
+    with pytest.raises(SystemExit, match="expected --seeds of 2 or more"):
+        tool.main(["--seeds", "1"])
+
+
+# ---- The rule, on numbers that are made up -----------------------------------------------------------------------
+
+
+def made_up(accuracy, nll_rise=1.0, dft_rise=-0.1, apart=0.0):
+    """Results of four seeds; `accuracy` maps (prior, targets, objective) to a mean, 0.5 where it says nothing."""
+    jitter = (-0.01, 0.0, 0.0, 0.01)
+    names = ("nll", "dft", "prob", "deft")
+    runs = []
+    for (prior, targets), name, factor, seed in itertools.product(TASKS, names, (1.0, 3.0), range(4)):
+        mean = accuracy.get((prior, targets, name, factor), accuracy.get((prior, targets, name), 0.5))
+        # Seeds differ among themselves by more than objectives do: the rule has to take pairs.
+        value = mean + seed + jitter[(seed + names.index(name)) % 4]
+        run = {"prior": prior, "targets": targets, "objective": name, "factor": factor, "seed": seed}
+        first = {"train nll": 2.0, "train objective": 0.2}
+        last = {"train nll": 2.0 + nll_rise + jitter[seed], "train objective": 0.2 + dft_rise + jitter[seed]}
+        runs.append({**run, "first": first, "last": {"held-out accuracy": value, **last}})
+    settings = {"objectives": names, "factors": [1.0, 3.0]}
+    return {"settings": settings, "runs": runs, "same": [{"weights": apart, "curves": 0.0}]}
+
+
+def verdict(claim, results):
+    return next(row["verdict"] for row in report.verdicts(results) if row["claim"] == claim)
+
+
+WINS = {("strong", "noisy", "dft"): 0.6, ("weak", "clean", "nll"): 0.6, ("weak", "noisy", "nll"): 0.6}
+
+
+def test_what_wins_is_reproduced_and_what_loses_or_ties_is_not():
+    assert [verdict(i, made_up(WINS)) for i in (1, 2)] == ["reproduced"] * 2
+    assert [verdict(i, made_up({})) for i in (1, 2)] == ["not reproduced"] * 2
+    assert verdict(1, made_up({("strong", "noisy", "dft"): 0.4})) == "not reproduced"
+    assert verdict(1, made_up({("strong", "noisy", "dft"): 0.505})) == "not reproduced"  # within its error
+    assert verdict(2, made_up({**WINS, ("weak", "noisy", "nll"): 0.5})) == "not reproduced"
+
+
+def test_a_verdict_does_not_hang_on_the_learning_rate():
+    assert verdict(1, made_up({**WINS, ("strong", "noisy", "nll", 3.0): 0.6})) == "not reproduced"
+    assert verdict(1, made_up({**WINS, ("strong", "noisy", "nll", 3.0): 0.55})) == "reproduced"
+    assert report.best_factor(made_up(WINS), "strong", "noisy", "nll") == 1.0  # of equal ones the smaller
+    assert report.best_factor(made_up({("weak", "clean", "nll", 3.0): 0.6}), "weak", "clean", "nll") == 3.0
+
+
+def test_equal_runs_and_a_rising_nll_are_told():
+    assert verdict(3, made_up({})) == "reproduced"
+    assert verdict(3, made_up({}, apart=1e-3)) == "not reproduced"
+    assert verdict(4, made_up({})) == "reproduced"
+    assert verdict(4, made_up({}, nll_rise=-0.1)) == "not reproduced"
+    assert verdict(4, made_up({}, nll_rise=0.005)) == "not reproduced"
+    assert verdict(4, made_up({}, dft_rise=0.1)) == "not reproduced"
+
+
+def test_between_is_between_both_ends():
+    inside = {**WINS, ("strong", "noisy", "deft"): 0.55}
+    inside |= {("weak", targets, "deft"): 0.55 for targets in report.TARGETS}
+    assert verdict(5, made_up(inside)) == "reproduced"
+    assert verdict(5, made_up({**inside, ("strong", "noisy", "deft"): 0.7})) == "not reproduced"
+    assert verdict(5, made_up({})) == "not reproduced"  # nothing to be between of
+    low, middle, high = ([x + 0.01 * i for i in (0, 1, 0, -1)] for x in (0.3, 0.5, 0.7))
+    shifted = [x + 0.01 * i for x, i in zip(high, (3, -2, -1, 1), strict=True)]
+    assert report.between(low, middle, high) == report.between(high, middle, low) == "between"
+    assert report.between(low, high, middle) == report.between(middle, high, low) == "above both"
+    assert report.between(high, low, middle) == "below both"
+    assert report.between(low, shifted, high) == "not told apart from an end"
+    assert report.between(high, low, shifted) == "nll and dft do not differ"
+
+
+def test_a_claim_about_an_objective_that_was_left_out_is_not_tested():
+    results = made_up(WINS)
+    results["settings"]["objectives"] = ("nll", "dft")
+    assert [row["verdict"] for row in report.verdicts(results)] == [
+        "reproduced",
+        "reproduced",
+        "not tested",
+        "reproduced",
+        "not tested",
+    ]
+
+
+# ---- What is committed ------------------------------------------------------------------------------------------
+
+
+def test_the_page_and_the_verdicts_are_those_of_the_numbers(out, results):
+    places = report.Places(out / "results.json", out / "report.md", out / "figures")
+    committed = json.loads(report.DOCS.numbers.read_text())
+    for numbers, where in ((results, places), (committed, report.DOCS)):
+        again = f"run: python tools/compare_objectives.py --docs --from {where.numbers}"
+        assert report.round_all(report.verdicts(numbers)) == numbers["verdicts"], again
+        assert report.page(numbers, where) == where.page.read_text(), again
+        assert all((where.figures / name).exists() for name in report.FIGURES), again
+    assert committed["settings"] == report.round_all(tool.asdict(tool.Settings())), "run: compare_objectives.py --docs"
