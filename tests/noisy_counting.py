@@ -1,6 +1,10 @@
 """The data of the host tests: counting with noise, under very uneven loss masks."""
 
+import os
+
 import torch
+
+from megatron_dft.channels import with_channels
 
 
 class NoisyCounting(torch.utils.data.Dataset):
@@ -27,4 +31,6 @@ class NoisyCounting(torch.utils.data.Dataset):
             position >= 0,
         )[index % 4]
         labels = text[1:].masked_fill(~valid, -100) if self.ignore_masked else text[1:]
+        if os.environ.get("CHANNELS"):
+            labels = with_channels(labels, index % int(os.environ["CHANNELS"]))
         return {"tokens": text[:-1], "labels": labels, "loss_mask": valid.float(), "position_ids": position}

@@ -68,6 +68,22 @@ def test_an_objective_trains_as_it_does_in_megatron_lm(host, layout, objective):
     agree(ours, theirs, 1e-6)
 
 
+@pytest.mark.parametrize("layout", ["one rank", "PP", "CP"])
+def test_histograms_and_channels_are_those_of_megatron_lm(host, layout):
+    """Every third sample has no channel, one of two that are named, or one that is not."""
+    flags, words, ranks = LAYOUTS[layout]
+    theirs = host.curves(
+        f"{LM} {flags} {training(3, 1e-3, 8)} --load {host.folder / 'base'} --finetune --loss-type dft "
+        "--loss-metrics full --loss-channels a,b",
+        ranks=ranks,
+        CHANNELS="4",
+    )
+    ours = finetune(host, f"{words} dft.loss_type=dft dft.metrics=full dft.channels=a,b", ranks=ranks, CHANNELS="4")
+    theirs = {tag: theirs[tag] for tag in theirs if "total" not in tag}
+    assert {"dft gradient/0.9-1.0", "channel/b nll", "channel/b nll validation"} <= set(theirs)
+    agree(ours, theirs, 1e-6)
+
+
 def test_without_an_objective_it_is_bridge_alone(host):
     alone = host.curves(f"checkpoint.pretrained_checkpoint={host.folder / 'base'}", script=BRIDGE, alone=True)
     assert finetune(host, "") == alone

@@ -123,6 +123,17 @@ def test_dft_reports_its_metrics_beside_the_nll(runs):
     assert ours["grad_norm"][0] < 0.1 * stock["grad_norm"][0]  # gates are small where training begins
 
 
+def test_histograms_and_channels_are_logged_in_every_layout(runs):
+    details = ("loss_type=dft", "metrics=full", "channels=a")
+    one, two = runs(*details), runs(*details, "tp=2", ranks=2)
+    names = [name for name in one if "/" in name or name.endswith("entropy")]
+    assert len(names) == 2 * (20 + 2 * 4 - 3 + 1)  # training and validation; no token is in channel a
+    for step in range(4):
+        assert sum(one[f"dft prob/{i / 10}-{(i + 1) / 10}"][step] for i in range(10)) == pytest.approx(1.0)
+    assert one["channel/other prob"] == pytest.approx(one["dft prob"]) and set(one["channel/a tokens"]) == {0.0}
+    agree(two, one, names)
+
+
 @pytest.mark.parametrize("layout", ["tp=2", "pp=2"])
 def test_layouts_agree_with_one_rank(runs, layout):
     """Pipeline stages are initialised differently, so there only their own report is compared."""

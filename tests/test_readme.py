@@ -1,4 +1,4 @@
-"""The README's Python runs, and what it says of flags, objectives and files is so."""
+"""The Python of README and guides runs, and what they say of flags, objectives, tests and files is so."""
 
 import argparse
 import re
@@ -10,16 +10,23 @@ from megatron_dft import OBJECTIVES, DFTConfig, parse_objective
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
+OF_OTHERS = ("docs/migrating.md", "docs/bridge-and-nemo.md")  # Python for TRL and Bridge, which are not here
+BLOCKS = [
+    (name, block)
+    for name, text in PAGES.items()
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    if name not in OF_OTHERS
+]
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-def test_python_blocks_run(block):
-    exec(compile(block, "README.md", "exec"), {})
+@pytest.mark.parametrize(("name", "block"), BLOCKS)
+def test_python_blocks_run(name, block):
+    exec(compile(block, name, "exec"), {})
 
 
 def test_there_is_python_to_run():
-    assert BLOCKS
+    assert {name for name, _ in BLOCKS} == {"README.md", "docs/data.md"}
 
 
 def test_the_table_has_every_objective_and_its_specifications_parse():
@@ -37,12 +44,29 @@ def test_every_flag_is_listed_with_its_key():
         assert f"`{key}`" in row
 
 
-def test_tests_that_the_support_matrix_names_exist():
-    for file, name in re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", README):
+@pytest.mark.parametrize("name", PAGES)
+def test_flags_exist(name):
+    known = {
+        flag for action in DFTConfig.add_arguments(argparse.ArgumentParser())._actions for flag in action.option_strings
+    }
+    known |= {"--loss-scale", "--loss-type"}
+    for flag in re.findall(r"(?<![\w-])--(?:no-)?loss-[a-z-]*[a-z]", PAGES[name]):
+        assert flag in known, flag
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_tests_that_are_named_exist(name):
+    for file, test in re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", PAGES[name]):
         text = (ROOT / "tests" / file).read_text()
-        assert not name or f"def {name}(" in text, f"{file}::{name}"
+        assert not test or f"def {test}(" in text, f"{file}::{test}"
 
 
-def test_files_that_are_linked_exist():
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / link).exists(), link
+@pytest.mark.parametrize("name", PAGES)
+def test_files_and_headings_that_are_linked_exist(name):
+    for link, heading in re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]+))?\)", PAGES[name]):
+        path = (ROOT / name).parent / link if link else ROOT / name
+        assert path.exists(), link
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+            anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert heading in anchors, f"{link}#{heading}"
