@@ -40,6 +40,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_dft.channels import OTHER
 from megatron_dft.chat import FORMATS, Conversation, Encoded
 from megatron_dft.hosts.sft import MEGATRON_FORMATS, Encode, encoder
 from megatron_dft.packing import best_fit, first_fit
@@ -47,6 +48,7 @@ from megatron_dft.packing import best_fit, first_fit
 BATCH = 512  # conversations that are tokenized together, on all cores
 SHOWN = 10  # rejected lines that are printed
 ROLES = ("system", "user", "assistant", "tool")
+KINDS = {json.JSONDecodeError: "not JSON", UnicodeDecodeError: "not UTF-8", UnicodeEncodeError: "not text"}
 
 
 @dataclass
@@ -139,8 +141,9 @@ def read(files: list[Path], channel: str | None) -> Iterator[tuple[Line, str | N
                     continue
                 try:
                     line.conversation, named = conversation_of(json.loads(raw))
-                except ValueError as error:  # json's and ours
-                    yield line, f"not JSON: {error}" if isinstance(error, json.JSONDecodeError) else str(error)
+                except ValueError as error:
+                    kind = KINDS.get(type(error))
+                    yield line, f"{kind}: {error}" if kind else str(error)
                     continue
                 line.channel = named or channel or file.stem
                 yield line, None
@@ -165,8 +168,8 @@ def conversation_of(record: Any) -> tuple[Conversation, str | None]:
     if not isinstance(messages, list) or not messages:
         raise ValueError("no messages: expected a list of them, with at least one")
     channel = record.get("channel")
-    if channel is not None and (not isinstance(channel, str) or not channel):
-        raise ValueError(f"bad channel: expected a name, got {channel!r}")
+    if channel is not None and (not isinstance(channel, str) or not channel or "," in channel):
+        raise ValueError(f"bad channel: expected a name without a comma, got {channel!r}")
     conversation = [_message(message, i, messages) for i, message in enumerate(messages)]
     if not any(message["role"] == "assistant" for message in conversation):
         raise ValueError("no assistant: nothing in it would train")
@@ -181,6 +184,7 @@ def _message(message: Any, i: int, messages: list[Any]) -> dict[str, str]:
         raise ValueError(f"bad message: message {i}: expected a role of {', '.join(ROLES)}, got {role!r}")
     if not isinstance(content, str):
         raise ValueError(f"bad message: message {i}: expected content that is text, got {type(content).__name__}")
+    content.encode()  # half a surrogate pair is no text
     if message.get("tool_calls"):
         raise ValueError(f"tool calls: message {i}: expected none, Megatron's --sft does not read them")
     if role == "system" and i:
@@ -321,6 +325,7 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
         sequences = pack_streaming(lines, size, args.seq_length, args.open_lines)
     else:
         sequences = ([(line.conversation, line.channel)] for line in lines)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = args.out.with_suffix(".unfinished")
     with unfinished.open("w") as out:
         for sequence in sequences:
@@ -375,7 +380,8 @@ def show(report: dict[str, Any], out: Path) -> None:
         f"{report['lines']} lines of {report['seq_length']}: {report['packing_efficiency']:.1%} of their tokens are "
         f"used; one conversation to a line would use {report['unpacked_efficiency']:.1%}"
     )
-    print(f"{out}; --loss-channels {','.join(report['channels'])}")
+    names = [name for name in report["channels"] if name != OTHER]
+    print(f"{out}" + (f"; --loss-channels {','.join(names)}" if names else ""))
 
 
 def main(words: list[str]) -> None:
@@ -404,17 +410,24 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--seq-length", type=int)
+    parser.add_argument("--seq-length", type=_positive)
     parser.add_argument("--format", choices=(*FORMATS, *MEGATRON_FORMATS), default="chat")
     parser.add_argument("--packing", choices=("best-fit", "first-fit", "none"), default="best-fit")
     parser.add_argument("--too-long", choices=("drop", "truncate"), default="drop")
     parser.add_argument("--channel")
     parser.add_argument("--preview", type=int, default=0)
-    parser.add_argument("--context-parallel-size", type=int, default=1)
-    parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
+    parser.add_argument("--context-parallel-size", type=_positive, default=1)
+    parser.add_argument("--tensor-model-parallel-size", type=_positive, default=1)
     parser.add_argument("--sequence-parallel", action="store_true")
-    parser.add_argument("--open-lines", type=int, default=64)
+    parser.add_argument("--open-lines", type=_positive, default=64)
     return parser
+
+
+def _positive(word: str) -> int:
+    number = int(word)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {number}")
+    return number
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def test_a_training_step_is_measured_with_equal_losses(tmp_path):
     assert out.returncode == 0, out.stderr
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
-    names = ["Megatron", "ours", "ours, in chunks", "ours, masked tokens not dropped"]
+    names = ["Megatron", "ours", "ours, full metrics, 3 channels", "ours, in chunks", "ours, masked tokens not dropped"]
     assert [row["implementation"] for row in rows] == names and all(float(row["step_ms"]) > 0.0 for row in rows)
     written = report()
     text = written.step_part(rows, written.RESULTS / "some-step.csv")

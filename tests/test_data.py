@@ -36,7 +36,9 @@ BAD = {
     json.dumps({"messages": [{"role": "user", "content": ["a"]}]}): "bad message: message 0: expected content that is",
     json.dumps({"messages": [*talk("a", "b"), {"role": "system", "content": "a"}]}): "late system message: message 2",
     json.dumps({"messages": [{**talk("a")[0], "tool_calls": [1]}, talk("a", "b")[1]]}): "tool calls: message 0",
-    json.dumps({"messages": talk("a", "b"), "channel": 3}): "bad channel: expected a name, got 3",
+    json.dumps({"messages": talk("a", "b"), "channel": 3}): "bad channel: expected a name without a comma, got 3",
+    json.dumps({"messages": talk("a", "\ud800")}): "not text: ",
+    json.dumps({"messages": talk("a", "b"), "channel": "c,d"}): "bad channel: expected a name without a comma",
     json.dumps({"messages": talk("a", "yes " * 200)}): "tokens, a line has 96",
 }
 
@@ -139,6 +141,23 @@ def test_long_conversations_are_cut_when_asked_and_dropped_when_nothing_is_left_
     assert (len(lines), report["truncated"], report["rejected"]) == (2, 1, 1)
     assert report["rejected_for"] == {"nothing trains": 1}
     assert report["length"]["max"] == 64 and report["packing_efficiency"] <= 1.0
+
+
+def test_bytes_that_are_no_text_cost_one_line(tmp_path):
+    tokenizer().save_pretrained(tmp_path / "tokenizer")
+    good = json.dumps(GOOD[0]).encode()
+    (tmp_path / "x.jsonl").write_bytes(
+        b"\xef\xbb\xbf" + good + b"\n" + good.replace(b"one", b"\xff\xfe") + b"\r\n" + good
+    )
+    _, report = prepare(tmp_path, "x", "--seq-length", "64")
+    assert report["conversations"] == 2 and report["rejected_for"] == {"not UTF-8": 1}
+
+
+@pytest.mark.parametrize("flag", ["--seq-length", "--open-lines", "--context-parallel-size"])
+def test_numbers_are_positive(folder, flag, capsys):
+    with pytest.raises(SystemExit):
+        data.main([str(folder / "law.jsonl"), "--tokenizer", str(folder / "tokenizer"), flag, "0"])
+    assert f"{flag}: expected 1 or more, got 0" in capsys.readouterr().err
 
 
 def test_an_earlier_list_of_rejected_lines_does_not_stay(folder, tmp_path):

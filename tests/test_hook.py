@@ -429,6 +429,12 @@ def test_details_and_the_callback_tell_the_same(facts, way):
     assert reports[1].get("channel/b tokens", 0) == 0
 
 
+def test_details_without_a_tally_are_refused():
+    with pytest.raises(ValueError, match=r"expected a tally that adds them up, got none; make a Tally"):
+        hook.with_metrics(forward_step, DFTConfig("dft", metrics="full"))
+    hook.with_metrics(forward_step, DFTConfig("dft"))
+
+
 def test_a_module_without_a_language_model_is_refused():
     with pytest.raises(ValueError, match=r"expected a Megatron language model .* got Linear"):
         install([torch.nn.Linear(2, 2)], DFTConfig(loss_type="dft"))

@@ -60,7 +60,7 @@ def install(model_chunks: Sequence[torch.nn.Module], config: DFTConfig) -> Seque
 def with_metrics(
     forward_step: Callable[..., Any],
     config: DFTConfig,
-    tally: AddToTally = lambda num_tokens, sums: None,
+    tally: AddToTally | None = None,
 ) -> Callable[..., Any]:
     """The same forward_step; the loss_func it returns reports the metrics of the objective as well.
 
@@ -68,10 +68,15 @@ def with_metrics(
         tally: gets, of each micro-batch, Megatron's num_tokens and the `Detail.sums` that the configuration asks for.
 
     Raises:
-        ValueError: for a callback that cannot be found.
+        ValueError: for a callback that cannot be found, or details that nobody adds up.
     """
     if not config.enabled:
         return forward_step
+    if tally is None and config.detail.names:
+        raise ValueError(
+            "metrics, channels: expected a tally that adds them up, got none; make a Tally(config.detail), pass its "
+            "add, and log its report() after each iteration"
+        )
     callback = load_function(config.callback, "--loss-callback") if config.callback else None
 
     @functools.wraps(forward_step)
@@ -163,7 +168,10 @@ def _bind(model: Any, config: DFTConfig) -> None:
 
 
 def _reporting(
-    loss_func: Callable[..., Any], config: DFTConfig, tally: AddToTally, callback: Callable[[TokenBatch], None] | None
+    loss_func: Callable[..., Any],
+    config: DFTConfig,
+    tally: AddToTally | None,
+    callback: Callable[[TokenBatch], None] | None,
 ) -> Callable[..., Any]:
     @functools.wraps(loss_func)
     def wrapped(output: Tensor | tuple[Tensor, Tensor], **kwargs: Any) -> Any:
@@ -185,7 +193,8 @@ def _reporting(
         losses = losses.masked_fill(loss_mask.view(losses.shape) == 0.0, 0.0)
         loss, num_tokens, report = loss_func((losses, loss_mask) if isinstance(output, tuple) else losses, **kwargs)
         stats, weights, channel = statistics
-        tally(num_tokens, config.detail.sums(stats, weights, channel))
+        if tally is not None:
+            tally(num_tokens, config.detail.sums(stats, weights, channel))
         return loss, num_tokens, {**report, **token_metrics(stats, config.objective, weights)}
 
     return wrapped

@@ -26,8 +26,11 @@ Encode = Callable[[list[Conversation]], list[Encoded | ValueError]]
 
 def enable_formats() -> None:
     """Teach Megatron's tokenizer for --sft the formats `chat` and `completion`; its own stay as they are."""
-    from megatron.core.tokenizers.text import libraries
-    from megatron.core.tokenizers.text.libraries.sft_tokenizer import PromptConfig, SFTTokenizer
+    try:
+        from megatron.core.tokenizers.text import libraries
+        from megatron.core.tokenizers.text.libraries.sft_tokenizer import PromptConfig, SFTTokenizer
+    except ModuleNotFoundError:
+        return  # a Megatron without --sft, which will say so
 
     class ChatTokenizer(SFTTokenizer):
         def __init__(self, tokenizer_path: str, prompt_format: str) -> None:
