@@ -85,11 +85,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    middles = [(i + 0.5) / BINS for i in range(BINS)]
+    edges = [i / BINS for i in range(BINS + 1)]
     figure, (tokens, gates, gradient) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
     for name, numbers in {"all": result, **result["channels"]}.items():
         style = {"color": "black", "linewidth": 2.5} if name == "all" else {}
-        tokens.step(middles, numbers["histogram"], where="mid", label=f"{name}: {numbers['mean_p']:.2f}", **style)
+        tokens.stairs(numbers["histogram"], edges, label=f"{name}: {numbers['mean_p']:.2f}", **style)
     tokens.set(title="share of tokens by p; mean p", xlabel="p, before training")
     tokens.legend()
     names = list(result["objectives"])
@@ -97,7 +97,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     gates.set(title="gate mass: share of nll's gradient let through")
     for name in dict.fromkeys(("nll", result["advice"]["objective"], "dft")):
         if name in result["objectives"]:
-            gradient.plot(middles, result["objectives"][name]["gradient_by_p"], marker="o", label=name)
+            gradient.stairs(result["objectives"][name]["gradient_by_p"], edges, label=name)
     gradient.set(title="share of the gradient by p", xlabel="p, before training")
     gradient.legend()
     figure.savefig(path, dpi=110)
