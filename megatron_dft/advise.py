@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import json
 import os
 import socket
@@ -42,8 +43,9 @@ def main(words: list[str]) -> None:
         objectives = [parse_objective(name) for name in dict.fromkeys(("nll", *ours.advise_objectives))]
         if "--full-validation" in words:
             raise ValueError("--full-validation: expected --advise-batches, which says how much data is read; drop it")
-        import matplotlib  # noqa: F401  before hours of work
-    except (ValueError, ModuleNotFoundError) as error:
+        if importlib.util.find_spec("matplotlib") is None:  # before the model is loaded
+            raise ValueError("expected matplotlib, for the picture, got none; pip install 'megatron_dft[tools]'")
+    except ValueError as error:
         sys.exit(f"megatron_dft.advise: {error}")
     _one_rank_alone()
     report = functools.partial(write, out=ours.advise_out)

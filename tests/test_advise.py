@@ -74,6 +74,12 @@ def test_what_cannot_be_done_is_said_in_one_line(words, expected, monkeypatch):
         advise.main(words)
 
 
+def test_what_is_not_installed_is_said_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="expected matplotlib, for the picture, got none; pip install"):
+        advise.main(["x.py"])
+
+
 def test_the_command_explains_itself(capsys):
     advise.main([])
     assert "--advise-batches N" in capsys.readouterr().out

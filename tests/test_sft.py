@@ -5,8 +5,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-pytest.importorskip("numpy")
-
 from megatron_dft.hosts.sft import _by_token, naming_channels
 
 NUMBERS = {"other": 0, "maths": 1, "code": 2}

@@ -14,7 +14,6 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy
 import torch
 
 from megatron_dft.channels import with_channels
@@ -31,6 +30,8 @@ def enable_formats() -> None:
         from megatron.core.tokenizers.text.libraries.sft_tokenizer import PromptConfig, SFTTokenizer
     except ModuleNotFoundError:
         return  # a Megatron without --sft, which will say so
+
+    import numpy
 
     class ChatTokenizer(SFTTokenizer):
         def __init__(self, tokenizer_path: str, prompt_format: str) -> None:
@@ -68,8 +69,10 @@ def encoder(folder: str, form: str) -> tuple[Any, Encode]:
         ValueError: for a folder without a tokenizer, or a tokenizer that the format cannot use.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    from transformers import AutoTokenizer
-
+    try:
+        from transformers import AutoTokenizer
+    except ModuleNotFoundError as error:
+        raise ValueError(f"expected transformers, got none ({error}); pip install 'megatron_dft[tools]'") from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
