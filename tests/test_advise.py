@@ -29,9 +29,15 @@ def run(host, checkpoint, name, *words, ranks=1):  # noqa: F811
     return json.loads((out / "advice.json").read_text()), done.stdout, out
 
 
+@pytest.fixture(scope="module")
+def one(host, checkpoint):  # noqa: F811
+    """Of one rank."""
+    return run(host, checkpoint, "one")
+
+
 @pytest.mark.host
-def test_the_survey_is_what_the_first_step_of_training_would_report(host, checkpoint):  # noqa: F811
-    result, shown, out = run(host, checkpoint, "one")
+def test_the_survey_is_what_the_first_step_of_training_would_report(host, checkpoint, one):  # noqa: F811
+    result, shown, out = one
     shortened = "--lr 1e-9 --train-iters 1"
     for loss_type in ("dft", "deft"):
         curves = host.curves(f"{host.sft} {checkpoint} --loss-type {loss_type} {shortened} --global-batch-size {LINES}")
@@ -48,16 +54,15 @@ def test_the_survey_is_what_the_first_step_of_training_would_report(host, checkp
 
 
 @pytest.mark.host
-def test_the_layout_changes_nothing(host, checkpoint):  # noqa: F811
-    one, _, _ = run(host, checkpoint, "again")
-    two, _, _ = run(host, checkpoint, "two", "--pipeline-model-parallel-size", "2", ranks=2)
-    tp, _, _ = run(host, checkpoint, "tp", "--tensor-model-parallel-size", "2", ranks=2)
-    for many in (two, tp):
-        assert many["tokens"] == one["tokens"]
-        assert many["histogram"] == pytest.approx(one["histogram"])
-        for name, found in one["objectives"].items():
-            for what, value in found.items():
-                assert many["objectives"][name][what] == pytest.approx(value, rel=1e-5, abs=1e-6)
+def test_the_layout_changes_nothing(host, checkpoint, one):  # noqa: F811
+    layout = ("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2")
+    many, _, _ = run(host, checkpoint, "many", *layout, ranks=4)
+    result, _, _ = one
+    assert many["tokens"] == result["tokens"]
+    assert many["histogram"] == pytest.approx(result["histogram"])
+    for name, found in result["objectives"].items():
+        for what, value in found.items():
+            assert many["objectives"][name][what] == pytest.approx(value, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize(
