@@ -14,17 +14,22 @@ STEPS = 12
 
 
 @pytest.mark.host
-def test_the_demo_ends_with_its_summary_and_a_second_one_gives_the_same(tmp_path, monkeypatch, capsys):
+def test_the_demo_ends_with_its_summary_and_a_run_gives_the_same_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(tmp_path)])
     for name, value in {"BASE_STEPS": 24, "TUNE_STEPS": STEPS, "EVAL_STEPS": STEPS, "PARITY_STEPS": 2}.items():
         monkeypatch.setattr(demo, name, value)
     monkeypatch.setattr(demo, "TRAINING", demo.TRAINING.replace("--eval-iters 11", "--eval-iters 1"))
 
-    def summary():
-        demo.main()
-        return {key: x for key, x in json.loads((tmp_path / "summary.json").read_text()).items() if key != "seconds"}
+    runs = []  # with their arguments and curves
+    train = demo.Demo.train
 
-    first = summary()
+    def remembered(self, name, **settings):
+        runs.append((self, name, settings, train(self, name, **settings)))
+        return runs[-1][-1]
+
+    monkeypatch.setattr(demo.Demo, "train", remembered)
+    demo.main()
+    first = json.loads((tmp_path / "summary.json").read_text())
     for name, run in first["objectives"].items():
         assert run["steps"] == len(run["train_lm_loss"]) == STEPS
         assert 0.0 < run["valid_prob"] < 1.0 and 0.0 < run["valid_accuracy"] < 1.0 and run["valid_lm_loss"] > 0.0
@@ -36,4 +41,6 @@ def test_the_demo_ends_with_its_summary_and_a_second_one_gives_the_same(tmp_path
     assert {"torch", "megatron-core"} <= set(first["versions"])
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     assert "fine-tuned, dft" in capsys.readouterr().out
-    assert summary() == first
+    again, name, settings, curves = runs[-1]
+    repeated = train(again, name, **settings)  # over what the first one has left
+    assert all(repeated[tag] == curves[tag] for tag in ("lm loss", "dft loss", "grad-norm"))
