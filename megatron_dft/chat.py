@@ -136,7 +136,8 @@ class ChatFormat:
                 )
             content = messages[i]["content"].strip()
             if i == turns[-1]:
-                closing = self._render(messages[: i + 1]).rpartition(content)[2].strip()
+                whole = text if i == len(messages) - 1 else self._render(messages[: i + 1])
+                closing = whole.rpartition(content)[2].strip()
             turn = _find(text, len(prompt), following, content, closing)
             if turn is None:
                 raise ValueError(f"message {i}: the chat template does not show its content as it is")
