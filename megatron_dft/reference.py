@@ -41,15 +41,16 @@ def shard_stats(
     names = row_names(needs)
     out = logits.new_zeros(len(names), len(logits), dtype=accumulation_dtype(logits))
     row = dict(zip(names, out, strict=True))
+    spare: Tensor | None = None
     for rows, x in _chunks(logits, valid, shard):
         maximum = x.amax(1) if shard.columns else x.new_full((len(x),), -torch.inf)
         row["maximum"][rows] = maximum
         # An all -inf row has nothing to subtract: keep its exponentials at 0 instead of NaN.
         x.sub_(maximum.masked_fill(maximum.isneginf(), 0.0)[:, None])
         if ENTROPY in needs:
-            exponential = _exp_(x.clone())
-            row["shifted_sum"][rows] = x.clamp_(min=UNDERFLOW).mul_(exponential).sum(1)
-            x = exponential
+            spare = torch.empty_like(x) if spare is None else spare  # once: the first chunk is the largest
+            shifted = torch.clamp(x, min=UNDERFLOW, out=spare[: len(x)])
+            row["shifted_sum"][rows] = shifted.mul_(_exp_(x)).sum(1)
         else:
             _exp_(x)
         row["sum"][rows] = x.sum(1)
