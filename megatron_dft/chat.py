@@ -175,11 +175,17 @@ class ChatFormat:
 
 
 def _find(text: str, begin: int, end: int, content: str, closing: str) -> int | None:
-    """Where a turn ends: behind its content, and its closing if that follows."""
-    for pattern in (rf"{re.escape(content)}\s*{re.escape(closing)}" if closing else "(?!)", re.escape(content)):
-        if found := re.compile(pattern).search(text, begin, end):
-            return found.end()
-    return None
+    """Where a turn ends: behind its content and its closing; behind its content, if no closing follows anywhere."""
+    first, at = None, text.find(content, begin, end)
+    while at >= 0:
+        behind = at + len(content)
+        first = behind if first is None else first
+        while behind < end and text[behind].isspace():
+            behind += 1
+        if closing and text.startswith(closing, behind, end):
+            return behind + len(closing)
+        at = text.find(content, at + 1, end)
+    return first
 
 
 def _of_text(encoding: Any, places: list[Span]) -> Encoded:
