@@ -361,7 +361,8 @@ FAULTS = [
           "index_copy(0, torch.arange(len(x)), x)", "hook", "details_and"),
     # What a user sees of the data before training
     Fault("prompt trains", "chat", "spans.append((len(prompt), turn))", "spans.append((0, turn))", *TEMPLATES),
-    Fault("reply without its closing token", "chat", "if closing and text.startswith(closing, behind, end):", "if False:", *TEMPLATES),
+    Fault("reply without its closing token", "chat", "if closing and text.startswith(closing, behind, end):",
+          "if False:", *TEMPLATES),
     Fault("reply of a later turn", "chat", "following = len(prompt)", "pass", "chat", "closes_the_last"),
     Fault("last token of a reply left out", "chat", "spans.append((first, last + 1))", "spans.append((first, last))",
           *TEMPLATES),
