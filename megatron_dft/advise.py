@@ -41,6 +41,8 @@ def main(words: list[str]) -> None:
     ours, words = parser.parse_known_args(words)
     try:
         objectives = [parse_objective(name) for name in dict.fromkeys(("nll", *ours.advise_objectives))]
+        if ours.advise_batches < 1:
+            raise ValueError(f"--advise-batches: expected 1 or more, got {ours.advise_batches}")
         if "--full-validation" in words:
             raise ValueError("--full-validation: expected --advise-batches, which says how much data is read; drop it")
         if importlib.util.find_spec("matplotlib") is None:  # before the model is loaded

@@ -17,6 +17,7 @@ tools and images. Needs a fast tokenizer of transformers.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -47,6 +48,13 @@ class Encoded:
         for first, last in self.spans:
             targets[first:last] = self.ids[first:last]
         return targets
+
+
+def spans_of(trains: Iterable[bool | int]) -> list[Span]:
+    """From what is true of each token to ranges of tokens."""
+    mask = [0, *trains, 0]
+    edges = [i - 1 for i in range(1, len(mask)) if mask[i] != mask[i - 1]]
+    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 class ChatFormat:
@@ -169,9 +177,7 @@ class ChatFormat:
             result = self.tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
         except Exception as error:
             return ValueError(f"the chat template refuses it: {error}")
-        mask = [0, *result["assistant_masks"], 0]
-        edges = [i - 1 for i in range(1, len(mask)) if mask[i] != mask[i - 1]]
-        return Encoded(list(result["input_ids"]), list(zip(edges[::2], edges[1::2], strict=True)))
+        return Encoded(list(result["input_ids"]), spans_of(result["assistant_masks"]))
 
 
 def _find(text: str, begin: int, end: int, content: str, closing: str) -> int | None:

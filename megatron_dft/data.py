@@ -18,7 +18,7 @@ message (an empty one is no message), and the channel of each. Train on it with
 --packing NAME      best-fit (default; all lengths are known first), first-fit (one pass; reads a pipe, `-`), none
 --too-long NAME     drop (default) or truncate conversations that are longer than a line
 --channel NAME      channel of lines that name none; default: the name of their file
---preview N         show N conversations as they train, token by token, and stop
+--preview N         show the first N conversations, and which parts of them train, and stop
 --context-parallel-size, --tensor-model-parallel-size, --sequence-parallel
                     as in the training run: how conversations are padded, and what the length has to be a multiple of
 --open-lines N      of first-fit (64)
@@ -37,6 +37,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
 
@@ -344,21 +345,13 @@ def _progress(lines: Iterator[tuple[Line, str | None]], files: list[Path]) -> It
     from tqdm import tqdm
 
     sizes = {file: file.stat().st_size for file in files if str(file) != "-"}
-    before = dict(zip(sizes, [0, *_running(sizes.values())], strict=False))
+    before = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
     with tqdm(total=sum(sizes.values()) or None, unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
         for item in lines:
             if item[0].number % BATCH == 1:
                 bar.update(before.get(item[0].file, 0) + item[0].offset - bar.n)
             yield item
         bar.update((bar.total or bar.n) - bar.n)
-
-
-def _running(sizes: Iterable[int]) -> list[int]:
-    total, sums = 0, []
-    for size in sizes:
-        total += size
-        sums.append(total)
-    return sums
 
 
 def show(report: dict[str, Any], out: Path) -> None:

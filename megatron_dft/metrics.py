@@ -19,7 +19,7 @@
     channel/NAME nll, loss, prob     means over the tokens of a channel, and how many those are: tokens
 
 All come from the loss itself: no second pass over the logits, and no collective of their own, for `Detail` rides with
-the count of valid tokens. The set of keys depends on the configuration alone, never on the data, because Megatron takes
+the count of valid tokens. The set of sums depends on the configuration alone, never on the data, because Megatron takes
 it from the first micro-batch, and because a channel may be missing on one rank.
 """
 

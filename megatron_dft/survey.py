@@ -63,11 +63,8 @@ class Survey:
 
     def totals(self, device: torch.device) -> Tensor:
         """All of it in one row, to be added up over ranks; zeros on a rank that has seen no token."""
-        count = len(self.channels)
-        each = count * len(OF_OBJECTIVE) + BINS
         if not self._sums:
-            size = count * (len(OF_TOKEN) + BINS) + each * len(self.objectives)
-            return torch.zeros(size, dtype=torch.float64, device=device)
+            return torch.zeros(sum(self._sizes()), dtype=torch.float64, device=device)
         return torch.cat([x.flatten() for x in self._sums])
 
     def result(self, totals: Tensor) -> dict[str, Any]:
@@ -77,7 +74,7 @@ class Survey:
             ValueError: if no token trains.
         """
         count = len(self.channels)
-        parts = iter(totals.cpu().split(self._sizes(count)))
+        parts = iter(totals.cpu().split(self._sizes()))
         tokens = next(parts).view(count, len(OF_TOKEN))
         bins = next(parts).view(count, BINS)
         if not tokens[:, 0].sum():
@@ -100,7 +97,8 @@ class Survey:
             numbers["gradient"] /= scale
         return {**every, "channels": named, "objectives": objectives, "advice": advice(every, named, objectives)}
 
-    def _sizes(self, count: int) -> list[int]:
+    def _sizes(self) -> list[int]:
+        count = len(self.channels)
         each = [count * len(OF_OBJECTIVE), BINS]
         return [count * len(OF_TOKEN), count * BINS, *each * len(self.objectives)]
 

@@ -70,6 +70,7 @@ def test_the_layout_changes_nothing(host, checkpoint, one):  # noqa: F811
     [
         (["nowhere.py"], "expected the path of a Python script, got 'nowhere.py'"),
         (["x.py", "--advise-objectives", "dtf"], "unknown objective 'dtf': .*did you mean 'dft'"),
+        (["x.py", "--advise-batches", "0"], "--advise-batches: expected 1 or more, got 0"),
         (["x.py", "--full-validation"], "--full-validation: expected --advise-batches"),
     ],
 )

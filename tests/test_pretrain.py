@@ -167,7 +167,7 @@ def test_histograms_and_channels_agree_with_one_rank(host, checkpoint, ranks, la
 
 @pytest.mark.host
 def test_channels_are_those_of_the_conversations(host, checkpoint):
-    """One line to a batch, so that most channels are missing now and then."""
+    """Two packed lines to a batch, one for each rank."""
     flags = f"{host.sft} {checkpoint} {DETAILS} --global-batch-size 2 --train-iters 6"
     curves = host.curves(flags, ranks=2)
     assert sum("/0." in tag for tag in curves) == 2 * 2 * 10  # as iterations and as samples

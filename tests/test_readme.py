@@ -49,7 +49,6 @@ def test_flags_exist(name):
     known = {
         flag for action in DFTConfig.add_arguments(argparse.ArgumentParser())._actions for flag in action.option_strings
     }
-    known |= {"--loss-scale", "--loss-type"}
     for flag in re.findall(r"(?<![\w-])--(?:no-)?loss-[a-z-]*[a-z]", PAGES[name]):
         assert flag in known, flag
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from megatron_dft.channels import with_channels
-from megatron_dft.chat import FORMATS, IGNORE_INDEX, ChatFormat, Conversation, Encoded
+from megatron_dft.chat import FORMATS, IGNORE_INDEX, ChatFormat, Conversation, Encoded, spans_of
 
 MEGATRON_FORMATS = ("nemotron-nano-v2", "nemotron-h-aligned")  # of which Megatron masks what is not the assistant's
 Encode = Callable[[list[Conversation]], list[Encoded | ValueError]]
@@ -93,16 +93,13 @@ def _by_megatron(host: Any, conversation: Conversation) -> Encoded | ValueError:
         ids, targets = host.tokenize_conversation(conversation, return_target=True, add_generation_prompt=False)
     except (ValueError, AssertionError) as error:
         return ValueError(str(error).partition("\n")[0])
-    trains = [False, *(targets != IGNORE_INDEX).tolist(), False]
-    edges = [i - 1 for i in range(1, len(trains)) if trains[i] != trains[i - 1]]
-    return Encoded(ids.tolist(), list(zip(edges[::2], edges[1::2], strict=True)))
+    return Encoded(ids.tolist(), spans_of((targets != IGNORE_INDEX).tolist()))
 
 
 def naming_channels(provider: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
     """A provider of data sets, and channels on the labels of those that are Megatron's for --sft.
 
-    Raises:
-        ValueError: if there are other data sets; those put channels on their labels themselves.
+    Other data sets are left alone: they put channels on their labels themselves, or all their tokens are `other`.
     """
 
     @functools.wraps(provider)
