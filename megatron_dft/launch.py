@@ -33,9 +33,9 @@ def run(words: list[str], program: str, enable: Callable[[DFTConfig], None]) -> 
     if not os.path.isfile(script):
         sys.exit(f"{program}: expected the path of a Python script, got {script!r}; the script comes first")
     sys.path.insert(0, os.path.dirname(os.path.abspath(script)))  # a checkout's own Megatron goes before a wheel's
-    on_cpu, words = _device(words)
+    on_cpu, words = device_of(words)
     try:
-        config = _config(words)
+        config = config_of(words)
         if on_cpu:
             words = cpu.complete_arguments(words)
             cpu.enable()
@@ -52,7 +52,7 @@ def _enable(config: DFTConfig) -> None:
     megatron_lm.enable(config)
 
 
-def _device(words: list[str]) -> tuple[bool, list[str]]:
+def device_of(words: list[str]) -> tuple[bool, list[str]]:
     """Whether to run on the CPU, and the arguments without --device, which the script does not know."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--device", choices=cpu.DEVICES, default="cuda")
@@ -60,7 +60,7 @@ def _device(words: list[str]) -> tuple[bool, list[str]]:
     return cpu.is_meant_by(known.device), rest
 
 
-def _config(words: list[str]) -> DFTConfig:
+def config_of(words: list[str]) -> DFTConfig:
     """Our flags. They stay in the arguments: the host parses and records them too."""
     parser = DFTConfig.add_arguments(argparse.ArgumentParser(allow_abbrev=False, add_help=False))
     return DFTConfig.from_args(parser.parse_known_args(words)[0])

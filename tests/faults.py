@@ -446,6 +446,21 @@ FAULTS = [
     Fault("recipe of the file over --recipe", "bridge", "return recipe or name,", "return name or recipe,",
           "bridge", "command_line_wins"),
     Fault("NeMo 3 without a word", "hosts/nemo", "{metadata.version('nemo-toolkit')}", "2.7.3", "nemo", "nemo_3"),
+    # Before a run
+    Fault("missing ranks not looked for", "doctor", "missing = _wait(range(run.world_size)", "missing = _wait(range(0)",
+          "doctor", "missing_ranks_are_named"),
+    Fault("sum not checked", "doctor", "if any(x != expected for x in sums):", "if False:", "doctor", "wrong_sum"),
+    Fault("no deadline", "doctor", "    watchdog.start()\n", "", "doctor", "a_check_that_hangs and not ranks1"),
+    Fault("trouble of another node forgotten", "doctor", "return int(troubles > 0 or bool(run.elsewhere))",
+          "return int(troubles > 0)", "doctor", "trouble_on_one_node"),
+    Fault("nodes that differ", "doctor", "if text and own in (first, node):", "if False:",
+          "doctor", "nodes_that_differ"),
+    Fault("loopback between nodes", "doctor", "address_of_own.is_loopback", "address_of_own.is_multicast",
+          "doctor", "names_of_the_network"),
+    Fault("first trouble of a layout only", "hosts/preflight", "yield from troubles\n    if",
+          "yield from troubles[:1]\n    if", "doctor", "every_trouble and sizes"),
+    Fault("padding without a word", "hosts/preflight", "elif padded > size and true is None:", "elif False:",
+          "doctor", "worth_knowing"),
 ]
 # fmt: on
 

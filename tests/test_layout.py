@@ -33,6 +33,7 @@ FLOORS = {
     "bridge": 7,
     "data": 7,
     "advise": 8,
+    "doctor": 8,
     "__init__": 9,
 }
 HOST_PACKAGES = {"megatron", "nemo", "transformers", "transformer_engine", "datasets", "apex", "lightning"}

@@ -1,0 +1,301 @@
+"""What the arguments of a Megatron run say, before it runs: layout, vocabulary, objective, files.
+
+Megatron's own parser reads them, so defaults, YAML files and new flags are those of the Megatron that will train. The
+layout is then checked by arithmetic, which names every trouble where Megatron stops at the first, and Megatron's own
+validation has the last word. No process group, model or data set is made. Left out: what only a built model shows
+(whether it fits into memory, whether a checkpoint fits the model), and sizes that --use-checkpoint-args reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import importlib.util
+import io
+import json
+import os
+import runpy
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+
+from megatron_dft.config import DFTConfig
+from megatron_dft.hosts import compat, megatron_lm
+from megatron_dft.objectives import nearest
+
+# Settings under which the layers of a model are not simply divided by the number of stages.
+UNEVEN = (
+    *("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers", "pipeline_model_parallel_layout"),
+    *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split", "hybrid_layer_pattern"),
+)
+DATA = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
+
+
+class Finding(NamedTuple):
+    """One line of the report. Level: ok, note (worth knowing) or trouble (the run would fail, or mislead)."""
+
+    level: str
+    subject: str
+    text: str
+
+
+def trouble(subject: str, expected: str, got: object, remedy: str) -> Finding:
+    """What was expected, what was got, and what to do."""
+    return Finding("trouble", subject, f"expected {expected}, got {got}; {remedy}")
+
+
+def megatron_in_use() -> tuple[str, str] | None:
+    """Version and folder of the Megatron-Core that an import would find; nothing is imported."""
+    try:
+        spec = importlib.util.find_spec("megatron.core")
+    except ModuleNotFoundError:
+        return None
+    if spec is None or spec.origin is None:
+        return None
+    folder = Path(spec.origin).parent
+    return runpy.run_path(str(folder / "package_info.py"))["__version__"], str(folder)
+
+
+def settings_of(script: str, words: list[str], world_size: int) -> tuple[Any, list[str]]:
+    """Megatron's arguments, and the flags among `words` that it does not know.
+
+    Raises:
+        ValueError: if there is no Megatron with a pretrain() that we know, or its parser refuses the arguments.
+    """
+    quietly(megatron_lm.enable, DFTConfig())
+    from megatron.training import arguments
+
+    sys.argv = [script, *words]
+    os.environ["WORLD_SIZE"] = str(world_size)
+    parsed = quietly(arguments.parse_args, None, True)
+    parser = arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    defaults, rest = parser.parse_known_args(words)
+    settings = vars(defaults) | vars(parsed)
+    for section in ("model_parallel", "language_model"):  # of a YAML file, which replaces the flags
+        settings |= vars(settings.get(section, SimpleNamespace()))
+    known = [flag for action in parser._actions for flag in action.option_strings]
+    unknown = [word.split("=")[0] for word in rest if word.startswith("--")]
+    return SimpleNamespace(**settings), [flag + nearest(flag, known).replace(";", ",") for flag in unknown]
+
+
+def quietly(function: Callable[..., Any], *args: Any) -> Any:
+    """What it returns, without what it prints; whatever ends it becomes a ValueError of one line."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            return function(*args)
+    except SystemExit:
+        text = (said.getvalue().strip().splitlines() or [f"{function.__name__} ended the process"])[-1]
+    except Exception as error:
+        text = str(error) or f"{type(error).__name__} at: {traceback.extract_tb(error.__traceback__)[-1].line}"
+    raise ValueError(" ".join(text.split()))
+
+
+def layout(settings: Any, world_size: int) -> Iterator[Finding]:
+    """Every size that does not go into another."""
+    if settings.use_checkpoint_args:
+        yield Finding("note", "layout", "--use-checkpoint-args: sizes come from the checkpoint, and are not checked")
+        return
+    tp, pp, cp = (_size(settings, f"{axis}_parallel_size") for axis in ("tensor_model", "pipeline_model", "context"))
+    troubles = [*_ranks(settings, world_size, tp, pp, cp), *_model(settings, tp, pp), *_sequence(settings, tp, cp)]
+    yield from troubles
+    if settings.sequence_parallel and tp == 1:
+        yield Finding("note", "layout", "--sequence-parallel without tensor parallelism: Megatron turns it off")
+    if not troubles:
+        dp = world_size // (tp * pp * cp)
+        text = f"world size {world_size} = tensor {tp} x pipeline {pp} x context {cp} x data {dp}"
+        yield Finding("ok", "layout", text)
+
+
+def _ranks(s: Any, world_size: int, tp: int, pp: int, cp: int) -> Iterator[Finding]:
+    what = f"tensor {tp} x pipeline {pp} x context {cp}"
+    yield from _multiple("world size", world_size, tp * pp * cp, what)
+    ep, etp, experts = (
+        _size(s, "expert_model_parallel_size"),
+        _size(s, "expert_tensor_parallel_size", tp),
+        s.num_experts,
+    )
+    if ep > 1:
+        what = f"expert {ep} x expert tensor {etp} x pipeline {pp}"
+        yield from _multiple("world size", world_size, ep * etp * pp, what)
+        yield from _multiple("--num-experts", experts, ep, "expert parallel size")
+        if not experts:
+            yield trouble("layout", f"--num-experts beside --expert-model-parallel-size {ep}", "none", "add it")
+    if world_size % (tp * pp * cp) == 0 and not s.rampup_batch_size:
+        micro, dp = _size(s, "micro_batch_size"), world_size // (tp * pp * cp)
+        what = f"micro-batch {micro} x data parallel {dp}"
+        yield from _multiple("--global-batch-size", s.global_batch_size, micro * dp, what)
+
+
+def _model(s: Any, tp: int, pp: int) -> Iterator[Finding]:
+    heads, groups = s.num_attention_heads, s.num_query_groups if s.group_query_attention else None
+    yield from _multiple("--num-attention-heads", heads, tp, "tensor parallel size")
+    if groups and groups % tp and tp % groups:
+        yield trouble("layout", f"--num-query-groups to divide {tp}, or be a multiple of it", groups, "change one")
+    if heads and not s.kv_channels:
+        yield from _multiple("--hidden-size", s.hidden_size, heads, "attention heads")
+    yield from _multiple("--ffn-hidden-size", s.ffn_hidden_size, tp, "tensor parallel size")
+    if not any(getattr(s, name, None) for name in UNEVEN):
+        parts = _size(s, "num_virtual_stages_per_pipeline_rank") * _size(s, "num_layers_per_virtual_pipeline_stage")
+        what = f"pipeline {pp} x virtual stages or their layers {parts}" if parts > 1 else f"pipeline {pp}"
+        yield from _multiple("--num-layers", s.num_layers, pp * parts, what)
+
+
+def _sequence(s: Any, tp: int, cp: int) -> Iterator[Finding]:
+    if cp > 1:
+        yield from _multiple("--seq-length", s.seq_length, 2 * cp, f"2 x context {cp}")
+    if s.sequence_parallel:
+        yield from _multiple("--seq-length", s.seq_length, cp * tp, f"context {cp} x tensor {tp}, --sequence-parallel")
+
+
+def validation(on_cpu: bool) -> Iterator[Finding]:
+    """Megatron's own last word on its arguments, and on the configuration of the model that follows from them."""
+    from megatron.training import arguments, yaml_arguments
+
+    if not on_cpu and not torch.cuda.is_available():
+        yield Finding("note", "validation", "Megatron's own asks the GPU, and was left out: there is none here")
+        return
+    settings = quietly(arguments.parse_args, None, True)  # fresh ones, which it changes
+    if settings.yaml_cfg is not None:
+        quietly(yaml_arguments.validate_yaml, settings)
+    else:
+        quietly(arguments.validate_args, settings)
+        quietly(arguments.core_transformer_config_from_args, settings)
+    yield Finding("ok", "validation", "Megatron's own accepts the arguments")
+
+
+def vocabulary(settings: Any, config: DFTConfig | None) -> Iterator[Finding]:
+    """Whether padding columns take part in p, and whether what is said about them is true."""
+    settings, tp = copy.copy(settings), _size(settings, "tensor_model_parallel_size")
+    yield from _multiple(
+        "--padded-vocab-size", getattr(settings, "padded_vocab_size", None), tp, "tensor parallel size"
+    )
+    path = settings.tokenizer_model
+    if settings.tokenizer_type is None or (path and not os.path.exists(path)):
+        yield Finding("note", "vocabulary", "its size is not known without the tokenizer")
+        return
+    size = quietly(_tokenizer, settings).vocab_size
+    padded, true = settings.padded_vocab_size or size, config and config.true_vocab_size
+    text = f"{size} words, {padded - size} columns of padding"
+    if padded < size:
+        yield trouble("vocabulary", f"--padded-vocab-size of {size} or more", padded, "it is the tokenizer's size")
+    elif true is not None and true != size:
+        yield trouble("vocabulary", f"--loss-true-vocab-size {size}, the tokenizer's", true, f"of {padded} columns")
+    elif padded > size and true is None:
+        text += f" that take part in the softmax and in p; --loss-true-vocab-size {size} leaves them out"
+        yield Finding("note", "vocabulary", text)
+    else:
+        yield Finding("ok", "vocabulary", text)
+
+
+def _tokenizer(settings: Any) -> Any:
+    """Megatron's own tokenizer; it writes the padded size into the settings."""
+    try:
+        from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+    except ModuleNotFoundError:  # 0.17
+        from megatron.training.tokenizer import build_tokenizer
+    return build_tokenizer(settings)
+
+
+def objective(settings: Any, config: DFTConfig | None, without_gpu: bool) -> Iterator[Finding]:
+    """Whether the loss can take the place of Megatron's; `without_gpu`: those of the run are on another machine."""
+    if config is None or not config.enabled:
+        text = "Megatron's own loss (no --loss-type)"
+        yield from () if config is None else [Finding("note", "objective", text)]
+        return
+    troubles = []
+    for check in (
+        lambda: compat.check_settings(settings, dataclasses.replace(config, backend="auto")),
+        lambda: None if without_gpu else compat.backend(config),
+    ):
+        try:
+            check()
+        except ValueError as error:
+            troubles.append(Finding("trouble", "objective", str(error)))
+    yield from troubles or [Finding("ok", "objective", str(config.objective))]
+    if not settings.calculate_per_token_loss:
+        text = "without --calculate-per-token-loss a token weighs more in micro-batches and ranks where few are valid"
+        yield Finding("note", "objective", text)
+
+
+def files(settings: Any) -> Iterator[Finding]:
+    """What the run reads and writes."""
+    for path in () if settings.mock_data else _data(settings):
+        yield from _conversations(path) if getattr(settings, "sft", False) else _indexed(path)
+    tokenizer = settings.tokenizer_model
+    if tokenizer and not os.path.exists(tokenizer):
+        if tokenizer.startswith(("/", ".", "~")) or tokenizer.count("/") != 1:
+            yield trouble("files", f"a tokenizer at {tokenizer}", "none", "check --tokenizer-model")
+        else:
+            yield Finding("note", "files", f"--tokenizer-model {tokenizer} is not here: every rank would download it")
+    for flag, folder in (("--load", settings.load), ("--pretrained-checkpoint", settings.pretrained_checkpoint)):
+        if folder and not os.path.isfile(os.path.join(folder, "latest_checkpointed_iteration.txt")):
+            found = Finding("note", "files", f"{flag}: no checkpoint at {folder}: training starts from scratch")
+            if settings.exit_on_missing_checkpoint:
+                found = trouble("files", f"{flag}: a checkpoint at {folder}", "none", "check the path")
+            yield found
+    yield from _saved(settings)
+
+
+def _saved(settings: Any) -> Iterator[Finding]:
+    """Whether a checkpoint can be written, and whether a run that is started again goes on from it."""
+    if not settings.save:
+        yield Finding("note", "files", "without --save nothing of the training is kept")
+        return
+    folder = Path(settings.save).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        yield trouble("files", f"--save {settings.save} to be a folder that can be written", folder, "choose another")
+    if settings.load != settings.save or settings.finetune:
+        text = (
+            "a run that is started again (--max-restarts, a requeued job) begins at iteration 0; to go on, --load the "
+        )
+        text += "folder of --save without --finetune, and give the base model as --pretrained-checkpoint"
+        yield Finding("note", "files", text)
+
+
+def _data(settings: Any) -> Iterator[str]:
+    """The paths in Megatron's lists of [weight] path."""
+    for name in DATA:
+        words = getattr(settings, name) or []
+        for word in words.split() if isinstance(words, str) else words:
+            if not word.replace(".", "", 1).isdigit():
+                yield word
+
+
+def _indexed(path: str) -> Iterator[Finding]:
+    missing = [path + ending for ending in (".bin", ".idx") if not os.path.isfile(path + ending)]
+    if missing:
+        yield trouble("files", f"data at {path}", f"no {' and no '.join(missing)}", "name it without its ending")
+
+
+def _conversations(path: str) -> Iterator[Finding]:
+    remedy = "see python -m megatron_dft.data"
+    if not os.path.isfile(path):
+        yield trouble("files", f"a JSONL file for --sft at {path}", "none", remedy)
+        return
+    with open(path, errors="replace") as lines:
+        first = lines.readline()
+    try:
+        messages = json.loads(first)["messages"]
+    except (ValueError, KeyError, TypeError):
+        messages = None
+    if not messages:
+        yield trouble("files", f"lines with `messages` in {path}", repr(first[:60]), remedy)
+
+
+def _multiple(name: str, number: int | None, of: int, what: str) -> Iterator[Finding]:
+    if number and number % of:
+        yield trouble("layout", f"{name} to be a multiple of {of} ({what})", number, "change one of them")
+
+
+def _size(settings: Any, name: str, default: int = 1) -> int:
+    return getattr(settings, name, None) or default

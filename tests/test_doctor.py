@@ -1,0 +1,434 @@
+"""python -m megatron_dft.doctor: each trouble is found and named, a clean run has none, and nothing hangs."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from host_runs import EXAMPLE, FORK, ROOT
+from test_pretrain import MOCK, MODEL
+
+from megatron_dft import doctor
+from megatron_dft.hosts import preflight
+
+LO = {"GLOO_SOCKET_IFNAME": "lo"}  # the name of this machine may be that of a network that is not there
+
+
+class Asked:
+    """Doctors on ranks of their own: forked, with the environment that a launcher would give them."""
+
+    def __init__(self, folder, words, ranks=(), size=0, nodes=False, change=None, **environment):
+        self.folder = folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        self.processes = {}
+        for rank in ranks or (None,):
+            own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size or len(ranks)), **LO}
+            local = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"} if nodes else {"LOCAL_RANK": str(rank)}
+            own |= {"RANK": str(rank), "LOCAL_WORLD_SIZE": str(len(ranks)), **local}
+            args = (rank, folder, words if ranks == () or isinstance(words, list) else words[rank], change)
+            self.processes[rank] = FORK.Process(target=_doctor, args=(*args, (own if ranks else {}) | environment))
+            self.processes[rank].start()
+
+    def wait(self, seconds=90.0):
+        """Exit codes and outputs, in the order of ranks."""
+        deadline = time.monotonic() + seconds
+        for process in self.processes.values():
+            process.join(max(0.0, deadline - time.monotonic()))
+        codes = [process.exitcode for process in self.processes.values()]
+        for process in self.processes.values():
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGKILL)
+        assert None not in codes, (codes, self.outputs())
+        return codes, self.outputs()
+
+    def outputs(self):
+        return [(self.folder / f"{rank}.txt").read_text(errors="replace") for rank in self.processes]
+
+
+def _doctor(rank, folder, words, change, environment):
+    with (folder / f"{rank}.txt").open("w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    os.environ |= environment
+    if change is not None:
+        change(rank)
+    doctor.main(words)
+
+
+def troubles(output):
+    return re.findall(r"^  trouble  (.*)$", output, re.M)
+
+
+def asked(folder, flags, *, words=(), **kwargs):
+    """Exit code and output of a doctor that is asked about a run of the example, without ranks."""
+    pytest.importorskip("megatron.training")
+    words = [*words, str(EXAMPLE), "--device", "cpu", *flags.split()]
+    (code,), (output,) = Asked(folder, words, **kwargs).wait()
+    return code, output
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """A rank of two nodes, as a launcher starts it, for checks that are called by themselves."""
+    environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", **LO}
+    for name, value in {**environment, "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    return lambda *words: doctor.read([*words])
+
+
+@pytest.mark.host
+def test_a_clean_run_has_no_trouble_and_nothing_to_note(tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "latest_checkpointed_iteration.txt").write_text("3")
+    flags = f"{MOCK} --loss-type dft --loss-true-vocab-size 120 --calculate-per-token-loss --save-interval 3 "
+    flags += f"--tensor-model-parallel-size 2 --sequence-parallel --load {checkpoint} --save {checkpoint}"
+    code, output = asked(tmp_path, flags, words=["--world-size", "4"])
+    assert code == 0, output
+    assert "layout: world size 4 = tensor 2 x pipeline 1 x context 1 x data 2" in output
+    assert "validation: Megatron's own accepts" in output and "vocabulary: 120 words, 8 columns" in output
+    assert "objective: dft" in output and output.endswith("no trouble\n")
+    assert not re.search("^  (note|trouble)", output, re.M), output
+
+
+# World size, flags, and every trouble that they are.
+ARGUMENTS = {
+    "sizes": (
+        12,
+        MOCK + "--tensor-model-parallel-size 3 --pipeline-model-parallel-size 4 --context-parallel-size 2 "
+        "--calculate-per-token-loss --expert-model-parallel-size 7 --num-experts 5 --sequence-parallel "
+        "--group-query-attention --num-query-groups 2 --ffn-hidden-size 64",
+        [
+            r"layout: expected world size to be a multiple of 24 \(tensor 3 x pipeline 4 x context 2\), got 12",
+            r"layout: expected world size to be a multiple of 84 \(expert 7 x expert tensor 3 x pipeline 4\), got 12",
+            r"layout: expected --num-experts to be a multiple of 7 .*, got 5",
+            r"layout: expected --num-attention-heads to be a multiple of 3 .*, got 4",
+            r"layout: expected --num-query-groups to divide 3, or be a multiple of it, got 2",
+            r"layout: expected --ffn-hidden-size to be a multiple of 3 .*, got 64",
+            r"layout: expected --num-layers to be a multiple of 4 \(pipeline 4\), got 2",
+            r"layout: expected --seq-length to be a multiple of 6 .*--sequence-parallel\), got 256",
+        ],
+    ),
+    "batch, heads and virtual stages": (
+        8,
+        MOCK + "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --num-attention-heads 5 "
+        "--expert-model-parallel-size 2",
+        [
+            r"layout: expected --num-experts beside --expert-model-parallel-size 2, got none",
+            r"layout: expected --global-batch-size to be a multiple of 4 \(micro-batch 1 x data parallel 4\), got 6",
+            r"layout: expected --hidden-size to be a multiple of 5 \(attention heads\), got 32",
+            r"layout: expected --num-layers to be a multiple of 4 \(pipeline 2 x .* 2\), got 2",
+        ],
+    ),
+    "context parallelism and vocabulary": (
+        4,
+        MOCK + "--context-parallel-size 4 --seq-length 252 --loss-type dft --loss-true-vocab-size 119",
+        [
+            r"layout: expected --seq-length to be a multiple of 8 \(2 x context 4\), got 252",
+            r"objective: .*expected --calculate-per-token-loss with --context-parallel-size 4",
+            r"vocabulary: expected --loss-true-vocab-size 120, the tokenizer's, got 119; of 128 columns",
+        ],
+    ),
+    "a vocabulary that is not divided": (
+        2,
+        MOCK + "--tensor-model-parallel-size 2 --padded-vocab-size 119",
+        [
+            r"layout: expected --padded-vocab-size to be a multiple of 2 .*, got 119",
+            r"vocabulary: expected --padded-vocab-size of 120 or more, got 119",
+        ],
+    ),
+    "Megatron's parser": (1, MOCK + "--num-layers two", [r"arguments: .*--num-layers: invalid int value: 'two'"]),
+    "no CPU": (1, MOCK + "--fp8-format hybrid", [r"arguments: --device cpu: expected a run without CUDA kernels"]),
+    "Megatron's arguments, and files": (
+        1,
+        MODEL + "--tokenizer-type SFTTokenizer --tokenizer-model /nowhere/tokenizer --data-path 0.3 {x} 0.7 {x}/b "
+        "--save {x}/chat.jsonl/out --load {x} --exit-on-missing-checkpoint",
+        [
+            r"validation: AssertionError at: assert args.save_interval is not None",
+            r"files: expected data at \S+, got no \S+\.bin and no \S+\.idx",
+            r"files: expected data at \S+/b, got no \S+/b\.bin and no \S+/b\.idx",
+            r"files: expected a tokenizer at /nowhere/tokenizer, got none",
+            r"files: expected --load: a checkpoint at \S+, got none",
+            r"files: expected --save \S+/out to be a folder that can be written, got \S+/chat\.jsonl",
+        ],
+    ),
+    "Megatron's model, objective and conversations": (
+        1,
+        MODEL + "--sft --tokenizer-type NullTokenizer --vocab-size 120 --train-data-path {x}/chat.jsonl "
+        "--valid-data-path {x}/none.jsonl --recompute-granularity full --loss-type dtf",
+        [
+            r"validation: .*recompute_method",
+            r"files: expected lines with `messages` in \S+/chat\.jsonl, got '\{\"text\": 1\}",
+            r"files: expected a JSONL file for --sft at \S+/none\.jsonl, got none",
+            r"objective: unknown objective 'dtf': .*did you mean 'dft'",
+        ],
+    ),
+}
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_every_trouble_of_the_arguments_is_named(name, tmp_path):
+    world_size, flags, expected = ARGUMENTS[name]
+    (tmp_path / "chat.jsonl").write_text('{"text": 1}\n')
+    code, output = asked(tmp_path, flags.format(x=tmp_path), words=["--world-size", str(world_size)])
+    found = troubles(output)
+    assert code == 1 and len(found) == len(expected), output
+    for text, pattern in zip(sorted(found), sorted(expected), strict=True):
+        assert re.search(pattern, text), (pattern, output)
+
+
+# Flags of a run that will start, and what is worth knowing about it.
+NOTES = {
+    "": [
+        "ranks: checked for 1,",
+        r"vocabulary: .*8 columns of padding that take part in .* p; --loss-true-vocab-size 120 leaves them out",
+        "objective: without --calculate-per-token-loss a token weighs more",
+        "files: without --save nothing",
+    ],
+    "--sequence-parallel --tensor-model-paralel-size=4 --loss-type ce --save {x}/a --save-interval 1 --load {x}/none": [
+        "layout: --sequence-parallel without tensor parallelism",
+        "files: --load: no checkpoint at .*/none: training starts from scratch",
+        "files: a run that is started again .* begins at iteration 0",
+        "arguments: Megatron does not know --tensor-model-paralel-size, did you mean '--tensor-model-parallel-size'",
+        "objective: Megatron's own loss",
+    ],
+    "--tokenizer-type HuggingFaceTokenizer --tokenizer-model Qwen/none --use-checkpoint-args": [
+        "files: --tokenizer-model Qwen/none is not here: every rank would download it",
+        "vocabulary: its size is not known without the tokenizer",
+        "layout: --use-checkpoint-args: sizes come from the checkpoint",
+    ],
+}
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("flags", NOTES)
+def test_what_is_worth_knowing_is_noted(flags, tmp_path):
+    _, output = asked(tmp_path, f"{MOCK} --loss-type dft {flags.format(x=tmp_path)}")
+    for pattern in NOTES[flags]:
+        assert re.search(f"^  note     {pattern}", output, re.M), (pattern, output)
+
+
+@pytest.mark.host
+def test_a_yaml_file_is_read_as_megatron_reads_it(tmp_path):
+    block = "dft: {loss_type: 'tsallis:q=0.5'}\ndisable_msc_deprecated: false\nenable_msc: false\n"
+    (tmp_path / "run.yaml").write_text(block + "model_parallel: {tensor_model_parallel_size: 3}\n")
+    _, output = asked(tmp_path, f"--yaml-cfg {tmp_path}/run.yaml --tokenizer-type NullTokenizer --vocab-size 8")
+    assert "world size to be a multiple of 3" in output and "objective: tsallis:q=0.5" in output
+
+
+@pytest.mark.host
+def test_nodes_that_agree_and_nodes_that_differ(tmp_path):
+    pytest.importorskip("megatron.training")
+    same = [str(EXAMPLE), "--device", "cpu", *MOCK.split(), "--loss-type", "dft"]
+    codes, outputs = Asked(tmp_path, same, ranks=(0, 1), nodes=True).wait()
+    assert codes == [0, 0], outputs
+    assert all("ok       nodes: 2 agree" in output and "ranks" in output for output in outputs)
+    other = [*same[:-1], "deft", "--seed", "7"]
+    codes, outputs = Asked(tmp_path, {0: same, 1: other}, ranks=(0, 1), nodes=True).wait()
+    assert codes == [1, 1], outputs
+    for output in outputs:
+        (text,) = troubles(output)
+        host = socket.gethostname()
+        assert re.match(rf"nodes: expected all nodes to be like {host} \(rank 0\), got {host} \(rank 1\) with ", text)
+        assert "objective: deft, not dft" in text and "--seed" in text and "--lr" not in text
+
+
+def test_words_that_both_nodes_have_are_not_shown():
+    expected, got = {"torch": "2", "arguments": ["a", "b"]}, {"torch": "3", "arguments": ["a", "c"]}
+    assert doctor.differences(expected, got) == "torch: 3, not 2; arguments: c, not b"
+    assert doctor.differences(expected, expected) == ""
+    swapped = {"arguments": ["b", "a"]}
+    assert doctor.differences({"arguments": ["a", "b"]}, swapped) == "arguments: b a, not a b"
+
+
+@pytest.mark.host
+def test_the_checkout_beside_a_script_is_the_megatron_in_use(tmp_path):
+    core = tmp_path / "megatron" / "core"
+    core.mkdir(parents=True)
+    for path in (core.parent / "__init__.py", core / "__init__.py", tmp_path / "script.py"):
+        path.write_text("")
+    (core / "package_info.py").write_text("__version__ = '0.99'")
+    command = [sys.executable, "-m", "megatron_dft.doctor", str(tmp_path / "script.py")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 1 and "megatron-core 0.99, megatron_dft" in run.stdout and f"from {core}" in run.stdout
+    assert "expected a Megatron with its own pretrain(), got none" in run.stdout
+
+
+def test_ranks_meet_and_their_sum_is_checked(tmp_path):
+    codes, (first, second) = Asked(tmp_path, ["--device", "cpu"], ranks=(0, 1)).wait()
+    assert codes == [0, 0], first
+    assert "ok       network: 2 ranks are there" in first and second == ""
+    assert re.search(r"note     network: gloo all-reduce over 2 ranks: \d+ us for 4 bytes, [\d.]+ ms for 4 MiB", first)
+
+
+def _wrong_numbers(rank):
+    if rank == 1:
+        full = torch.full
+        torch.full = lambda *args, **kwargs: full(*args, **kwargs) + 1.0
+
+
+def test_a_wrong_sum_is_trouble_on_every_rank(tmp_path):
+    codes, (first, _) = Asked(tmp_path, ["--device", "cpu"], ranks=(0, 1), change=_wrong_numbers).wait()
+    assert codes == [1, 1]
+    assert "expected sums of 1 from gloo, got 2.0 to 2.0" in first
+
+
+def _no_such_interface(rank):
+    if rank == 1:
+        os.environ["NCCL_SOCKET_IFNAME"] = "nowhere"
+
+
+def test_trouble_on_one_node_ends_all_with_an_error(tmp_path):
+    doctors = Asked(tmp_path, ["--device", "cpu"], ranks=(0, 1), nodes=True, change=_no_such_interface)
+    codes, (first, second) = doctors.wait()
+    assert codes == [1, 1]
+    assert not troubles(first) and first.endswith(f"  no trouble; trouble on {socket.gethostname()}\n")
+    assert len(troubles(second)) == 1 and second.endswith("  1 trouble\n")
+
+
+def test_missing_ranks_are_named_within_the_timeout(tmp_path):
+    start = time.monotonic()
+    words = ["--timeout", "2", "--device", "cpu"]
+    codes, (first, _) = Asked(tmp_path, words, ranks=(0, 2), size=4).wait(30.0)
+    assert codes == [1, 1] and time.monotonic() - start < 20.0
+    assert "expected all 4 ranks, got no sign of rank 1, 3 in 2 s" in first
+
+
+def test_a_first_rank_that_is_missing_is_trouble(tmp_path):
+    codes, (output,) = Asked(tmp_path, ["--timeout", "1", "--device", "cpu"], ranks=(1,), size=2).wait(30.0)
+    assert codes == [1] and "expected rank 0 to answer within 1 s at 127.0.0.1:" in output
+
+
+def test_a_port_that_is_taken_is_trouble(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        environment = {"MASTER_PORT": str(taken.getsockname()[1])}
+        codes, (output,) = Asked(tmp_path, ["--device", "cpu"], ranks=(0,), size=2, **environment).wait(30.0)
+    assert codes == [1] and "expected a free port for rank 0" in output
+
+
+def _hangs(rank):
+    def all_reduce(run):
+        time.sleep(60.0)
+
+    if rank in (None, 1):
+        doctor.all_reduce = doctor.gpus = all_reduce
+
+
+@pytest.mark.parametrize(("ranks", "seconds"), [((), 1), ((0, 1), 2)])
+def test_a_check_that_hangs_is_named_and_ends_the_doctor(ranks, seconds, tmp_path):
+    words = ["--timeout", "1", "--device", "cpu"]
+    codes, outputs = Asked(tmp_path, words, ranks=ranks, change=_hangs).wait(30.0)
+    assert set(codes) == {1}
+    assert "trouble  all_reduce: expected an answer" in outputs[0]
+    assert f"trouble  all_reduce: expected an answer within {seconds} s, got none" in outputs[-1]
+
+
+def test_a_check_that_fails_by_itself_does_not_hide_the_others(launched):
+    def broken(run):
+        yield preflight.Finding("ok", "first", "fine")
+        raise KeyError("second")
+
+    run = launched("--device", "cpu")
+    doctor.hear(run, 5.0, broken, run)
+    doctor.hear(run, 5.0, doctor.gpus, run)
+    levels = [(f.level, f.subject) for f in run.findings]
+    assert levels == [("ok", "first"), ("trouble", "broken"), ("ok", "GPUs")]
+    assert "this check of the doctor has itself failed: KeyError" in run.findings[1].text
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, ""),
+        ({"NCCL_SOCKET_IFNAME": "^docker0,nowhere"}, ""),
+        ({"NCCL_SOCKET_IFNAME": "l"}, ""),
+        ({"NCCL_SOCKET_IFNAME": "=l"}, "NCCL_SOCKET_IFNAME to be one of .*lo.*, got l;"),
+        ({"NCCL_SOCKET_IFNAME": "nowhere"}, "NCCL_SOCKET_IFNAME to be one of .*lo.*, got nowhere;"),
+        ({"GLOO_SOCKET_IFNAME": "lo,l"}, "GLOO_SOCKET_IFNAME to be one of .*lo.*, got l;"),
+        ({"GLOO_SOCKET_IFNAME": ""}, "the name of this host, localhost, to resolve to .*, got 127.0.0.1; gloo would"),
+        ({"MASTER_ADDR": "no host"}, "MASTER_ADDR to be a name or address that resolves, got 'no host'"),
+    ],
+)
+def test_names_of_the_network(launched, environment, expected, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("socket.gethostname", lambda: "localhost")
+    found = [finding.text for finding in doctor.names(launched("--device", "cpu"))]
+    assert len(found) == bool(expected), found
+    assert re.search(expected, "".join(found))
+
+
+GPU = SimpleNamespace(name="A", total_memory=8 << 30, major=9, minor=0)
+FREE = (7 << 30, 7 << 30)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "memory", "words", "expected"),
+    [
+        ([], FREE, [], ["trouble expected 1, one for each rank of this node, got 0; --device cpu"]),
+        ([], FREE, ["--world-size", "8"], ["note expected 1, one for each rank"]),
+        ([], FREE, ["--device", "cpu"], ["ok none is used"]),
+        ([GPU, GPU], FREE, [], ["ok 2: A, 7168 MiB, compute capability 9.0"]),
+        ([GPU], (1 << 30, 7 << 30), [], ["note GPU 0: 1024 of 7168 MiB are free", "ok 1: A"]),
+        ([GPU, SimpleNamespace(**{**vars(GPU), "name": "B"})], FREE, [], ["trouble expected one kind, got A, .*; B, "]),
+    ],
+)
+def test_gpus_are_counted_and_of_one_kind(gpus, memory, words, expected, monkeypatch):
+    """The driver's answers are made up: what is decided from them is looked at, on machines without a GPU, too."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: len(gpus))
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: gpus[index])
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda index: memory)
+    found = [f"{f.level} {f.text}" for f in doctor.gpus(doctor.read(words))]
+    for pattern in expected:
+        assert any(re.match(pattern, text) for text in found), found
+
+
+def test_software_that_is_too_old_is_trouble(monkeypatch):
+    monkeypatch.setattr(doctor, "OLDEST", {"torch": (99, 1)})
+    (text,) = (f.text for f in doctor.versions(doctor.read([])) if f.level == "trouble")
+    assert text.startswith(f"expected torch 99.1 or newer, got {torch.__version__}")
+
+
+def test_without_megatron_the_machine_is_examined_and_a_script_is_trouble(tmp_path):
+    code = "import sys; sys.modules['megatron'] = None; from megatron_dft import doctor; doctor.main(sys.argv[1:])"
+    for script, status, expected in (([], 0, "; no Megatron"), ([str(EXAMPLE)], 1, "its own pretrain(), got none")):
+        command = [sys.executable, "-c", code, "--device", "cpu", *script]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert run.returncode == status and expected in run.stdout, run.stderr
+
+
+def test_torchrun_starts_it(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "megatron_dft.doctor", "--timeout", "20", "--device", "cpu"]
+    with (tmp_path / "out").open("w") as out:
+        environment = {**os.environ, **LO, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, stdout=out, stderr=out, timeout=180, env=environment, cwd=ROOT, check=False)
+    output = (tmp_path / "out").read_text()
+    assert done.returncode == 0, output
+    assert output.count("megatron_dft.doctor: ") == 1 and "ranks 0 to 1 of 2" in output and "no trouble" in output
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["nowhere.py"], "expected the path of a Python script, got 'nowhere.py'"),
+        (["--world-size", "8"], "--world-size: expected it without ranks"),
+    ],
+)
+def test_what_cannot_be_asked_is_said_in_one_line(words, expected, launched):
+    with pytest.raises(SystemExit, match=f"megatron_dft.doctor: {expected}"):
+        doctor.main(words)
+
+
+def test_the_command_explains_itself(capsys):
+    doctor.main(["--help"])
+    assert "--timeout SECONDS" in capsys.readouterr().out
