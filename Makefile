@@ -50,10 +50,12 @@ gpu:
 	$(RUN) tools/benchmark.py
 	$(RUN) tools/report.py
 
-# The same benchmark of the backend for CPUs, and the README's tables.
+# The same benchmark of the backend for CPUs, training steps in layouts of 1 to 8 CPU ranks, and the README's tables.
 benchmark: .venv/installed
 	$(RUN) tools/benchmark.py --device cpu
-	$(RUN) tools/training_step.py
+	for ranks in 1 2 4; do $(RUN) -m torch.distributed.run --nproc-per-node $$ranks tools/benchmark_layouts.py || exit; done
+	$(RUN) -m torch.distributed.run --nproc-per-node 8 tools/benchmark_layouts.py \
+		--layouts tp8sp tp4sppp2 tp2sppp4 tp2sppp2cp2 tp2sppp2
 	$(RUN) tools/report.py
 
 check: .venv/installed

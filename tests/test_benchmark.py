@@ -112,23 +112,6 @@ def test_the_readme_shows_what_was_measured():
         assert path.name in text and (path.with_suffix(".png").exists() or not pictured)
 
 
-def test_a_training_step_is_measured_with_equal_losses(tmp_path):
-    pytest.importorskip("megatron.training")
-    path = tmp_path / "some-step.csv"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TOOLS), str(ROOT), *sys.path])}
-    small = "import training_step as t; t.HIDDEN, t.LAYERS, t.VOCAB = 32, 1, 512; "
-    code = small + f"t.main(['--repetitions', '2', '--out', {str(path)!r}])"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert out.returncode == 0, out.stderr
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    names = ["Megatron", "ours", "ours, full metrics, 3 channels", "ours, in chunks", "ours, masked tokens not dropped"]
-    assert [row["implementation"] for row in rows] == names and all(float(row["step_ms"]) > 0.0 for row in rows)
-    written = report()
-    text = written.step_part(rows, written.RESULTS / "some-step.csv")
-    assert "70% of them masked" in text and f"{float(rows[0]['step_ms']):.0f} (1.00)" in text
-
-
 def test_a_table_has_winners_losers_and_the_missing(rows):
     written = report()
     text = written.part(rows, written.RESULTS / "some.csv")

@@ -30,11 +30,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from measure import Case, conditions, copy_bandwidth, interleaved
+from measure import Case, Collectives, conditions, copy_bandwidth, interleaved
 from rivals import HEADS, IMPLEMENTATIONS, NOT_ON_A_CPU, Head, Loss
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dft import vocab_parallel_dft_loss
 
@@ -254,20 +253,6 @@ def gradient_of(loss: Loss, source: Tensor, target: Tensor, upstream: Tensor, gr
     return torch.autograd.grad(loss(logits, target, group), logits, upstream)[0]
 
 
-class Collectives(TorchDispatchMode):
-    """Records the bytes that each collective sends from this rank."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "c10d":
-            tensors = [x for x in torch.utils._pytree.tree_leaves(args[:2]) if isinstance(x, Tensor)]
-            self.sent.append(tensors[-1].nbytes)
-        return function(*args, **(kwargs or {}))
-
-    def __enter__(self):
-        self.sent: list[int] = []
-        return super().__enter__()
-
-
 def collectives(loss: Loss, device: torch.device) -> dict[str, float | str]:
     """How many, and bytes per token, on 8 ranks; the numbers that come out mean nothing, because nothing is sent."""
     source, target, upstream = case(64, 512, 0.0, device)
@@ -276,7 +261,8 @@ def collectives(loss: Loss, device: torch.device) -> dict[str, float | str]:
             gradient_of(loss, source, target, upstream, dist.group.WORLD)
     except ValueError as error:
         return {"collectives": "", "sent_bytes_per_token": str(error)}
-    return {"collectives": len(seen.sent), "sent_bytes_per_token": sum(seen.sent) / len(target)}
+    sent = sum(nbytes for *_, nbytes in seen.calls)
+    return {"collectives": len(seen.calls), "sent_bytes_per_token": sent / len(target)}
 
 
 if __name__ == "__main__":

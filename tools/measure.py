@@ -12,6 +12,7 @@ import datetime
 import importlib.metadata
 import itertools
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -19,7 +20,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -109,6 +113,37 @@ def copy_bandwidth(device: torch.device) -> float:
         wait()
         seconds.append(time.perf_counter() - begin)
     return 2 * size / statistics.median(seconds[2:])
+
+
+class Collectives(TorchDispatchMode):
+    """Within it, `calls` records every collective of this rank: (part, group, collective, bytes put in).
+
+    Of recv, the bytes that come. `part` is what the function given says at that moment. Operations are slower within.
+    """
+
+    def __init__(self, part: Callable[[], str] = str) -> None:
+        super().__init__()
+        self.part = part
+        self.calls: list[tuple[str, str, str, int]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d" and (group := _group(args)):
+            name = function._opname.strip("_").removesuffix("_base")
+            name = re.sub("(_into)?_tensor_coalesced", "", name).replace("allre", "all_re").replace("allga", "all_ga")
+            self.calls.append((self.part(), group, name, _bytes_put_in(args)))
+        return function(*args, **(kwargs or {}))
+
+
+def _group(args: tuple) -> str | None:
+    """The name of the process group, which comes before other objects."""
+    objects = (x for x in args if isinstance(x, torch.ScriptObject))
+    return next((dist.ProcessGroup.unbox(x).group_name for x in objects), None)
+
+
+def _bytes_put_in(args: tuple) -> int:
+    """Input tensors come second, or are overwritten and come first."""
+    tensors = ([x for x in tree_leaves(arg) if isinstance(x, Tensor)] for arg in args[1::-1])
+    return sum(x.nbytes for x in next(filter(None, tensors), []))
 
 
 def conditions(device: torch.device) -> dict[str, str | int]:

@@ -2,8 +2,8 @@
 
     python tools/report.py            write the section between the markers of README.md, and tools/results/*.png
 
-Every number comes from a file that benchmark.py or training_step.py (-step.csv) wrote; losers are shown, and so is who
-is missing and why.
+Every number comes from a file that benchmark.py or benchmark_layouts.py (-layouts.csv) wrote; losers are shown, and so
+is who is missing and why.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ RESULTS = ROOT / "tools" / "results"
 BEGIN, END = "<!-- benchmark: written by tools/report.py -->\n", "<!-- end of benchmark -->\n"
 # For one node of eight H200: what a collective costs beside the bytes that it sends.
 LATENCY_US, BYTES_PER_US = 20.0, 400e3
+DROPPED = "ours, masked tokens dropped"
 Rows = list[dict[str, str]]
 
 
@@ -31,6 +32,8 @@ def main() -> None:
     for path in results():
         if timed := of_logits(read(path)):
             draw(timed, path.with_suffix(".png"))
+    for path in layouts():
+        draw_layouts(read(path), path.with_suffix(".png"))
 
 
 def read(path: Path) -> Rows:
@@ -38,16 +41,21 @@ def read(path: Path) -> Rows:
         return list(csv.DictReader(file))
 
 
-def results(of_steps: bool = False) -> list[Path]:
-    """Files of benchmark.py, or those of training_step.py; GPUs first."""
-    files = (path for path in RESULTS.glob("*.csv") if path.stem.endswith("-step") == of_steps)
+def results() -> list[Path]:
+    """Files of benchmark.py; GPUs first."""
+    files = (path for path in RESULTS.glob("*.csv") if not path.stem.endswith(("-layouts", "-wire")))
     return sorted(files, key=lambda path: ("NVIDIA" not in path.name, path.stem))
+
+
+def layouts() -> list[Path]:
+    """Files of benchmark_layouts.py."""
+    return sorted(RESULTS.glob("*-layouts.csv"))
 
 
 def section() -> str:
     """What stands between the markers of the README: a part for each results file."""
     files = results()
-    parts = [part(read(path), path) for path in files] + [step_part(read(path), path) for path in results(True)]
+    parts = [part(read(path), path) for path in files] + [layouts_part(read(path), path) for path in layouts()]
     if not any("NVIDIA" in path.name for path in files):
         parts.insert(0, "**On GPUs: not measured yet.** `make gpu` tests the kernels there and writes this table.\n")
     parts.append(missing([row for path in files for row in read(path)]))
@@ -94,16 +102,41 @@ def missing(rows: Rows) -> str:
     return "Not in these tables: " + "; ".join(notes) + ".\n" if notes else ""
 
 
-def step_part(rows: Rows, path: Path) -> str:
-    """Text and table of one file of training_step.py."""
-    first = rows[0]
-    stock = float(first["step_ms"])
-    cells = [f"{float(row['step_ms']):.0f} ({float(row['step_ms']) / stock:.2f})" for row in rows]
+def layouts_part(rows: Rows, path: Path) -> str:
+    """Text, table and figure of one file of benchmark_layouts.py."""
+    first, ways, wire = rows[0], ways_of(rows), path.with_name(path.name.replace("-layouts", "-wire"))
+    body = []
+    for name, found in by_layout(rows).items():
+        stock = float(found[ways[0]]["step_ms"])
+        shares = [f"{float(found[way]['step_ms']) / stock:.2f}" for way in ways[1:]]
+        share = f"{float(found[ways[0]]['loss_stage_share']):.0%}"
+        body.append([name, f"{stock:.0f}", share, *shares, f"{float(found[DROPPED]['loss_stage_share']):.0%}"])
+    head = ["layout", f"{ways[0]}, ms", "its loss stage", *ways[1:], "loss stage, masked tokens dropped"]
     return (
-        f"**{conditions(first)}** A training step of a small GPT (hidden size 512, 4 layers, 32000 words, fp32, "
-        f"{first['tokens']} tokens, {float(first['masked']):.0%} of them masked): forward, backward and Adam in ms, "
-        f"medians of {first['repetitions']} interleaved steps. {origin(first, path)}.\n\n"
-    ) + table(["", *(row["implementation"] for row in rows)], [["ms per step (share of Megatron's)", *cells]])
+        f"**{first['device']}:** Training steps of a GPT (hidden size {first['hidden']}, {first['layers']} layers, "
+        f"{first['vocab']} words, {first['dtype']}) on a batch of {first['global_batch']} samples of "
+        f"{first['seq_length']} tokens, {float(first['masked']):.0%} of them masked, in every layout the same: ms per "
+        "step with Megatron's loss, and ours as a share of it; CPU ranks of one thread each, more ranks than the two "
+        f"cores from 4 on. {origin(first, path)}; what is sent: [{wire.name}]({wire.relative_to(ROOT)}).\n\n"
+        f"{table(head, body)}\n"
+        f"![step time by layout and loss]({path.with_suffix('.png').relative_to(ROOT)})\n"
+    )
+
+
+def ways_of(rows: Rows) -> list[str]:
+    """Megatron's loss and the ways to compute DFT, without the other objectives."""
+    return [name for name in dict.fromkeys(row["implementation"] for row in rows) if not name.startswith("ours: ")]
+
+
+def by_layout(rows: Rows) -> dict[str, dict[str, dict[str, str]]]:
+    """Rows by name of the layout, then by implementation."""
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    for row in rows:
+        sizes = {"TP": row["tp"], "PP": row["pp"], "CP": row["cp"], "DP": row["dp"]}
+        parts = [f"{name} {size}" for name, size in sizes.items() if size != "1"] or ["1 rank"]
+        name = " x ".join(parts).replace("TP", "TP, SP" if row["sp"] == "True" else "TP")
+        found.setdefault(name, {})[row["implementation"]] = row
+    return found
 
 
 def conditions(row: dict[str, str]) -> str:
@@ -223,6 +256,30 @@ def draw(timed: Rows, path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel(f"bytes per bf16 logit that a copy would have moved in that time; V = {vocab}")
     axes.set_title(f"{timed[0]['device']}, {timed[0]['date']}", fontsize=9)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def draw_layouts(rows: Rows, path: Path) -> None:
+    """A step by layout: for each way its loss stage and the rest, as shares of the step with Megatron's loss."""
+    import matplotlib.pyplot as plt
+
+    found, ways = by_layout(rows), ways_of(rows)
+    figure, axes = plt.subplots(figsize=(9, 0.5 + 0.55 * len(found)), layout="constrained")
+    for i, way in enumerate(ways):
+        stock = [float(row[ways[0]]["step_ms"]) for row in found.values()]
+        steps = [float(row[way]["step_ms"]) / ms for row, ms in zip(found.values(), stock, strict=True)]
+        losses = [float(row[way]["loss_stage_share"]) * step for row, step in zip(found.values(), steps, strict=True)]
+        places = [place + (i - (len(ways) - 1) / 2) * 0.8 / len(ways) for place in range(len(found))]
+        color = plt.cm.viridis(0.1 + 0.75 * i / len(ways))
+        axes.barh(places, steps, 0.8 / len(ways), color=color, alpha=0.35)
+        axes.barh(places, losses, 0.8 / len(ways), color=color, label=way)
+    axes.axvline(1.0, color="gray", linestyle=":")
+    axes.set_yticks(range(len(found)), list(found))
+    axes.invert_yaxis()
+    axes.set_xlabel("step, as a share of that with Megatron's loss; dark: loss stage of the last pipeline stage")
+    axes.set_title(f"{rows[0]['device']}, {rows[0]['date']}", fontsize=9)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)

@@ -1,0 +1,166 @@
+"""The layout benchmark on two real ranks: it counts what is sent, goes on after a kill, and says what disagrees."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import benchmark_layouts  # noqa: E402
+import report  # noqa: E402
+from benchmark_layouts import disagreements, read, usual_layouts  # noqa: E402
+from megatron_step import Layout, Task  # noqa: E402
+
+pytest.importorskip("megatron.core")
+
+HIDDEN, VOCAB, SEQUENCE, SAMPLES, MICRO_BATCH = 32, 256, 32, 8, 2
+SIZES = f"--hidden {HIDDEN} --layers 2 --heads 2 --vocab {VOCAB} --seq-length {SEQUENCE} --rounds 1 --steps 2 "
+WAYS = list(benchmark_layouts.WAYS)
+MICRO_BATCHES = SAMPLES // MICRO_BATCH
+PLACES = {"2": "tp2", "2sp": "tp2sp", "pp": "pp2", "cp": "cp2", "dp": "dp"}
+
+
+def begin(out, flags):
+    """The benchmark on two ranks, in a group of processes of its own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(ROOT / "tools" / "benchmark_layouts.py"), *SIZES.split(), "--out", str(out), *flags.split()]
+    with open(out.parent / "log.txt", "a") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Its two files; the run was killed after its first layout, and started again."""
+    out = tmp_path_factory.mktemp("layouts") / "tiny-layouts.csv"
+    flags = f"--layouts {' '.join(PLACES.values())}"
+    killed = begin(out, flags)
+    deadline = time.monotonic() + 240.0
+    while not out.exists() and killed.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    log = out.parent / "log.txt"
+    before = read(out)
+    assert before, log.read_text()[-3000:]
+    again = begin(out, flags)
+    assert again.wait(timeout=300) == 0, log.read_text()[-3000:]
+    assert read(out)[: len(before)] == before
+    assert len(before) < len(read(out))
+    return read(out), read(out.parent / "tiny-wire.csv")
+
+
+def calls(wire, place, implementation, part="loss"):
+    """(group, collective) -> calls, bytes of the last stage."""
+    layout = {k: str(v) for k, v in vars(Layout.parse(PLACES[place])).items()}
+    wanted = layout | {"implementation": implementation, "part": part}
+    found = [row for row in wire if wanted.items() <= row.items()]
+    return {(row["group"], row["collective"]): (int(row["calls"]), int(row["bytes"])) for row in found}
+
+
+def test_every_layout_has_every_implementation_once(files):
+    rows, _ = files
+    found = [(row["tp"], row["sp"], row["pp"], row["cp"], row["dp"], row["implementation"]) for row in rows]
+    assert len(found) == len(set(found)) == len(PLACES) * len(benchmark_layouts.IMPLEMENTATIONS)
+    for row in rows:
+        assert 0 < float(row["loss_stage_ms"]) < float(row["step_ms"])
+        assert len(row["peak_mib"].split()) == 2
+        assert row["valid"] == str(task().valid())
+
+
+def test_losses_and_gradients_agree(files):
+    rows, _ = files
+    assert disagreements(rows) == []
+    assert len({row["grad_norm"][:6] for row in rows}) > 8  # the objectives do differ
+
+
+@pytest.mark.parametrize("key", ["loss", "grad_norm"])
+def test_a_layout_that_disagrees_is_named(files, key):
+    rows = [dict(row) for row in files[0]]
+    rows[-1][key] = str(float(rows[-1][key]) * 1.001)
+    (found,) = disagreements(rows)
+    assert rows[-1]["implementation"] in found and f"expected a {key} of" in found
+
+
+def test_what_the_loss_sends_is_counted(files):
+    """By hand: fp32; of hidden states n H numbers, of a loss a few for each of n tokens."""
+    _, wire = files
+    n = SAMPLES * SEQUENCE
+    kept = sum(max(1, m) for m in valid_of_micro_batches())
+    grad_of_hidden = (MICRO_BATCHES, 4 * n * HIDDEN)
+    assert calls(wire, "2", "Megatron") == {("tp", "all_reduce"): (4 * MICRO_BATCHES, 3 * 4 * n + grad_of_hidden[1])}
+    assert calls(wire, "2", "ours") == {
+        ("tp", "all_gather"): (MICRO_BATCHES, 3 * 4 * n),
+        ("tp", "all_reduce"): grad_of_hidden,
+    }
+    for way in WAYS[2:4]:
+        assert calls(wire, "2", way) == {
+            ("tp", "all_gather"): (MICRO_BATCHES, 3 * 4 * kept),
+            ("tp", "all_reduce"): (MICRO_BATCHES, 4 * kept * HIDDEN),
+        }
+    assert calls(wire, "2", "ours: deft")[("tp", "all_gather")] == (MICRO_BATCHES, 4 * 4 * kept)
+    # Sequence parallelism: each rank holds half of the hidden states, and Megatron gathers them once more in backward.
+    assert calls(wire, "2sp", "Megatron") == {
+        ("tp", "all_reduce"): (3 * MICRO_BATCHES, 3 * 4 * n),
+        ("tp", "all_gather"): (2 * MICRO_BATCHES, 2 * 4 * n * HIDDEN // 2),
+        ("tp", "reduce_scatter"): grad_of_hidden,
+    }
+    for place in ("pp", "cp", "dp"):
+        assert not any(calls(wire, place, way) for way in WAYS)
+
+
+def test_what_the_rest_sends_is_counted(files):
+    _, wire = files
+    of_hidden = SAMPLES * SEQUENCE * HIDDEN * 4
+    found = calls(wire, "pp", "Megatron", "rest")
+    assert found[("pp", "recv")] == found[("pp", "send")] == (MICRO_BATCHES, of_hidden)
+    assert ("dp-cp", "reduce_scatter") in calls(wire, "dp", "Megatron", "rest")
+    assert not any(row["part"] == "rest" and row["implementation"] != "Megatron" for row in wire)
+
+
+def test_the_table_has_every_layout_and_way(files):
+    rows, _ = files
+    text = report.layouts_part(rows, report.RESULTS / "some-layouts.csv")
+    assert "| layout | Megatron, ms | its loss stage | ours | ours, masked tokens dropped |" in text
+    for name in ("TP 2", "TP, SP 2", "PP 2", "CP 2", "DP 2"):
+        assert f"\n| {name} | " in text
+    stock, ours = (next(row for row in rows if row["implementation"] == way) for way in WAYS[:2])
+    assert f"| {float(ours['step_ms']) / float(stock['step_ms']):.2f} |" in text
+
+
+def task():
+    import torch
+
+    return Task(HIDDEN, 2, 2, VOCAB, SEQUENCE, MICRO_BATCH, SAMPLES, torch.float32)
+
+
+def valid_of_micro_batches():
+    masks = [int(task().sample(i)[3].sum()) for i in range(SAMPLES)]
+    return [sum(masks[i : i + MICRO_BATCH]) for i in range(0, SAMPLES, MICRO_BATCH)]
+
+
+def test_samples_are_uneven_and_a_micro_batch_has_none():
+    counts = valid_of_micro_batches()
+    assert 0 in counts and len(set(counts)) == len(counts)
+
+
+@pytest.mark.parametrize("text", ["", "tp", "pp2tp2", "tp2 ", "ep2"])
+def test_a_layout_that_means_nothing_is_refused(text):
+    with pytest.raises(ValueError, match="layout: expected tp"):
+        Layout.parse(text)
+
+
+def test_ranks_that_cannot_be_divided_are_refused():
+    with pytest.raises(ValueError, match="expected a multiple of 6 ranks, got 8"):
+        Layout(tp=3, pp=2).dp(8)
+
+
+def test_the_usual_layouts_of_four_ranks():
+    names = {(x.tp, x.pp, x.cp) for x in usual_layouts(4, task())}
+    pairs = {(2, 1, 1), (1, 2, 1), (1, 1, 2)}
+    assert names == pairs | {(1, 1, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2), (1, 1, 4)}  # two heads, two layers
