@@ -1,0 +1,104 @@
+"""The launch scripts start real training, and start it again after a death; SLURM's is only parsed here.
+
+The script that they run here is tests/training_script.py behind a door: Megatron's first checkpoint starts a process
+that imports the script once more, which costs as much as the start itself unless there is nothing to import.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from demo import read_curves
+from host_runs import ROOT, UNTIMED, Host
+from test_layouts import MODEL, MODELS, PER_TOKEN, TP2
+
+pytest.importorskip("megatron.training")
+pytest.importorskip("tensorboard")
+pytestmark = pytest.mark.host
+
+LAUNCH = ROOT / "examples" / "launch"
+STEPS, SAVED, DEATH = 8, 4, 6
+RUN = (
+    f"{MODEL} {MODELS['dense']} {PER_TOKEN} --train-iters {STEPS} --save-interval {SAVED} --lr 1e-2 "
+    "--global-batch-size 8 --micro-batch-size 2 --loss-type dft "
+)
+DOOR = f"""
+if __name__ == "__main__":
+    import os, sys
+    if os.environ["RANK"] == "0" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.environ["DIE_IN_ITERATION"] = os.environ.get("DIE_ONCE_IN_ITERATION", "")
+    sys.path.insert(0, {str(ROOT / "tests")!r})
+    import training_script
+    training_script.main()
+"""
+
+
+def script_in(folder: Path) -> Path:
+    """The training script; DIE_ONCE_IN_ITERATION kills its rank 0, but not after a restart."""
+    script = folder / "script.py"
+    script.write_text(DOOR)
+    return script
+
+
+def steps_in(log: Path) -> list[int]:
+    """The iterations that a log reports, in order."""
+    return [int(step) for step in re.findall(rf"iteration +(\d+)/ +{STEPS}", log.read_text(errors="replace"))]
+
+
+def curves_in(folder: Path) -> dict[str, list[float]]:
+    return {tag: values for tag, values in read_curves(folder).items() if UNTIMED.search(tag)}
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+
+
+def launch(name: str, words: list[str], log: Path, **more: str) -> int:
+    """Exit code of a launch script, 124 if it hangs; its output goes to a file."""
+    with log.open("w") as file:
+        return subprocess.run(
+            ["timeout", "300", "bash", str(LAUNCH / name), *words],  # SIGTERM: torchrun ends its ranks, then itself
+            env={**os.environ, **environment(**more)},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        ).returncode
+
+
+def test_a_killed_rank_is_started_again_and_the_run_ends_as_if_nothing_had_happened(tmp_path):
+    folders = f"--save {tmp_path}/saved --load {tmp_path}/saved --tensorboard-dir {tmp_path}/logs --device cpu"
+    words = [str(script_in(tmp_path)), *f"{RUN} {TP2} {folders}".split()]
+    log = tmp_path / "log.txt"
+    code = launch("one_machine.sh", words, log, GPUS="2", DIE_ONCE_IN_ITERATION=str(DEATH))
+    assert code == 0, log.read_text()[-6000:]
+    assert steps_in(log) == [*range(1, DEATH), *range(SAVED + 1, STEPS + 1)]
+    whole = Host(tmp_path).curves(f"{RUN} {TP2}", ranks=2)
+    for tag, values in curves_in(tmp_path / "logs").items():
+        left = STEPS - SAVED if len(whole[tag]) == STEPS else 1  # an evaluation has one value
+        assert values[-left:] == whole[tag][-left:], tag
+
+
+def test_the_preflight_stops_a_run_before_it_starts(tmp_path):
+    log = tmp_path / "log.txt"
+    code = launch("one_machine.sh", [str(tmp_path / "not_there.py")], log, GPUS="1")
+    assert code != 0
+    assert "megatron_dft.doctor" in log.read_text() and "megatron_dft.launch" not in log.read_text()
+
+
+@pytest.mark.parametrize("missing", ["NODES", "HEAD"])
+def test_several_machines_need_their_number_and_a_head(tmp_path, missing):
+    variables = {"GPUS": "1", "NODES": "2", "HEAD": "localhost"}
+    log = tmp_path / "log.txt"
+    assert launch("several_machines.sh", ["script.py"], log, **{**variables, missing: ""}) != 0
+    assert f"{missing}: expected" in log.read_text()
+
+
+@pytest.mark.parametrize("name", ["one_machine.sh", "several_machines.sh", "slurm.sh"])
+def test_scripts_parse_and_can_be_started(name):
+    assert os.access(LAUNCH / name, os.X_OK)
+    subprocess.run(["bash", "-n", LAUNCH / name], check=True)
+    if shutil.which("shellcheck"):
+        subprocess.run(["shellcheck", LAUNCH / name], check=True)

@@ -1,0 +1,86 @@
+"""Training over several hosts ends as on one, through a bad link and the loss of a host.
+
+The hosts are those of namespaces.py, and each starts examples/launch/several_machines.sh as its user would. They run
+from the same initial weights and on the same data as the ranks of one machine, so all that they log must agree.
+"""
+
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from host_runs import Host, agree
+from namespaces import Network, why_not
+from test_launch_scripts import LAUNCH, RUN, SAVED, STEPS, curves_in, environment, script_in, steps_in
+from test_layouts import DP, PP2, TP2
+
+pytest.importorskip("megatron.training")
+pytest.importorskip("tensorboard")
+REASON = why_not()
+pytestmark = [pytest.mark.host, pytest.mark.skipif(bool(REASON), reason=f"no network namespaces: {REASON}")]
+
+TIMEOUT_S = 300  # a minute where nothing else runs
+GRADIENTS_MIB = 0.1  # of a half of the model, which is what a data-parallel rank tells the other
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    return Host(tmp_path_factory.mktemp("single"))
+
+
+def start(host, flags: str, folder: Path, **variables: str) -> subprocess.Popen:
+    """What a user types on a host."""
+    words = [str(script_in(folder)), *flags.split(), "--tensorboard-dir", str(folder / "logs"), "--device", "cpu"]
+    command = ["bash", str(LAUNCH / "several_machines.sh"), *words]
+    return host.start(command, folder / f"{host.name}.txt", **environment(GPUS="1", JOB="run", **variables))
+
+
+def logs(folder: Path) -> str:
+    return "\n\n".join(f"{path.name}: {path.read_text(errors='replace')[-3000:]}" for path in folder.glob("host?.txt"))
+
+
+def wait_for_step(step: int, log: Path, runs: list[subprocess.Popen]) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while step not in steps_in(log):
+        assert time.monotonic() < deadline and all(run.poll() is None for run in runs), logs(log.parent)
+        time.sleep(0.02)
+
+
+def test_four_hosts_train_as_one(tmp_path, single):
+    flags = f"{RUN} {PP2} {DP}"
+    with Network(4, tmp_path) as network:
+        runs = [start(host, flags, tmp_path, NODES="4", HEAD="host4", PREFLIGHT="0") for host in network.hosts]
+        assert [run.wait(TIMEOUT_S) for run in runs] == [0, 0, 0, 0], logs(tmp_path)
+        assert min(host.sent_mib() for host in network.hosts) > STEPS * GRADIENTS_MIB
+    agree(curves_in(tmp_path / "logs"), single.curves(flags, ranks=4))
+
+
+def test_a_bad_link_and_a_lost_host_change_no_curve(tmp_path, single):
+    """The first host is lost, where the ranks have met and where rank 0 was; the head is the second."""
+    flags = f"{RUN} {TP2} --save {tmp_path / 'saved'} --load {tmp_path / 'saved'}"
+    with Network(2, tmp_path, names=False) as network:
+        first, head = network.hosts
+        log = tmp_path / f"{head.name}.txt"
+
+        def boot(host, **more):
+            how = {"NODES": "2", "HEAD": f"{head.address}:29511", "ADDRESS": host.address, "INTERFACE": "eth0"}
+            return start(host, flags, tmp_path, **how, **more)
+
+        runs = [boot(first), boot(head)]
+        wait_for_step(1, log, runs)
+        how = first.slow_down()
+        wait_for_step(SAVED + 1, log, runs)
+        lost = first.lost_packets()
+        runs[0].kill()
+        first.speed_up()
+        again = boot(first, PREFLIGHT="0")
+        assert [again.wait(TIMEOUT_S), runs[1].wait(TIMEOUT_S)] == [0, 0], logs(tmp_path)
+    assert lost > 0, f"{how} has slowed nothing down"
+    steps = steps_in(log)
+    assert steps[:SAVED] == list(range(1, SAVED + 1)) and steps[SAVED - STEPS :] == list(range(SAVED + 1, STEPS + 1))
+    assert len(steps) > STEPS
+    whole = single.curves(f"{RUN} {TP2}", ranks=2)
+    curves = curves_in(tmp_path / "logs")
+    for tag in (tag for tag in whole if len(whole[tag]) == STEPS):  # an evaluation has one value
+        curves[tag][SAVED : SAVED - STEPS] = []  # trained twice
+    agree(curves, whole)
