@@ -23,8 +23,8 @@ message (an empty one is no message), and the channel of each. Train on it with
                     as in the training run: how conversations are padded, and what the length has to be a multiple of
 --open-lines N      of first-fit (64)
 
-A line that cannot be used is named with file, line number and reason, in OUT.rejected.jsonl too, and nothing else is
-lost. OUT.report.json holds the numbers that are printed.
+A line that cannot be used, an empty one too, is named with file, line number and reason, in OUT.rejected.jsonl too, and
+nothing else is lost. OUT.report.json holds the numbers that are printed.
 """
 
 from __future__ import annotations
@@ -43,12 +43,11 @@ from typing import IO, Any
 
 from megatron_dft.channels import OTHER
 from megatron_dft.chat import FORMATS, Conversation, Encoded
-from megatron_dft.hosts.sft import MEGATRON_FORMATS, Encode, encoder
+from megatron_dft.hosts.sft import MEGATRON_FORMATS, ROLES, Encode, encoder
 from megatron_dft.packing import best_fit, first_fit
 
 BATCH = 512  # conversations that are tokenized together, on all cores
 SHOWN = 10  # rejected lines that are printed
-ROLES = ("system", "user", "assistant", "tool")
 KINDS = {json.JSONDecodeError: "not JSON", UnicodeDecodeError: "not UTF-8", UnicodeEncodeError: "not text"}
 
 
@@ -131,7 +130,7 @@ class Account:
 
 
 def read(files: list[Path], channel: str | None) -> Iterator[tuple[Line, str | None]]:
-    """Each line of the files that is not empty, and what is wrong with it, if something is."""
+    """Each line of the files, and what is wrong with it, if something is."""
     for file in files:
         with sys.stdin.buffer if str(file) == "-" else file.open("rb") as text:
             offset = 0
@@ -139,6 +138,7 @@ def read(files: list[Path], channel: str | None) -> Iterator[tuple[Line, str | N
                 line = Line(file, number, offset)
                 offset += len(raw)
                 if not raw.strip():
+                    yield line, "empty line"
                     continue
                 try:
                     line.conversation, named = conversation_of(json.loads(raw))

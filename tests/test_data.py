@@ -25,6 +25,7 @@ GOOD = [
 ]
 BAD = {
     '{"messages": [': "not JSON",
+    "": "empty line",
     "[1]": "not a conversation: expected an object with messages, got list",
     '{"text": "a"}': "no messages: expected messages, or prompt and completion, got text",
     '{"messages": []}': "no messages",
@@ -50,7 +51,6 @@ def folder(tmp_path_factory):
     lines = [json.dumps(x) for x in GOOD]
     for i, line in enumerate(BAD):
         lines.insert(2 * i, line)
-    lines.insert(3, "")
     (path / "law.jsonl").write_text("\n".join(lines))
     (path / "long.jsonl").write_text(
         "".join(json.dumps({"messages": talk("one " * (i % 7), "yes " * (i % 40 + 1))}) + "\n" for i in range(300))

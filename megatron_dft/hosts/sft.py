@@ -1,7 +1,12 @@
-"""What Megatron-LM's --sft does not know: other prompt formats, and where conversations come from.
+"""What Megatron-LM's --sft does not know: other prompt formats, damaged lines, and where conversations come from.
 
     prompt formats   --sft-tokenizer-prompt-format chat | completion    (`chat.py`) beside Megatron's own
+    damaged lines    end the run before it trains, with file, line number and reason
     channels         `channels`, a name for each conversation of a packed line, or `channel`, one for the line
+
+Megatron alone refuses a line that is no JSON, without its number, fails in the iteration that reads one whose messages
+or contents are missing, and trains on nothing where no assistant speaks. Empty lines hold nothing and are passed over.
+Formats that train on every token (`default`, `identity`) may have templates that read anything: left to Megatron.
 
 Formats are known wherever the launcher runs a script. Channels are put on the labels (`channels.py`) of the data sets
 that pretrain() is given, when the run reports them; nothing else about those data sets changes.
@@ -10,6 +15,7 @@ that pretrain() is given, when the run reports them; nothing else about those da
 from __future__ import annotations
 
 import functools
+import json
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,12 +25,14 @@ import torch
 from megatron_dft.channels import with_channels
 from megatron_dft.chat import FORMATS, IGNORE_INDEX, ChatFormat, Conversation, Encoded, spans_of
 
+ROLES = ("system", "user", "assistant", "tool")
 MEGATRON_FORMATS = ("nemotron-nano-v2", "nemotron-h-aligned")  # of which Megatron masks what is not the assistant's
 Encode = Callable[[list[Conversation]], list[Encoded | ValueError]]
 
 
 def enable_formats() -> None:
-    """Teach Megatron's tokenizer for --sft the formats `chat` and `completion`; its own stay as they are."""
+    """Teach Megatron's tokenizer for --sft the formats `chat` and `completion`, and its data set to refuse damage."""
+    _enable_checks()
     try:
         from megatron.core.tokenizers.text import libraries
         from megatron.core.tokenizers.text.libraries.sft_tokenizer import PromptConfig, SFTTokenizer
@@ -60,6 +68,82 @@ def enable_formats() -> None:
         return kind(tokenizer_path, prompt_format)
 
     libraries.SFTTokenizer = of_format  # type: ignore[misc, assignment]
+
+
+def _enable_checks() -> None:
+    try:
+        from megatron.training import get_args
+        from megatron.training.datasets.sft_dataset import SFTLowLevelDataset
+    except ModuleNotFoundError:
+        return
+    load = SFTLowLevelDataset.__init__
+
+    @functools.wraps(load)
+    def wrapped(self: Any, dataset_path: str) -> None:
+        try:
+            load(self, dataset_path)
+        except Exception as error:
+            if os.path.isfile(dataset_path) and damage(dataset_path):
+                raise _refusal(dataset_path) from error
+            raise
+        if get_args().sft_tokenizer_prompt_format in (*FORMATS, *MEGATRON_FORMATS) and not _whole(self.dataset.data):
+            raise _refusal(dataset_path)
+
+    SFTLowLevelDataset.__init__ = wrapped  # type: ignore[method-assign]
+
+
+def _refusal(path: str) -> ValueError:
+    return ValueError(
+        f"{damage(path) or path}; expected lines that all train, got one that cannot; python -m megatron_dft.data "
+        "names all of them and writes a file without them"
+    )
+
+
+def _whole(table: Any) -> bool:
+    """Whether all rows of an Arrow table are conversations: by columns, in a small part of the time to load them."""
+    import pyarrow
+    import pyarrow.compute as compute
+
+    try:
+        for rows in table.column("messages").chunks:
+            rows.validate(full=True)  # text that is no UTF-8
+            roles, contents = (compute.struct_field(rows.flatten(), name) for name in ("role", "content"))
+            replies = compute.list_parent_indices(rows).filter(compute.equal(roles, "assistant"))
+            nulls = rows.null_count + roles.null_count + contents.null_count
+            if nulls or contents.type != pyarrow.string() or not set(roles.unique().to_pylist()) <= set(ROLES):
+                return False
+            if len(replies.unique()) < len(rows):
+                return False
+    except (pyarrow.ArrowException, KeyError, AttributeError):  # another type, no such column
+        return False
+    return True
+
+
+def damage(path: str) -> str | None:
+    """File, number and fault of the first line on which --sft cannot train; None if there is no such line."""
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip() and (reason := _fault(line)):
+                return f"{path}:{number}: {reason}"
+    return None
+
+
+def _fault(line: bytes) -> str | None:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        return f"not JSON: {error}"
+    messages = record.get("messages") if isinstance(record, dict) else None
+    if not isinstance(messages, list):
+        return f"no messages: expected an object with a list of them, got {line[:60]!r}"
+    for i, message in enumerate(messages):
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+        if role not in ROLES or not isinstance(content, str):
+            return (
+                f"bad message: message {i}: expected content that is text and a role of {', '.join(ROLES)}, "
+                f"got {type(content).__name__} and {role!r}"
+            )
+    return None if any(x["role"] == "assistant" for x in messages) else "no assistant: nothing in it would train"
 
 
 def encoder(folder: str, form: str) -> tuple[Any, Encode]:

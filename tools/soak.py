@@ -1,0 +1,492 @@
+"""Train on CPU ranks for an hour while ranks are killed and data is damaged, and judge whether anything was lost.
+
+    python tools/soak.py --minutes 60        writes tools/results/DEVICE-DATE-soak.json; exit code 1 if a claim fails
+
+Conversations are written once. From them alone comes the clean training data, and on it the reference: one run of
+--iterations that nothing disturbs. Then rounds until the time is up. Each damages the conversations anew, at random
+places (empty lines, truncated copies, random bytes, characters missing, wrong types), prepares them with
+megatron_dft.data and trains on what comes out, from scratch. A random rank is killed (SIGKILL): of five times once in
+the middle of a save, once before training has begun, twice at any time; the fifth time it is frozen (SIGSTOP), which
+nobody notices before the timeout. torchrun starts all ranks again; they go on from their last checkpoint. What must
+hold:
+
+    data       each damaged line is named with number and reason; kept + left out = read; the training data is that of
+               the clean lines, byte for byte; given to --sft as it is, the damaged file is refused with file and line
+    tokens     the reference trains each token once per epoch
+    curves     each iteration, those done twice too, has in TensorBoard what the reference has there, to the last bit
+               (not on the console: Megatron shows the second iteration of a life as a mean with the first)
+    no hang    the next iteration comes within --distributed-timeout-minutes (1) and --allowance seconds
+    named      the log has the process number of each rank that was killed or frozen; no other life that trained ends
+    memory     of a rank, and of torchrun: flat over each life of --judged seconds, and from life to life
+
+Memory is judged from the second half of a life, because the first saves of checkpoints settle the allocator. A leak of
+one number per token (128 tokens, 4 bytes) in each iteration is 0.5 KiB; the limit is --leak, 2 KiB per iteration. Lives
+that are cut short by a fault cannot show that and are compared with each other, 5 to 15 seconds after they begin.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import conditions
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+import make_chat_data  # noqa: E402
+
+LENGTH, BATCH, TIMEOUT_MINUTES = 128, 4, 1
+FLAGS = f"""
+--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length {LENGTH} --max-position-embeddings {LENGTH}
+--position-embedding-type rope --normalization RMSNorm --disable-bias-linear --attention-dropout 0 --hidden-dropout 0
+--make-vocab-size-divisible-by 64 --lr 1e-3 --lr-decay-style constant --global-batch-size {BATCH} --micro-batch-size 1
+--clip-grad 1.0 --eval-iters 0 --eval-interval 1000000 --log-interval 1 --tensorboard-log-interval 1 --num-workers 0
+--sft --tokenizer-type SFTTokenizer --sft-tokenizer-prompt-format completion --no-create-attention-mask-in-dataloader
+--calculate-per-token-loss --loss-type dft --distributed-timeout-minutes {TIMEOUT_MINUTES} --device cpu
+"""
+ITERATION = re.compile(rb"iteration +(\d+)/ *\d+ \|")
+UNTIMED = re.compile("lm loss|dft |grad-norm|learning-rate|valid tokens(?! per)")
+TICK_S, SAMPLE_S = 0.05, 2.0
+Life = tuple[int, ...]  # the process numbers of its ranks, in order
+Plan = Iterator[tuple[float, str]]  # seconds to wait, and what to do then
+NEVER, IN_SAVE, AT_START, FREEZE = (math.inf, ""), "kill in a save", "kill at the start", "freeze"
+Scalars = dict[tuple[str, int], float]  # by tag and iteration
+
+
+@dataclass
+class Run:
+    """What was seen of one torchrun, from its start to its end."""
+
+    agent: int = 0  # the process number of torchrun
+    code: int | None = None  # None: stopped by us
+    seconds: float = 0.0
+    iterations: list[int] = field(default_factory=list)  # in the order of the log
+    lives: dict[Life, list[float]] = field(default_factory=dict)  # the times of their iterations
+    faults: list[tuple[str, int]] = field(default_factory=list)  # what was done to which process
+    memory: dict[int, list[tuple[float, float]]] = field(default_factory=dict)  # by process: seconds, MiB
+    restarts: int = 0
+    stall_s: float = 0.0
+    hang: str = ""
+
+
+# --- data
+
+
+def write_conversations(folder: Path, count: int, seed: int) -> list[bytes]:
+    """Good lines, and the tokenizer beside them."""
+    asked: dict = {}
+    items = list(make_chat_data.conversations(random.Random(seed), count, 0.0, asked, set()))
+    make_chat_data.make_tokenizer(items, folder / "tokenizer")
+    channels = [make_chat_data.CHANNELS[asked[item[1]["content"]][0]] for item in items]
+    return [json.dumps({"messages": m, "channel": c}).encode() for m, c in zip(items, channels, strict=True)]
+
+
+def damaged(good: list[bytes], rng: random.Random, count: int) -> dict[int, bytes]:
+    """Damaged lines by the number that each is to have in the file, between all the good ones."""
+    wrong = [b"[1]", b"null", b'"text"', b'{"messages": 3}', b'{"messages": [{"role": "user", "content": null}]}']
+    kinds = [
+        lambda line: rng.choice((b"", b"  ", b"\t")),
+        lambda line: line[: rng.randrange(1, len(line))],
+        lambda line: rng.randbytes(rng.randrange(8, 80)).replace(b"\n", b"?") + b"\xff",
+        lambda line: line.replace(rng.choice((b"}", b":", b'"')), b"", 1),
+        lambda line: rng.choice(wrong),
+    ]
+    numbers = sorted(rng.sample(range(1, len(good) + count + 1), count))
+    return {number: rng.choice(kinds)(rng.choice(good)) for number in numbers}
+
+
+def merged(good: list[bytes], bad: dict[int, bytes]) -> bytes:
+    """The file with all lines."""
+    rest, numbers = iter(good), range(1, len(good) + len(bad) + 1)
+    return b"".join((bad[number] if number in bad else next(rest)) + b"\n" for number in numbers)
+
+
+def train_file(file: Path) -> Path:
+    return file.with_suffix(".train.jsonl")
+
+
+def prepared(file: Path) -> dict[str, Any]:
+    """Pack a file of conversations with megatron_dft.data; its report."""
+    words = [sys.executable, "-m", "megatron_dft.data", str(file), "--tokenizer", str(file.parent / "tokenizer")]
+    words += ["--format", "completion", "--seq-length", str(LENGTH), "--out", str(train_file(file))]
+    subprocess.run(words, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, timeout=600)
+    return json.loads(train_file(file).with_suffix(".report.json").read_text())
+
+
+def data_violations(file: Path, bad: dict[int, bytes], good: int, clean: Path, named: Counter[str]) -> Iterator[str]:
+    """What megatron_dft.data has lost, or has not named; counts the reasons that it names."""
+    report, out = prepared(file), train_file(file)
+    rejected = [json.loads(line) for line in out.with_suffix(".rejected.jsonl").read_text().splitlines()]
+    named.update(entry["reason"].partition(":")[0] for entry in rejected)
+    if [entry["line"] for entry in rejected] != list(bad):
+        yield f"{file}: expected lines {list(bad)} to be named, got {[entry['line'] for entry in rejected]}"
+    if (report["conversations"], report["rejected"]) != (good, len(bad)):
+        yield f"{file}: expected {good} lines kept and {len(bad)} left out, got {report}"
+    if out.read_bytes() != train_file(clean).read_bytes():
+        yield f"{out}: expected the training data of the good lines, byte for byte; {train_file(clean)} differs"
+
+
+# --- one torchrun
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """One thread to a rank, a cache of its own, stacks on SIGABRT, and restarts that work.
+
+    torchrun of torch 2.13 otherwise keeps its store from one life to the next, and ranks look for each other at the
+    addresses of those that were killed: `connectFullMesh failed`, or they wait.
+    """
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    more = {"OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "hf"), "PYTHONFAULTHANDLER": "1", "PYTHONPATH": paths}
+    return {**os.environ, **more, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+
+def torchrun(folder: Path, data: Path, flags: str, ranks: int, restarts: int) -> list[str]:
+    """A script of Megatron's on CPU ranks, with our launcher between."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    words += ["--max-restarts", str(restarts), "-m", "megatron_dft.launch", str(ROOT / "examples" / "pretrain_gpt.py")]
+    paths = {"--tokenizer-model": data.parent / "tokenizer", "--train-data-path": data, "--save": folder / "checkpoint"}
+    paths |= {"--load": paths["--save"], "--data-cache-path": folder / "cache", "--tensorboard-dir": folder / "logs"}
+    return [*words, *FLAGS.split(), *flags.split(), *(str(word) for pair in paths.items() for word in pair)]
+
+
+def watch(words: list[str], folder: Path, limit_s: float, deadline: float, plan: Plan) -> Run:
+    """Start it, disturb it as planned, note what happens; whatever was started is gone at the end."""
+    run, log = Run(), folder / "log.txt"
+    with log.open("wb") as output:
+        agent = subprocess.Popen(words, stdout=output, stderr=output, env=environment(folder), start_new_session=True)
+    run.agent, read, life, hit, since = agent.pid, 0, (), (), 0.0
+    start = progress = sampled = time.monotonic()
+    wait_s, kind = next(plan, NEVER)
+    try:
+        while agent.poll() is None and (now := time.monotonic()) < deadline and not run.hang:
+            ranks = ranks_of(agent.pid)
+            life = ranks if len(ranks) == int(words[words.index("--nproc-per-node") + 1]) else life
+            fresh, read = new_iterations(log, read)
+            if fresh:
+                run.stall_s, progress = max(run.stall_s, now - progress), now
+                run.iterations += fresh
+                run.lives.setdefault(life, []).extend([now - start] * len(fresh))
+            if now - progress > limit_s:
+                run.hang = f"no iteration for {now - progress:.0f} s\n{stacks(ranks, log)}"
+            if now - sampled > SAMPLE_S:
+                sampled = now
+                sample(run.memory, (agent.pid, *ranks), now - start)
+            if life and life == ranks != hit and (life in run.lives or kind == AT_START):
+                since = since or now
+                if now - since > wait_s and (kind != IN_SAVE or being_written(folder / "checkpoint")):
+                    run.faults.append((kind, strike(kind, life)))
+                    hit, since, (wait_s, kind) = life, 0.0, next(plan, NEVER)
+            time.sleep(TICK_S)
+        run.code = agent.poll()
+    finally:
+        kill([agent.pid, *descendants(agent.pid), *life])
+        agent.wait()
+    run.seconds = time.monotonic() - start
+    run.stall_s = max(run.stall_s, time.monotonic() - progress)
+    run.iterations += new_iterations(log, read)[0]
+    run.restarts = log.read_text(errors="replace").count("failed (exitcode: ")
+    return run
+
+
+def new_iterations(log: Path, read: int) -> tuple[list[int], int]:
+    """Iterations in the log after its first `read` bytes, and how many bytes are read then."""
+    with log.open("rb") as file:
+        file.seek(read)
+        text, newline, _ = file.read().rpartition(b"\n")
+    return [int(number) for number in ITERATION.findall(text)], read + len(text) + len(newline)
+
+
+# --- processes
+
+
+def children(pid: int) -> list[int]:
+    """Of all threads of a process, in order of their start."""
+    with contextlib.suppress(OSError):
+        words = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+        return sorted(int(word) for word in itertools.chain(*words))
+    return []
+
+
+def descendants(pid: int) -> list[int]:
+    below = children(pid)
+    return below + [more for child in below for more in descendants(child)]
+
+
+def ranks_of(agent: int) -> Life:
+    """The ranks that torchrun has started, in order, as far as they are there."""
+    found = {}
+    for pid in children(agent):
+        with contextlib.suppress(OSError):
+            if rank := re.search(rb"\0RANK=(\d+)\0", b"\0" + Path(f"/proc/{pid}/environ").read_bytes()):
+                found[int(rank[1])] = pid
+    return tuple(found[rank] for rank in sorted(found))
+
+
+def sample(memory: dict[int, list[tuple[float, float]]], pids: tuple[int, ...], seconds: float) -> None:
+    """The resident MiB of processes."""
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            if kib := re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text()):
+                memory.setdefault(pid, []).append((seconds, int(kib[1]) / 1024))
+
+
+def kill(pids: list[int]) -> None:
+    """With what they have started, such as the writers of a checkpoint."""
+    for pid in pids:
+        for end in (os.killpg, os.kill):
+            with contextlib.suppress(ProcessLookupError):
+                end(pid, signal.SIGKILL)
+
+
+def stacks(ranks: Life, log: Path) -> str:
+    """The end of the log, after each rank has written its stacks to it."""
+    for pid in ranks:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGABRT)
+            time.sleep(0.5)
+    return log.read_text(errors="replace")[-8000:]
+
+
+# --- faults
+
+
+def planned(rng: random.Random, mean_s: float, limit: int) -> Plan:
+    """Seconds to wait from a life's first iteration on, or from its start, and what to do then."""
+    for kind in itertools.islice(itertools.cycle((IN_SAVE, "kill", AT_START, "kill", FREEZE)), limit):
+        yield min(rng.expovariate(1.0 / mean_s), 5.0 if kind == AT_START else math.inf), kind
+
+
+def being_written(checkpoint: Path) -> bool:
+    """Whether there is a folder, a second old or younger, that is not yet the latest checkpoint."""
+    with contextlib.suppress(OSError, ValueError):
+        newest = max(checkpoint.glob("iter_*"))
+        latest = checkpoint / "latest_checkpointed_iteration.txt"
+        complete = int(latest.read_text()) if latest.exists() else 0
+        return int(newest.name[5:]) > complete and time.time() - newest.stat().st_mtime < 1.0
+    return False
+
+
+def strike(kind: str, ranks: Life) -> int:
+    """The process that was hit."""
+    pid = random.choice(ranks)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGSTOP if kind == FREEZE else signal.SIGKILL)
+    return pid
+
+
+# --- judgement
+
+
+def run_violations(run: Run, folder: Path, scalars: Scalars, limit_s: float) -> Iterator[str]:
+    """What was lost, hung, or not named in a run; `scalars` are the reference's."""
+    name, log = folder.name, (folder / "log.txt").read_text(errors="replace")
+    if run.hang or run.stall_s > limit_s:
+        yield f"{name}: expected an iteration within {limit_s:.0f} s, got none for {run.stall_s:.0f} s {run.hang}"
+    if run.code:
+        yield f"{name}: expected exit code 0, got {run.code}\n{log[-3000:]}"
+    lives = scalars_of(folder)
+    for place, value in itertools.chain(*(life.items() for life in lives)):
+        if value != scalars.get(place):
+            yield f"{name}: {place}: expected {scalars.get(place)!r}, got {value!r}"
+    if 2 * compared(lives) < len(run.iterations):
+        yield f"{name}: expected {len(run.iterations)} iterations in {folder}/logs, got {compared(lives)}"
+    cut = run.code is None and run.restarts < len(run.faults)  # its end came before torchrun's answer
+    for kind, pid in run.faults[: len(run.faults) - cut]:
+        if not re.search(rf"\(pid: {pid}\)|process {pid} ", log):
+            yield f"{name}: {kind}: expected the log to name process {pid}, {folder}/log.txt does not"
+    ended = sum(kind != AT_START for kind, _ in run.faults)
+    if len(run.lives) > ended + 1:
+        yield f"{name}: expected at most {ended + 1} lives that train, one more than faults, got {len(run.lives)}"
+
+
+def compared(lives: list[Scalars]) -> int:
+    """How many iterations TensorBoard has, those done twice counted twice."""
+    return sum(tag == "lm loss" for life in lives for tag, _ in life)
+
+
+def scalars_of(folder: Path) -> list[Scalars]:
+    """What each life wrote to TensorBoard, but times; of a life that was killed the last iterations may be missing."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = []
+    for path in sorted((folder / "logs").glob("events*")):
+        events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
+        tags = [tag for tag in events.Tags()["scalars"] if UNTIMED.search(tag)]
+        found.append({(tag, x.step): x.value for tag in tags for x in events.Scalars(tag)})
+    return found
+
+
+def growth(run: Run, judged_s: float) -> Iterator[dict[str, float | str]]:
+    """How the processes that lived long have grown in the second half of their lives."""
+    ranks = [(pid, f"rank {rank}") for life in run.lives for rank, pid in enumerate(life)]
+    for pid, name in [(run.agent, "torchrun"), *ranks]:
+        points = run.memory.get(pid, [])
+        seconds = points[-1][0] - points[0][0] if points else 0.0
+        if seconds < judged_s:
+            continue
+        late = [point for point in points if point[0] > points[0][0] + seconds / 2]
+        slope = statistics.linear_regression(*zip(*late, strict=True)).slope
+        times = [x for life in run.lives.values() for x in life if late[0][0] <= x <= late[-1][0]]
+        kib = 1024 * slope * (late[-1][0] - late[0][0]) / max(len(times), 1)
+        numbers = {"life_s": round(seconds), "mib": round(late[-1][1], 1), "mib_per_hour": round(3600 * slope, 2)}
+        yield {"process": name, **numbers, "kib_per_iteration": round(kib, 3)}
+
+
+def sizes_when_young(runs: list[Run]) -> list[float]:
+    """MiB of an average rank 5 to 15 seconds after its first iteration, life after life."""
+    sizes = []
+    for run in runs:
+        for life, times in run.lives.items():
+            points = [m for pid in life for t, m in run.memory.get(pid, []) if 5 < t - times[0] < 15]
+            sizes += [round(statistics.mean(points), 1)] if times[-1] - times[0] > 15 and points else []
+    return sizes
+
+
+def memory_violations(grown: list[dict], young: list[float], leak_kib: float, limit_mib: float) -> Iterator[str]:
+    for row in grown:
+        if row["kib_per_iteration"] > leak_kib:
+            yield f"{row['process']}: expected at most {leak_kib} KiB more per iteration, got {row}"
+    half = len(young) // 2
+    if half and (more := statistics.median(young[-half:]) - statistics.median(young[:half])) > limit_mib:
+        yield f"expected ranks as large in late lives as in early ones, within {limit_mib} MiB; got {more:.1f} more"
+
+
+# --- the hour
+
+
+def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The reference, then rounds until the time is up or something is wrong; the numbers, and what is wrong."""
+    end, limit_s = time.monotonic() + 60 * options.minutes, 60 * TIMEOUT_MINUTES + options.allowance
+    rng = random.Random(options.seed)
+    plan = planned(rng, options.fault_every, options.faults)
+    flags = f"{options.layout} --train-iters {options.iterations} --save-interval {options.save_interval}"
+    good = write_conversations(folder, options.conversations, options.seed)
+    clean = folder / "clean.jsonl"
+    clean.write_bytes(merged(good, {}))
+    trained = prepared(clean)
+    epochs = math.lcm(trained["lines"], BATCH) // trained["lines"]
+    whole = epochs * trained["lines"] // BATCH  # iterations after which each token has trained equally often
+    if options.iterations < whole:
+        raise ValueError(f"--iterations: expected {whole} or more, whole epochs of the data; got {options.iterations}")
+
+    def train(name: str, file: Path, disturbed: bool = False) -> Run:
+        (folder / name).mkdir()
+        words = torchrun(folder / name, file, flags, options.ranks, restarts=10**6 if disturbed else 0)
+        until, faults = (end, plan) if disturbed else (math.inf, iter(()))
+        run = watch(words, folder / name, limit_s, until, faults)
+        done = f"{len(run.iterations)} iterations, {len(run.faults)} faults, longest stall {run.stall_s:.0f} s"
+        print(f"{name}: {run.seconds:.0f} s, {done}", flush=True)
+        return run
+
+    runs = [train("reference", train_file(clean))]
+    (scalars,) = scalars_of(folder / "reference") or [{}]
+    wrong = list(run_violations(runs[0], folder / "reference", scalars, limit_s))
+    tokens = [scalars.get(("valid tokens total", whole)), epochs * trained["tokens_that_train"]]
+    if tokens[0] != tokens[1] or len(runs[0].iterations) != options.iterations:
+        wrong.append(f"reference: expected {tokens[1]} tokens in {whole} iterations, got {tokens[0]}")
+    damage: Counter[str] = Counter()
+    while not wrong and time.monotonic() < end and len(runs) <= options.rounds:
+        name, bad = f"round{len(runs)}", damaged(good, rng, options.damage)
+        file = folder / f"{name}.jsonl"
+        file.write_bytes(merged(good, bad))
+        wrong += data_violations(file, bad, len(good), clean, damage)
+        if len(runs) == 1:
+            wrong += refusal_violations(train("refused", file), folder / "refused", file, bad)
+        runs.append(train(name, train_file(file), disturbed=True))
+        wrong += run_violations(runs[-1], folder / name, scalars, limit_s)
+        shutil.rmtree(folder / name / "checkpoint", ignore_errors=True)
+    grown, young = [row for run in runs for row in growth(run, options.judged)], sizes_when_young(runs)
+    wrong += memory_violations(grown, young, options.leak, options.growth)
+    return summary(runs, folder, damage, grown, young) | {"violations": wrong}
+
+
+def refusal_violations(run: Run, folder: Path, file: Path, bad: dict[int, bytes]) -> Iterator[str]:
+    """The damaged file as it is: --sft must name the first line that is not empty, and not train."""
+    first = min(number for number, line in bad.items() if line.strip())
+    if run.iterations or not run.code or f"{file}:{first}: " not in (folder / "log.txt").read_text(errors="replace"):
+        yield f"--sft: expected it to refuse {file}:{first}, got {len(run.iterations)} iterations, {folder}/log.txt"
+
+
+def summary(runs: list[Run], folder: Path, damage: Counter[str], grown: list[dict], young: list[float]) -> dict:
+    """The numbers of the table and of the file."""
+    lives = [life for number in range(1, len(runs)) for life in scalars_of(folder / f"round{number}")]
+    return {
+        "seconds": round(sum(run.seconds for run in runs)),
+        "rounds": len(runs) - 1,
+        "lives": sum(len(run.lives) for run in runs),
+        "starts_that_failed": sum(max(run.restarts - len(run.faults), 0) for run in runs[1:]),
+        "faults": dict(Counter(kind for run in runs for kind, _ in run.faults)),
+        "iterations_of_the_reference": len(runs[0].iterations),
+        "iterations_of_the_rounds": sum(len(run.iterations) for run in runs[1:]),
+        "of_which_done_again": sum(len(run.iterations) - len(set(run.iterations)) for run in runs[1:]),
+        "compared_to_the_last_bit": compared(lives),
+        "damaged_lines_named": dict(damage),
+        "longest_stall_s": round(max(run.stall_s for run in runs), 1),
+        "longest_life_s": round(max((x[-1] - x[0] for run in runs for x in run.lives.values()), default=0)),
+        "memory": grown,
+        "mib_of_young_lives": young,
+    }
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--iterations", type=int, default=3000, help="of the reference and of a round")
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--layout", default="--tensor-model-parallel-size 2", help="Megatron's flags for it")
+    parser.add_argument("--fault-every", type=float, default=60.0, help="seconds of training on average")
+    parser.add_argument("--faults", type=int, default=10**6, help="no more after so many")
+    parser.add_argument("--rounds", type=int, default=10**6, help="no more after so many")
+    parser.add_argument("--save-interval", type=int, default=25)
+    parser.add_argument("--conversations", type=int, default=400)
+    parser.add_argument("--damage", type=int, default=80, help="damaged lines among them")
+    parser.add_argument("--allowance", type=float, default=300.0, help="seconds to start all ranks, on a busy machine")
+    parser.add_argument("--judged", type=float, default=600.0, help="seconds; memory is judged from longer lives")
+    parser.add_argument("--leak", type=float, default=2.0, help="KiB per iteration that are too much")
+    parser.add_argument("--growth", type=float, default=16.0, help="MiB from early to late lives that are too much")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--folder", type=Path, default=Path("runs/soak"), help="logs and data; emptied first")
+    parser.add_argument("--out", type=Path, help="default: tools/results/DEVICE-DATE-soak.json")
+    options = parser.parse_args(words)
+    facts = conditions(torch.device("cpu"))
+    name = f"{str(facts['device']).replace(' ', '-')}-{facts['date']}-soak.json"
+    out = options.out or ROOT / "tools" / "results" / name
+    random.seed(options.seed)
+    folder = options.folder.resolve()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    result = soak(options, folder)
+    asked = {key: value for key, value in vars(options).items() if key not in ("folder", "out")}
+    out.write_text(json.dumps(facts | {"options": asked} | result, indent=2) + "\n")
+    for key, value in result.items():
+        rows = value if isinstance(value, list) and value and not isinstance(value[0], float) else [value]
+        for row in rows:
+            print(f"{key.replace('_', ' '):<28} {row}")
+    if not result["memory"]:
+        print(f"memory of a life: not judged, none lasted {options.judged:.0f} s")
+    print(out)
+    return 1 if result["violations"] else 0
+
+
+if __name__ == "__main__":
+    for ending in (signal.SIGINT, signal.SIGTERM):  # both unwind, so that no process is left behind
+        signal.signal(ending, lambda number, _: sys.exit(128 + number))
+    sys.exit(main())
