@@ -72,9 +72,10 @@ def test_a_kill_is_named_and_a_restart_for_nothing_is_found(words, tmp_path):
 
 
 def lived(kib_per_iteration, mib=800.0):
-    """A life of ten minutes, at five iterations a second."""
-    memory = {7: [(t, mib + kib_per_iteration * 5 * t / 1024 + 0.2 * (t % 3)) for t in range(0, 600, 2)]}
-    return soak.Run(agent=1, lives={(7,): [0.2 * i for i in range(3000)]}, memory=memory)
+    """A life of ten minutes, at five iterations a second, after as much time in which it has grown to its size."""
+    young = [(t, mib * t / 600) for t in range(0, 600, 2)]
+    grown = [(600 + t, mib + kib_per_iteration * 5 * t / 1024 + 0.2 * (t % 3)) for t in range(0, 600, 2)]
+    return soak.Run(agent=1, lives={(7,): [600 + 0.2 * i for i in range(3000)]}, memory={7: young + grown})
 
 
 @pytest.mark.parametrize(("kib", "leaks"), [(0.0, False), (1.0, False), (3.0, True)])

@@ -336,9 +336,10 @@ def scalars_of(folder: Path) -> list[Scalars]:
 
 def growth(run: Run, judged_s: float) -> Iterator[dict[str, float | str]]:
     """How the processes that lived long have grown in the second half of their lives."""
-    ranks = [(pid, f"rank {rank}") for life in run.lives for rank, pid in enumerate(life)]
-    for pid, name in [(run.agent, "torchrun"), *ranks]:
-        points = run.memory.get(pid, [])
+    ranks = [(pid, f"rank {n}", times[0]) for life, times in run.lives.items() for n, pid in enumerate(life)]
+    first = min((start for *_, start in ranks), default=0.0)
+    for pid, name, start in [(run.agent, "torchrun", first), *ranks]:
+        points = [point for point in run.memory.get(pid, []) if point[0] >= start]  # not while it imports
         seconds = points[-1][0] - points[0][0] if points else 0.0
         if seconds < judged_s:
             continue
