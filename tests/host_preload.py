@@ -1,5 +1,6 @@
 """Imported once by the server from which `host_runs` forks its ranks: this process becomes a CPU rank of Megatron."""
 
+import contextlib
 import importlib.util
 import os
 
@@ -11,6 +12,9 @@ cpu.enable()
 
 import megatron.training  # noqa: E402
 import torch.utils.tensorboard  # noqa: E402, F401
+
+with contextlib.suppress(ModuleNotFoundError):  # 0.17
+    import megatron.core.tokenizers.text  # which imports transformers: half the time of a small run
 
 if importlib.util.find_spec("megatron.bridge"):
     cpu.enable_bridge()
