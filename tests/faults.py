@@ -461,6 +461,15 @@ FAULTS = [
           "yield from troubles[:1]\n    if", "doctor", "every_trouble and sizes"),
     Fault("padding without a word", "hosts/preflight", "elif padded > size and true is None:", "elif False:",
           "doctor", "worth_knowing"),
+    # Data that is damaged
+    Fault("text that is no UTF-8", "hosts/sft", "rows.validate(full=True)", "pass", "sft", "damaged_line_is_found"),
+    Fault("nothing to train", "hosts/sft", "if len(replies.unique()) < len(rows):", "if False:",
+          "sft", "damaged_line_is_found"),
+    Fault("missing contents", "hosts/sft", "nulls or contents.type", "contents.type", "sft", "damaged_line_is_found"),
+    Fault("any role", "hosts/sft", " or not set(roles.unique().to_pylist()) <= set(ROLES)", "",
+          "sft", "damaged_line_is_found"),
+    Fault("lines from 0", "hosts/sft", "enumerate(lines, 1)", "enumerate(lines)", "sft", "damaged_line_is_found"),
+    Fault("empty lines unnamed", "data", 'yield line, "empty line"', "pass", "data", "each_bad_one_is_named"),
 ]
 # fmt: on
 
