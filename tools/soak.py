@@ -19,6 +19,9 @@ hold:
     named      the log has the process number of each rank that was killed or frozen; no other life that trained ends
     memory     of a rank, and of torchrun: flat over each life of --judged seconds, and from life to life
 
+A rank that is killed leaves the process behind that writes its checkpoints (Megatron's; 0.6 GiB), which waits for ever.
+They are counted, and ended when the next life begins.
+
 Memory is judged from the second half of a life, because the first saves of checkpoints settle the allocator. A leak of
 one number per token (128 tokens, 4 bytes) in each iteration is 0.5 KiB; the limit is --leak, 2 KiB per iteration. Lives
 that are cut short by a fault cannot show that and are compared with each other, 5 to 15 seconds after they begin.
@@ -41,7 +44,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,6 +86,7 @@ class Run:
     faults: list[tuple[str, int]] = field(default_factory=list)  # what was done to which process
     memory: dict[int, list[tuple[float, float]]] = field(default_factory=dict)  # by process: seconds, MiB
     restarts: int = 0
+    orphans: int = 0  # killed ranks whose writers of checkpoints lived on
     stall_s: float = 0.0
     hang: str = ""
 
@@ -178,7 +182,9 @@ def watch(words: list[str], folder: Path, limit_s: float, deadline: float, plan:
     try:
         while agent.poll() is None and (now := time.monotonic()) < deadline and not run.hang:
             ranks = ranks_of(agent.pid)
-            life = ranks if len(ranks) == int(words[words.index("--nproc-per-node") + 1]) else life
+            if len(ranks) == int(words[words.index("--nproc-per-node") + 1]) and ranks != life:
+                run.orphans += kill(life)
+                life = ranks
             fresh, read = new_iterations(log, read)
             if fresh:
                 run.stall_s, progress = max(run.stall_s, now - progress), now
@@ -248,12 +254,16 @@ def sample(memory: dict[int, list[tuple[float, float]]], pids: tuple[int, ...], 
                 memory.setdefault(pid, []).append((seconds, int(kib[1]) / 1024))
 
 
-def kill(pids: list[int]) -> None:
-    """With what they have started, such as the writers of a checkpoint."""
+def kill(pids: Iterable[int]) -> int:
+    """With what they have started, such as the writers of a checkpoint; returns how many of them had left such."""
+    groups = 0
     for pid in pids:
-        for end in (os.killpg, os.kill):
-            with contextlib.suppress(ProcessLookupError):
-                end(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+            groups += 1
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return groups
 
 
 def stacks(ranks: Life, log: Path) -> str:
@@ -435,6 +445,7 @@ def summary(runs: list[Run], folder: Path, damage: Counter[str], grown: list[dic
         "lives": sum(len(run.lives) for run in runs),
         "starts_that_failed": sum(max(run.restarts - len(run.faults), 0) for run in runs[1:]),
         "faults": dict(Counter(kind for run in runs for kind, _ in run.faults)),
+        "writers_left_behind": sum(run.orphans for run in runs),
         "iterations_of_the_reference": len(runs[0].iterations),
         "iterations_of_the_rounds": sum(len(run.iterations) for run in runs[1:]),
         "of_which_done_again": sum(len(run.iterations) - len(set(run.iterations)) for run in runs[1:]),
