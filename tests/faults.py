@@ -1,6 +1,6 @@
 """Deliberate faults: each is put into a copy of the library, and the named tests must fail.
 
-    python tests/faults.py [-k NAME]
+    python tests/faults.py [-k NAME] [--quarter 0..3]
 
 Exit status 0 when every fault was caught. A fault whose old text is not in its file exactly once, a selection of
 tests that does not pass without a fault, and a fault that breaks the collection of the tests are errors as well:
@@ -533,10 +533,12 @@ def try_without_fault(faults: Sequence[Fault]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("-k", default="", help="only faults whose name contains this")
-    wanted = parser.parse_args().k
-    faults = [fault for fault in FAULTS if wanted in fault.name]
+    parser.add_argument("--quarter", type=int, choices=range(4), help="only every fourth, from this one on")
+    wanted = parser.parse_args()
+    chosen = FAULTS if wanted.quarter is None else FAULTS[wanted.quarter :: 4]
+    faults = [fault for fault in chosen if wanted.k in fault.name]
     if not faults:
-        parser.error(f"no fault is named {wanted!r}")
+        parser.error(f"no fault is named {wanted.k!r}")
     processes = [FORK.Process(target=try_without_fault, args=(faults,))]
     processes += [FORK.Process(target=try_faults, args=(faults[i::WORKERS],)) for i in range(WORKERS)]
     for process in processes:

@@ -5,10 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from chat_examples import talk, tokenizer
 from host_runs import EXAMPLE, Host
 
 from megatron_dft.hosts.sft import _by_token, _whole, damage, naming_channels
+
+pytest.importorskip("tokenizers")
+
+from chat_examples import talk, tokenizer
 
 NUMBERS = {"other": 0, "maths": 1, "code": 2}
 

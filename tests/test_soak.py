@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("tensorboard")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 import soak
 
@@ -111,7 +112,6 @@ def test_data_that_is_lost_or_not_named_is_found(tmp_path):
 @pytest.mark.host
 def test_a_run_that_is_killed_in_a_save_loses_nothing(tmp_path, capsys):
     pytest.importorskip("megatron.training")
-    pytest.importorskip("tensorboard")
     flags = "--minutes 5 --rounds 1 --faults 1 --fault-every 0.01 --iterations 40 --save-interval 5 --conversations 30"
     folders = ["--folder", str(tmp_path / "soak"), "--out", str(tmp_path / "soak.json")]
     code = soak.main([*flags.split(), "--damage", "15", "--ranks", "2", "--judged", "1000", *folders])
