@@ -156,6 +156,13 @@ def test_a_layout_that_means_nothing_is_refused(text):
         Layout.parse(text)
 
 
+@pytest.mark.parametrize("flags", ["--steps 1", "--only nobody"])
+def test_a_measurement_of_nothing_is_refused(flags, capsys):
+    with pytest.raises(SystemExit):
+        benchmark_layouts.arguments(flags.split())
+    assert f"{flags.split()[0]}: expected" in capsys.readouterr().err
+
+
 def test_ranks_that_cannot_be_divided_are_refused():
     with pytest.raises(ValueError, match="expected a multiple of 6 ranks, got 8"):
         Layout(tp=3, pp=2).dp(8)

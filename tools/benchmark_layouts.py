@@ -112,6 +112,8 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     wanted = parser.parse_args(words)
     if wanted.steps < 2:
         parser.error(f"--steps: expected 2 or more, of which a spread can be told, got {wanted.steps}")
+    if not any(part in name for part in wanted.only for name in IMPLEMENTATIONS):
+        parser.error(f"--only: expected parts of {', '.join(IMPLEMENTATIONS)}, got {' '.join(wanted.only)}")
     return wanted
 
 
