@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import sys
 from pathlib import Path
+from statistics import median
 
 from rivals import DFT, STOCK
 
@@ -111,13 +112,17 @@ def layouts_part(rows: Rows, path: Path) -> str:
         shares = [f"{float(found[way]['step_ms']) / stock:.2f}" for way in ways[1:]]
         share = f"{float(found[ways[0]]['loss_stage_share']):.0%}"
         body.append([name, f"{stock:.0f}", share, *shares, f"{float(found[DROPPED]['loss_stage_share']):.0%}"])
+    steps = [int(row["steps"]) for row in rows if row["implementation"] in ways]
+    spread = median(float(row["spread_ms"]) / float(row["step_ms"]) for row in rows)
     head = ["layout", f"{ways[0]}, ms", "its loss stage", *ways[1:], "loss stage, masked tokens dropped"]
     return (
         f"**{first['device']}:** Training steps of a GPT (hidden size {first['hidden']}, {first['layers']} layers, "
         f"{first['vocab']} words, {first['dtype']}) on a batch of {first['global_batch']} samples of "
         f"{first['seq_length']} tokens, {float(first['masked']):.0%} of them masked, in every layout the same: ms per "
-        "step with Megatron's loss, and ours as a share of it; CPU ranks of one thread each, more ranks than the two "
-        f"cores from 4 on. {origin(first, path)}; what is sent: [{wire.name}]({wire.relative_to(ROOT)}).\n\n"
+        "step with Megatron's loss, and ours as a share of it. Medians of "
+        f"{min(steps)} to {max(steps)} interleaved steps, whose quartiles are {spread:.0%} of a step apart; CPU ranks "
+        f"of one thread each, more ranks than the two cores from 4 on. {origin(first, path)}; what is sent: "
+        f"[{wire.name}]({wire.relative_to(ROOT)}).\n\n"
         f"{table(head, body)}\n"
         f"![step time by layout and loss]({path.with_suffix('.png').relative_to(ROOT)})\n"
     )
@@ -280,7 +285,8 @@ def draw_layouts(rows: Rows, path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("step, as a share of that with Megatron's loss; dark: loss stage of the last pipeline stage")
     axes.set_title(f"{rows[0]['device']}, {rows[0]['date']}", fontsize=9)
-    axes.legend(fontsize=8)
+    axes.margins(y=0.01)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=len(ways))
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
 

@@ -349,7 +349,8 @@ def check(path: Path) -> str:
             "step, measured → predicted (error); ° marks what the costs were fitted to.\n",
             timed_table(pairs),
             errors_text(pairs),
-            f"Fitted, with ranks on {CORES} cores: {costs_text(costs)}.\n",
+            f"Fitted: {costs_text(costs)}. More ranks than the {CORES} cores are predicted as if all of them worked "
+            "all the time; those of a pipeline wait for each other, so that the last can take less.\n",
             "Calls and bytes of the collectives between tensor-parallel ranks in the loss stage, every objective, "
             f"{len(of_loss(wire))} numbers of each: {verdict}.\n",
         ]
