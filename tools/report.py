@@ -112,16 +112,16 @@ def layouts_part(rows: Rows, path: Path) -> str:
         shares = [f"{float(found[way]['step_ms']) / stock:.2f}" for way in ways[1:]]
         share = f"{float(found[ways[0]]['loss_stage_share']):.0%}"
         body.append([name, f"{stock:.0f}", share, *shares, f"{float(found[DROPPED]['loss_stage_share']):.0%}"])
-    steps = [int(row["steps"]) for row in rows if row["implementation"] in ways]
+    steps = " or ".join(sorted({row["steps"] for row in rows if row["implementation"] in ways}, key=int))
     spread = median(float(row["spread_ms"]) / float(row["step_ms"]) for row in rows)
+    shared = "" if "NVIDIA" in first["device"] else "; CPU ranks of one thread each, from 4 on more than the two cores"
     head = ["layout", f"{ways[0]}, ms", "its loss stage", *ways[1:], "loss stage, masked tokens dropped"]
     return (
         f"**{first['device']}:** Training steps of a GPT (hidden size {first['hidden']}, {first['layers']} layers, "
         f"{first['vocab']} words, {first['dtype']}) on a batch of {first['global_batch']} samples of "
         f"{first['seq_length']} tokens, {float(first['masked']):.0%} of them masked, in every layout the same: ms per "
-        "step with Megatron's loss, and ours as a share of it. Medians of "
-        f"{min(steps)} to {max(steps)} interleaved steps, whose quartiles are {spread:.0%} of a step apart; CPU ranks "
-        f"of one thread each, more ranks than the two cores from 4 on. {origin(first, path)}; what is sent: "
+        f"step with Megatron's loss, and ours as a share of it. Medians of {steps} interleaved steps, whose quartiles "
+        f"are {spread:.0%} of a step apart{shared}. {origin(first, path)}; what is sent: "
         f"[{wire.name}]({wire.relative_to(ROOT)}).\n\n"
         f"{table(head, body)}\n"
         f"![step time by layout and loss]({path.with_suffix('.png').relative_to(ROOT)})\n"
