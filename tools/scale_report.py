@@ -1,8 +1,8 @@
 """What scale_model.py predicts, as the page docs/scale.md; and its predictions against steps that were measured.
 
     predicted     tables by model, number of GPUs, share of masked tokens, cluster: nothing in them is measured
-    times         of a file of benchmark_layouts.py. What a FLOP, a byte and a call cost is fitted to eight of its rows,
-                  one rank and two tensor-parallel ones; all other rows are predictions, shown with their errors
+    times         of a file of benchmark_layouts.py. What a FLOP, a byte and a call cost is fitted to its rows of one
+                  rank and of two tensor-parallel ones; all others are predictions, shown with their errors
     collectives   of the loss stage, from the -wire.csv file beside it: calls and bytes must be exactly those predicted
 
 The masks of the measured batch are made again (megatron_step.py), because with dropped tokens each rank of data and
