@@ -50,13 +50,17 @@ gpu:
 	$(RUN) tools/benchmark.py
 	$(RUN) tools/report.py
 
-# The same benchmark of the backend for CPUs, training steps in layouts of 1 to 8 CPU ranks, and the README's tables.
+# The same benchmark of the backend for CPUs, training steps in layouts of 1 to 8 CPU ranks (an hour on two cores), and
+# the tables of README.md and docs/scale.md.
+benchmark: LAYOUTS := OMP_NUM_THREADS=1 $(RUN) -m torch.distributed.run --nproc-per-node
 benchmark: .venv/installed
 	$(RUN) tools/benchmark.py --device cpu
-	for ranks in 1 2 4; do $(RUN) -m torch.distributed.run --nproc-per-node $$ranks tools/benchmark_layouts.py || exit; done
-	$(RUN) -m torch.distributed.run --nproc-per-node 8 tools/benchmark_layouts.py \
-		--layouts tp8sp tp4sppp2 tp2sppp4 tp2sppp2cp2 tp2sppp2
+	$(LAYOUTS) 1 tools/benchmark_layouts.py
+	$(LAYOUTS) 2 tools/benchmark_layouts.py --layouts tp2 tp2sp pp2 cp2 dp
+	$(LAYOUTS) 4 tools/benchmark_layouts.py --layouts tp2 tp2sp tp4sp pp2 pp4 cp2 cp4 dp tp2sppp2 tp2spcp2 pp2cp2
+	$(LAYOUTS) 8 tools/benchmark_layouts.py --layouts tp2sppp2cp2 tp2sppp4 tp4sppp2 --steps 2
 	$(RUN) tools/report.py
+	$(RUN) tools/scale_model.py --docs
 
 check: .venv/installed
 	.venv/bin/ruff check .

@@ -121,7 +121,7 @@ def layouts_part(rows: Rows, path: Path) -> str:
         f"{first['vocab']} words, {first['dtype']}) on a batch of {first['global_batch']} samples of "
         f"{first['seq_length']} tokens, {float(first['masked']):.0%} of them masked, in every layout the same: ms per "
         f"step with Megatron's loss, and ours as a share of it. Medians of {steps} interleaved steps, whose quartiles "
-        f"are {spread:.0%} of a step apart{shared}. {origin(first, path)}; what is sent: "
+        f"are typically {spread:.0%} of a step apart{shared}. {origin(first, path)}; what is sent: "
         f"[{wire.name}]({wire.relative_to(ROOT)}).\n\n"
         f"{table(head, body)}\n"
         f"![step time by layout and loss]({path.with_suffix('.png').relative_to(ROOT)})\n"
