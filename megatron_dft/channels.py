@@ -5,7 +5,7 @@
 A Megatron script passes on the tensors it knows and drops all others; labels it takes everywhere: they are broadcast
 to tensor-parallel ranks, cut for context parallelism, flattened for packed sequences, read by the last pipeline stage.
 A label has 64 bits and a token id needs 20 of them, so the channel travels in the upper half. `install` takes it off
-before the model sees the labels. Nothing else is sent, and a batch without channels is as it was.
+before the model sees the labels, if channels are configured (`--loss-channels`). Nothing else is sent.
 """
 
 from __future__ import annotations
@@ -28,10 +28,18 @@ def with_channels(
     return torch.where(labels < 0, labels, marked)
 
 
-def split_channels(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Labels that may carry a channel -> (labels, channel), both [...] int64."""
-    carries = labels >= 0
-    return torch.where(carries, labels & ((1 << SHIFT) - 1), labels), torch.where(carries, labels >> SHIFT, 0)
+def split_channels(
+    labels: Tensor,  # [...] int64, may carry channels
+    channels: int,
+) -> tuple[Tensor, Tensor]:  # labels and channel, both [...] int64
+    """Take the channel off each label.
+
+    A label whose channel is not one of the `channels` numbers keeps all of its bits. It is then no token id, and its
+    loss is NaN: a label that is out of range by itself stays as visible as without channels.
+    """
+    channel = labels >> SHIFT
+    carries = (channel >= 0) & (channel < channels)
+    return torch.where(carries, labels & ((1 << SHIFT) - 1), labels), torch.where(carries, channel, 0)
 
 
 def channel_names(specification: str | None) -> tuple[str, ...]:

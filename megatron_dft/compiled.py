@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_dft import reference
 from megatron_dft.autograd import LossOptions, check, loss_backward, loss_forward
-from megatron_dft.objectives import Objective, parse_objective
+from megatron_dft.objectives import Objective, Scheduled, parse_objective
 
 
 @torch.library.custom_op("megatron_dft::loss", mutates_args=())
@@ -79,9 +79,17 @@ _OBJECTS: dict[str, Any] = {}  # objectives and groups of the compiled graphs of
 @torch.compiler.assume_constant_result
 def name_of(thing: Objective | ProcessGroup) -> str:
     """What stands for it in a graph, which holds no objects."""
+    for name, known in _OBJECTS.items():
+        if known is thing or (_is_value(thing) and known == thing):
+            return name
     name = f"{thing} #{len(_OBJECTS)}"
     _OBJECTS[name] = thing
     return name
+
+
+def _is_value(thing: Objective | ProcessGroup) -> bool:
+    """Whether an equal object can stand for it: not for a scheduled objective, which has the state of its run."""
+    return isinstance(thing, Objective) and not isinstance(thing, Scheduled)
 
 
 def _named_options(objective: str, tp_group: str | None, *others) -> LossOptions:

@@ -80,10 +80,11 @@ class DFTConfig:
             _check_setting(f.name, getattr(self, f.name), f.metadata)
         if (self.vocab_chunk is not None or self.keep_chunks) and not self.linear_fused:
             raise ValueError("dft: vocab_chunk, keep_chunks: expected them with linear_fused, got them without")
-        if (self.channels or self.callback or self.metrics != "basic") and not self.enabled:
+        given = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        if given and not self.enabled:
             raise ValueError(
-                "dft: metrics, channels, callback: expected an objective that they tell about, got none; pass "
-                "--loss-type nll for the plain cross entropy"
+                f"dft: {', '.join(given)}: expected an objective beside it, got none; add --loss-type "
+                "(--loss-type nll is the plain cross entropy)"
             )
         if self.enabled:
             self.options()
@@ -97,7 +98,7 @@ class DFTConfig:
 
     @cached_property
     def objective(self) -> Objective:
-        """One object for the loss and the report of a run, because a scheduled objective moves on with it."""
+        """One object for the loss and the report of a run, because a scheduled objective has the state of its run."""
         return parse_objective(self.loss_type)
 
     @cached_property

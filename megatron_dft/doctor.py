@@ -41,7 +41,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dft import launch
-from megatron_dft.hosts import cpu, megatron_lm, preflight
+from megatron_dft.hosts import cpu, preflight
 from megatron_dft.hosts.preflight import Finding, trouble
 from megatron_dft.version import __version__
 
@@ -158,7 +158,7 @@ def arguments(run: Run, parsed: list[Any]) -> Iterator[Finding]:
     """Put what Megatron's parser makes of the arguments, and the objective, into `parsed`."""
     words, config = run.words, None
     try:
-        config = preflight.quietly(launch.config_of, words)
+        config, _ = preflight.quietly(launch.config_of, words)
     except ValueError as error:
         yield Finding("trouble", "objective", str(error))
     if preflight.megatron_in_use() is not None and run.on_cpu:
@@ -166,7 +166,6 @@ def arguments(run: Run, parsed: list[Any]) -> Iterator[Finding]:
         preflight.quietly(cpu.enable)
     settings, unknown = preflight.settings_of(run.script or "", words, run.world_size)
     if config is not None:
-        config = megatron_lm.run_config(settings, config)
         run.facts["objective"] = config.loss_type
     parsed.append((settings, config))
     if unknown:

@@ -1,9 +1,10 @@
 """Run an unmodified Megatron-LM training script with another loss.
 
-    torchrun --nproc-per-node 8 -m megatron_dft.launch SCRIPT ARGUMENTS --loss-type dft [--device cuda|cpu|auto]
+    torchrun --nproc-per-node 8 -m megatron_dft.launch [--device cuda|cpu|auto] SCRIPT ARGUMENTS --loss-type dft
 
-SCRIPT is pretrain_gpt.py of a Megatron-LM checkout, or another script that calls megatron.training.pretrain();
-ARGUMENTS are its own. Without --loss-type it runs as if it had been started alone. --device cpu runs it on CPU ranks
+SCRIPT is pretrain_gpt.py of a Megatron-LM checkout, or another script that calls Megatron's pretrain(); ARGUMENTS are
+its own. A script that ends without having trained with the objective ends with exit code 1 and the reason. Without
+--loss-type it runs as if it had been started alone: nothing is replaced or checked. --device cpu runs it on CPU ranks
 over gloo (slow: to try things out, and for tests); --device auto does so where no GPU is found.
 """
 
@@ -14,56 +15,100 @@ import os
 import runpy
 import sys
 from collections.abc import Callable
+from typing import Any, Protocol
 
 from megatron_dft.config import DFTConfig
 from megatron_dft.hosts import cpu
 
 
-def main(words: list[str]) -> None:
+class Run(Protocol):
+    """What was prepared for a script."""
+
+    def check(self) -> None:
+        """Raises ValueError if the objective was never applied."""
+
+
+def main(argv: list[str]) -> None:
     """Take out our own options, prepare the host, and run the script as __main__."""
-    if not words or words[0] in ("-h", "--help"):
+    if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
         return
-    run(words, "megatron_dft.launch", _enable)
+    run(argv, "megatron_dft.launch", _enable)
 
 
-def run(words: list[str], program: str, enable: Callable[[DFTConfig], None]) -> None:
-    """Run the script that comes first in `words`, on a host that `enable` has prepared for the configuration."""
-    script, words = words[0], words[1:]
-    if not os.path.isfile(script):
-        sys.exit(f"{program}: expected the path of a Python script, got {script!r}; the script comes first")
-    sys.path.insert(0, os.path.dirname(os.path.abspath(script)))  # a checkout's own Megatron goes before a wheel's
-    on_cpu, words = device_of(words)
+def run(argv: list[str], program: str, enable: Callable[[DFTConfig], Run]) -> None:
+    """Run the script that comes first in `argv`, on a host that `enable` has prepared for the configuration."""
     try:
-        config = config_of(words)
+        on_cpu, argv = device_of(argv)
+        script, *arguments = argv or [""]
+        if not os.path.isfile(script):
+            raise ValueError(f"expected the path of a Python script, got {script!r}; the script comes first")
+        sys.path.insert(0, os.path.dirname(os.path.abspath(script)))  # a checkout's own Megatron goes before a wheel's
+        config, script_arguments = config_of(arguments)
         if on_cpu:
-            words = cpu.complete_arguments(words)
+            script_arguments = cpu.complete_arguments(script_arguments)
             cpu.enable()
-        enable(config)
+        prepared = enable(config) if config.enabled else None
     except ValueError as error:
         sys.exit(f"{program}: {error}")
-    sys.argv = [script, *words]
-    runpy.run_path(script, run_name="__main__")
+    sys.argv = [script, *script_arguments]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as error:
+        if error.code not in (None, 0) or not {"-h", "--help"}.isdisjoint(script_arguments):
+            raise
+    try:
+        if prepared is not None:
+            prepared.check()
+    except ValueError as error:
+        sys.exit(f"{program}: {error}")
 
 
-def _enable(config: DFTConfig) -> None:
+def _enable(config: DFTConfig) -> Run:
     from megatron_dft.hosts import megatron_lm
 
-    megatron_lm.enable(config)
+    return megatron_lm.enable(config)
 
 
-def device_of(words: list[str]) -> tuple[bool, list[str]]:
-    """Whether to run on the CPU, and the arguments without --device, which the script does not know."""
+def device_of(argv: list[str]) -> tuple[bool, list[str]]:
+    """Whether to run on the CPU, and argv without --device, which the script does not know."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--device", choices=cpu.DEVICES, default="cuda")
-    known, rest = parser.parse_known_args(words)
+    known, rest = parser.parse_known_args(argv)
     return cpu.is_meant_by(known.device), rest
 
 
-def config_of(words: list[str]) -> DFTConfig:
-    """Our flags. They stay in the arguments: the host parses and records them too."""
+def config_of(arguments: list[str]) -> tuple[DFTConfig, list[str]]:
+    """The configuration, from our flags or from a `dft:` block in --yaml-cfg, and the arguments of the script.
+
+    With an objective our flags stay in the arguments: the host parses and records them, too. Without one they are
+    taken out.
+
+    Raises:
+        ValueError: for a setting that is not possible, or an objective in both places.
+    """
     parser = DFTConfig.add_arguments(argparse.ArgumentParser(allow_abbrev=False, add_help=False))
-    return DFTConfig.from_args(parser.parse_known_args(words)[0])
+    known, rest = parser.parse_known_args(arguments)
+    config, block = DFTConfig.from_args(known), _yaml_block(arguments)
+    if block is not None:
+        if rest != arguments:
+            raise ValueError("--yaml-cfg: expected the objective in one place, got a `dft:` block and --loss-... flags")
+        config = DFTConfig.from_mapping(block)
+    return config, arguments if config.enabled else rest
+
+
+def _yaml_block(arguments: list[str]) -> Any:
+    """The `dft:` block of Megatron's --yaml-cfg, None if there is none."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--yaml-cfg")
+    path = parser.parse_known_args(arguments)[0].yaml_cfg
+    if path is None or not os.path.isfile(path):
+        return None
+    import yaml  # Megatron itself needs it for this flag
+
+    with open(path) as file:
+        settings = yaml.safe_load(file)
+    return settings.get("dft") if isinstance(settings, dict) else None
 
 
 if __name__ == "__main__":

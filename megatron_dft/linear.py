@@ -100,7 +100,7 @@ def linear_dft_loss(
             a CUDA graph is captured.
 
     The other arguments, the result and the errors are those of `vocab_parallel_dft_loss`. Under torch.compile it is a
-    break in the graph.
+    break in the graph. Under torch.autocast the products stay in the dtype of `hidden`.
     """
     options = LossOptions(parse_objective(objective), tp_group, ignore_index, value, true_vocab_size, backend)
     split = Split(vocab_chunk, keep_chunks)
@@ -137,7 +137,7 @@ class _LinearLoss(torch.autograd.Function):
         kernels, shard = options.kernels(hidden.device, hidden.dtype), options.shard(len(weight))
         chunks = split.columns(len(weight))
         count = split.keep_chunks if any(ctx.needs_input_grad) else 0
-        kept = [hidden @ weight[columns].t() for columns in chunks[:count]]
+        kept = [_logits(hidden, weight, columns, _buffer(hidden, [columns])) for columns in chunks[:count]]
         buffer = _buffer(hidden, chunks[count:])
         parts = []
         for i, columns in enumerate(chunks):
@@ -161,7 +161,7 @@ class _LinearLoss(torch.autograd.Function):
             logits = kept[i] if i < len(kept) else _logits(hidden, weight, columns, buffer)
             kernels.shard_gradient(logits, target, saved, upstream, shard.chunk(columns), logits)
             if hidden_gradient:
-                hidden_gradient.add(logits @ weight[columns], last=i == len(chunks) - 1)
+                hidden_gradient.add(_product(logits, weight[columns]), last=i == len(chunks) - 1)
             if weight_gradient:
                 weight_gradient.add(columns, logits, hidden)
         return (
@@ -200,6 +200,11 @@ def _buffer(hidden: Tensor, chunks: list[slice]) -> Tensor:
 def _logits(hidden: Tensor, weight: Tensor, columns: slice, buffer: Tensor) -> Tensor:
     shape = len(hidden), columns.stop - columns.start
     return torch.mm(hidden, weight[columns].t(), out=buffer[: shape[0] * shape[1]].view(shape))
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """In the dtype of its arguments, under torch.autocast, too, as the products above, which have an `out`."""
+    return torch.mm(left, right, out=left.new_empty(len(left), right.shape[1]))
 
 
 def _check(hidden: Tensor, weight: Tensor, target: Tensor) -> None:

@@ -1,6 +1,6 @@
 """What a run reports beside the NLL, as [sum, count] pairs that add up over micro-batches and ranks.
 
-`token_metrics`, always, in the report of a micro-batch, which Megatron adds up:
+`token_metrics`, always:
 
     dft loss      mean objective value, nats
     dft prob      mean probability of the target: how well the model already predicts the data
@@ -9,7 +9,7 @@
     dft entropy   mean entropy of the prediction, nats, for objectives that compute it anyway
     dft blend     share of the objective in its blend with nll, for a scheduled one
 
-`Detail`, what is asked for with `metrics` and `channels`, added up by us in one tensor:
+`Detail`, what is asked for with `metrics` and `channels`:
 
     dft entropy, dft collision       means of the entropy (nats) and of the sum of squared probabilities
     dft effective tokens             sum of the gates: so many tokens of nll send as much gradient
@@ -18,18 +18,23 @@
                                      g its gate, and |softmax - onehot|^2 = 1 - 2p + C with the collision C: exact
     channel/NAME nll, loss, prob     means over the tokens of a channel, and how many those are: tokens
 
-All come from the loss itself: no second pass over the logits, and no collective of their own, for `Detail` rides with
-the count of valid tokens. The set of sums depends on the configuration alone, never on the data, because Megatron takes
-it from the first micro-batch, and because a channel may be missing on one rank.
+All come from the loss itself: no second pass over the logits, and no collective of their own, because a host adds the
+pairs up as it does its own losses. The set of pairs depends on the configuration alone, never on the data, because
+Megatron takes it from the first micro-batch, and because a channel may be missing on one rank.
+
+Totals (`is_total`) are sums, not means. In a report of [sum, count] pairs their counts add up to 1 over an iteration.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_dft.objectives import Objective, Scheduled
 from megatron_dft.stats import COLLISION, ENTROPY, TokenStats
@@ -37,8 +42,14 @@ from megatron_dft.stats import COLLISION, ENTROPY, TokenStats
 BINS = 10
 LEVELS = ("basic", "full")
 OF_CHANNEL = ("nll", "loss", "prob", "tokens")
-TOTAL = "tokens"  # names that end so are sums, all others means
+VALID_TOKENS = "valid tokens"
+EFFECTIVE_TOKENS = "dft effective tokens"
 CHANNEL = "channel/"
+
+
+def is_total(name: str) -> bool:
+    """Whether a metric of ours is a sum over tokens; all others are means."""
+    return name in (VALID_TOKENS, EFFECTIVE_TOKENS) or (name.startswith(CHANNEL) and name.endswith(" tokens"))
 
 
 @dataclass(frozen=True)
@@ -87,7 +98,7 @@ class Detail:
     def names(self) -> tuple[str, ...]:
         """The metrics, in the order of `sums`."""
         bins = [f"{i / BINS}-{(i + 1) / BINS}" for i in range(BINS)]
-        full = ["dft entropy", "dft collision", "dft effective tokens"]
+        full = ["dft entropy", "dft collision", EFFECTIVE_TOKENS]
         full += [f"dft {what}/{bounds}" for what in ("prob", "gradient") for bounds in bins]
         return (
             *(full if self.full else ()),
@@ -114,9 +125,44 @@ class Detail:
         """Means and totals, by name; without those that no token was counted in."""
         pairs = zip(self.names, sums.tolist(), strict=True)
         return {
-            name: total if name.endswith(TOTAL) else total / count
+            name: total if is_total(name) else total / count
             for name, (total, count) in pairs
-            if count or name.endswith(TOTAL)
+            if count or is_total(name)
+        }
+
+    def in_validation(self, name: str) -> bool:
+        """Whether a metric is reported in validation, too: not histograms, which would bury the host's results."""
+        return name not in self.names or name.startswith(CHANNEL)
+
+
+class MetricAccumulator:
+    """Sums of [sum, count] pairs over micro-batches, on the device; of an evaluation."""
+
+    def __init__(self) -> None:
+        self._names: tuple[str, ...] = ()
+        self._sums: Tensor | None = None  # [K, 2] fp64
+
+    def add(self, pairs: Mapping[str, Tensor]) -> None:
+        """Of one micro-batch on this rank, the same names each time."""
+        sums = torch.stack([pair.detach().view(2).double() for pair in pairs.values()])
+        if self._sums is None:
+            self._names, self._sums = tuple(pairs), torch.zeros_like(sums)
+        self._sums.add_(sums)
+
+    def take(self, group: ProcessGroup | None) -> dict[str, float]:
+        """Means and totals over the ranks of `group`, by name; starts again from zero. Collective, one all-reduce.
+
+        A channel in which no token was counted is left out; another metric is then NaN. Empty before the first `add`.
+        """
+        if self._sums is None:
+            return {}
+        torch.distributed.all_reduce(self._sums, group=group)
+        pairs = dict(zip(self._names, self._sums.tolist(), strict=True))
+        self._sums.zero_()
+        return {
+            name: total if is_total(name) else total / count if count else math.nan
+            for name, (total, count) in pairs.items()
+            if count or is_total(name) or not name.startswith(CHANNEL)
         }
 
 

@@ -33,6 +33,7 @@ from torch import Tensor
 from megatron_dft.stats import COLLISION, ENTROPY, TokenStats
 
 CPU = torch.device("cpu")
+FP32 = torch.finfo(torch.float32)  # the kernels compute in it; a parameter beyond its range would be 0 or inf there
 SCHEDULE = {"start": int, "ramp": int}  # parameters of every objective
 
 
@@ -78,7 +79,7 @@ class Power(Objective):
 
     def __call__(self, stats: TokenStats) -> tuple[Tensor, Tensor]:
         a = self.exponent(stats)
-        if not isinstance(a, Tensor) and a == 0.0:
+        if not isinstance(a, Tensor) and a < FP32.tiny:
             return stats.nll, torch.ones_like(stats.nll)
         # expm1 keeps the digits of 1 - p^a when p is near 1 or a is small.
         return -torch.expm1(a * stats.logprob) / a, torch.exp(a * stats.logprob)
@@ -122,7 +123,7 @@ class Tsallis(Power):
     q: float = 0.5
 
     def __post_init__(self) -> None:
-        self._require(0.0 <= self.q < math.inf, "q >= 0")
+        self._require(0.0 <= self.q <= FP32.max, "0 <= q <= 3e38")
 
     def exponent(self, stats: TokenStats) -> float:
         return self.q
@@ -233,7 +234,7 @@ class Focal(Reweighted):
     gamma: float = 2.0
 
     def __post_init__(self) -> None:
-        self._require(0.0 <= self.gamma < math.inf, "gamma >= 0")
+        self._require(0.0 <= self.gamma <= FP32.max, "0 <= gamma <= 3e38")
 
     def weight(self, stats: TokenStats) -> Tensor:
         return (-torch.expm1(stats.logprob)) ** self.gamma
@@ -257,7 +258,7 @@ class Luffy(Objective):
     gamma: float = 0.1
 
     def __post_init__(self) -> None:
-        self._require(0.0 < self.gamma < math.inf, "gamma > 0")
+        self._require(1e-9 <= self.gamma <= 1e9, "1e-9 <= gamma <= 1e9")  # its square is in fp32's range
 
     def __call__(self, stats: TokenStats) -> tuple[Tensor, Tensor]:
         shifted = stats.prob + self.gamma

@@ -37,6 +37,7 @@ from torch import Tensor
 from megatron_dft.objectives import (
     DEFT,
     DFT,
+    FP32,
     NLL,
     Chord,
     Entropy,
@@ -65,7 +66,7 @@ FORMS: dict[type[Objective], Callable[[Any], tuple[str, float, float]]] = {
     DFT: lambda o: ("mix", 1.0, 0.0),
     Mix: lambda o: ("mix", o.alpha, 1.0 - o.alpha),
     Prob: lambda o: ("power", 1.0, 0.0),
-    Tsallis: lambda o: ("power", o.q, 0.0) if o.q else ("mix", 0.0, 1.0),
+    Tsallis: lambda o: ("power", o.q, 0.0) if o.q >= FP32.tiny else ("mix", 0.0, 1.0),
     DEFT: lambda o: ("collision power", 0.0, 0.0),
     Threshold: lambda o: (f"{o.base} between", o.lo, o.hi),
     Entropy: lambda o: {

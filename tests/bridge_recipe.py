@@ -34,6 +34,8 @@ from megatron.bridge.training.finetune import finetune
 from megatron.bridge.training.gpt_step import forward_step
 from megatron.bridge.training.utils.omegaconf_utils import process_config_with_overrides
 from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt import gpt_layer_specs
 from noisy_counting import NoisyCounting
 
 # What a CPU can run, and the same numbers in every layout.
@@ -103,6 +105,14 @@ def tiny() -> ConfigContainer:
         dist=DistributedInitConfig(distributed_backend="gloo"),
         rerun_state_machine=RerunStateMachineConfig(check_for_nan_in_loss=False),
     )
+
+
+def tiny_mtp() -> ConfigContainer:
+    """With a head for the next token but one, of Megatron's local layers, where Bridge takes Transformer Engine's."""
+    gpt_layer_specs.TESpecProvider = LocalSpecProvider
+    cfg = tiny()
+    cfg.model.mtp_num_layers = 1
+    return cfg
 
 
 def tiny_lora() -> ConfigContainer:

@@ -7,6 +7,7 @@ otherwise start as torchrun starts them: RANK, WORLD_SIZE, MASTER_ADDR and MASTE
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import multiprocessing
 import os
 import re
@@ -30,6 +31,13 @@ FORK.set_forkserver_preload(["host_preload"])
 
 # The server finds modules to preload here; it passes over those that it does not find.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def megatron_has(path: str) -> bool:
+    """Whether the installed Megatron has this file, as in training/models/hybrid.py; nothing is imported."""
+    package, _, rest = path.partition("/")
+    spec = importlib.util.find_spec("megatron") and importlib.util.find_spec(f"megatron.{package}")
+    return bool(spec and spec.origin and (Path(spec.origin).parent / rest).is_file())
 
 
 class Host:
@@ -120,14 +128,15 @@ def _rank(rank: str, environment: dict[str, str], folder: Path, script: Path, wo
     os.setsid()
     assert "megatron.training" in sys.modules, "the server has not preloaded Megatron"
     os.environ |= environment | {"RANK": rank, "LOCAL_RANK": rank}
-    if not alone:
-        from megatron_dft import bridge, launch
-
-        words = [*words, "--device", "cpu"]
-        return bridge.main(words) if script == BRIDGE else launch.main([str(script), *words])
+    from megatron_dft import bridge, launch
     from megatron_dft.hosts import cpu, megatron_lm
 
-    sys.argv = [str(script), *(words if script == BRIDGE else cpu.complete_arguments(words))]
-    runpy.run_path(str(script), run_name="__main__")
+    if alone:
+        sys.argv = [str(script), *(words if script == BRIDGE else cpu.complete_arguments(words))]
+        runpy.run_path(str(script), run_name="__main__")
+    elif script == BRIDGE:
+        bridge.main([*words, "--device", "cpu"])
+    else:
+        launch.main([str(script), *words, "--device", "cpu"])
     if script != BRIDGE:
-        megatron_lm.flush_tensorboard()
+        megatron_lm.flush_tensorboard()  # Megatron alone may lose its last validation

@@ -1,6 +1,6 @@
 """A hybrid stack of attention and MLP layers that runs without CUDA; Megatron's default is of Transformer Engine's.
 
---spec hybrid_stack stack --hybrid-layer-pattern "*-*-"
+--spec hybrid_stack stack --hybrid-layer-pattern "*-*-"        with multi-token prediction: "*-*-/*-"
 """
 
 from functools import partial
@@ -13,6 +13,12 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+    MultiTokenPredictionLayer,
+    MultiTokenPredictionLayerSubmodules,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
@@ -30,6 +36,23 @@ mlp = (
     if hasattr(MLP, "as_mlp_submodule")
     else ModuleSpec(MLP, submodules=mlp)
 )
+mtp = ModuleSpec(
+    module=MultiTokenPredictionBlock,
+    submodules=MultiTokenPredictionBlockSubmodules(
+        layer_specs=[
+            ModuleSpec(
+                module=MultiTokenPredictionLayer,
+                submodules=MultiTokenPredictionLayerSubmodules(
+                    enorm=WrappedTorchNorm,
+                    hnorm=WrappedTorchNorm,
+                    eh_proj=ColumnParallelLinear,
+                    mtp_model_layer=None,  # built from the pattern
+                    layer_norm=WrappedTorchNorm,
+                ),
+            )
+        ]
+    ),
+)
 stack = ModuleSpec(
     module=HybridStack,
     submodules=HybridStackSubmodules(
@@ -45,5 +68,6 @@ stack = ModuleSpec(
                 pre_mlp_layernorm=WrappedTorchNorm, mlp=mlp, mlp_bda=get_bias_dropout_add
             ),
         ),
+        **({"mtp_block_spec": mtp} if "mtp_block_spec" in HybridStackSubmodules.__dataclass_fields__ else {}),
     ),
 )

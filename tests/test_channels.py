@@ -9,7 +9,7 @@ from megatron_dft.channels import channel_names, split_channels, with_channels
 def test_labels_and_channels_come_back():
     labels = torch.tensor([[0, 5, -100], [2**31 - 1, 7, -100]])
     channel = torch.tensor([[0, 1, 2], [3, 1000, 5]])
-    back, numbers = split_channels(with_channels(labels, channel))
+    back, numbers = split_channels(with_channels(labels, channel), 1001)
     assert torch.equal(back, labels)
     assert numbers.tolist() == [[0, 1, 0], [3, 1000, 0]]  # a label that is ignored has none
 
@@ -17,9 +17,15 @@ def test_labels_and_channels_come_back():
 def test_labels_without_channels_are_as_they_were():
     labels = torch.tensor([3, -100, 0])
     assert torch.equal(with_channels(labels, 0), labels)
-    back, channel = split_channels(labels)
+    back, channel = split_channels(labels, 3)
     assert torch.equal(back, labels) and not channel.any()
-    assert split_channels(with_channels(labels, 2))[1].tolist() == [2, 0, 2]
+    assert split_channels(with_channels(labels, 2), 3)[1].tolist() == [2, 0, 2]
+
+
+def test_label_out_of_range_stays_out_of_range():
+    labels = torch.tensor([2**33 + 3, 2**62, 5])  # the first could be token 3 of channel 2
+    back, channel = split_channels(labels, 2)
+    assert torch.equal(back, labels) and not channel.any()
 
 
 def test_labels_have_to_be_wide_enough():

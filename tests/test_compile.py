@@ -73,6 +73,14 @@ def test_options_are_those_of_the_call(backend):
     assert len(seen) == 4
 
 
+def test_equal_objectives_share_a_name_and_scheduled_ones_do_not():
+    count = len(compiled._OBJECTS)
+    names = {compiled.name_of(parse_objective("tsallis:q=0.125")) for _ in range(3)}
+    assert len(names) == 1 and len(compiled._OBJECTS) == count + 1
+    scheduled = [parse_objective("dft:start=7") for _ in range(2)]
+    assert len({compiled.name_of(objective) for objective in scheduled * 2}) == 2
+
+
 def test_a_schedule_moves_on_in_the_compiled_graph(backend):
     objective = parse_objective("dft:start=0,ramp=4")
 

@@ -19,9 +19,9 @@ FLAGS = {
     "linear_fused": (["--loss-linear-fused"], True),
     "vocab_chunk": (["--loss-vocab-chunk", "4096", "--loss-linear-fused"], 4096),
     "keep_chunks": (["--loss-keep-chunks", "2", "--loss-linear-fused"], 2),
-    "metrics": (["--loss-metrics", "full", "--loss-type", "nll"], "full"),
-    "channels": (["--loss-channels", "maths,code", "--loss-type", "nll"], "maths,code"),
-    "callback": (["--loss-callback", "json:dumps", "--loss-type", "nll"], "json:dumps"),
+    "metrics": (["--loss-metrics", "full"], "full"),
+    "channels": (["--loss-channels", "maths,code"], "maths,code"),
+    "callback": (["--loss-callback", "json:dumps"], "json:dumps"),
 }
 
 
@@ -32,8 +32,8 @@ def parse(*words):
 @pytest.mark.parametrize("name", [f.name for f in fields(DFTConfig)])
 def test_each_field_has_a_flag_a_key_and_a_help_text(name):
     words, value = FLAGS[name]
-    settings = {"linear_fused": "--loss-linear-fused" in words, "loss_type": "nll" if "nll" in words else "ce"}
-    settings |= {name: value}
+    settings = {"linear_fused": "--loss-linear-fused" in words, "loss_type": "nll"} | {name: value}
+    words = words if name == "loss_type" else [*words, "--loss-type", "nll"]
     expected = DFTConfig(**settings)
     assert expected != DFTConfig()
     assert parse(*words) == expected == DFTConfig.from_mapping(settings)
@@ -80,7 +80,7 @@ def test_a_host_reports_the_nll_and_is_given_every_setting():
     [
         ({"loss_tpe": "dft"}, "dft: expected one of backend, .*, got 'loss_tpe'; did you mean 'loss_type'"),
         ({"loss_type": "dtf"}, "unknown objective 'dtf': expected one of .*; did you mean 'dft'"),
-        ({"loss_type": "focal:gamma=-1"}, "'focal': expected gamma >= 0"),
+        ({"loss_type": "focal:gamma=-1"}, "'focal': expected 0 <= gamma"),
         ({"loss_type": None}, "dft: loss_type: expected str, got None"),
         ({"mtp": "none"}, "dft: mtp: expected one of nll, same, got 'none'"),
         ({"backend": "cuda"}, "dft: backend: expected one of auto, torch, triton, got 'cuda'"),
@@ -112,7 +112,8 @@ def test_wrong_flags_are_refused(words, capsys):
 
 
 def test_the_flag_of_a_choice_that_is_ours_by_default_goes_both_ways():
-    assert [parse(*words).compact_masked_tokens for words in ([], ["--loss-compact-masked-tokens"])] == [None, True]
+    both = ([], ["--loss-compact-masked-tokens"])
+    assert [parse("--loss-type", "dft", *words).compact_masked_tokens for words in both] == [None, True]
 
 
 def test_loss_and_report_share_one_objective():
@@ -132,15 +133,18 @@ def test_a_function_is_loaded_by_name():
         load_function("json:decoder", "--recipe")  # a module
 
 
+@pytest.mark.parametrize("name", [name for name in FLAGS if name not in ("loss_type", "vocab_chunk", "keep_chunks")])
+def test_setting_without_an_objective_is_refused(name):
+    with pytest.raises(ValueError, match=f"dft: {name}: expected an objective beside it, got none; add --loss-type"):
+        DFTConfig(**{name: FLAGS[name][1]})
+
+
 def test_what_is_reported_is_part_of_the_configuration():
     assert DFTConfig("dft").detail.names == ()
     assert DFTConfig("dft").options().needs == frozenset()
     config = DFTConfig("dft", metrics="full", channels="maths, code")
     assert config.detail.channels == ("other", "maths", "code")
     assert config.options().needs == {"entropy", "collision"}
-    for setting in ({"metrics": "full"}, {"channels": "maths"}, {"callback": "json:dumps"}):
-        with pytest.raises(ValueError, match=r"expected an objective .* got none; pass --loss-type nll"):
-            DFTConfig(**setting)
     for names in ("", "maths,", "maths,maths", "other"):
         with pytest.raises(ValueError, match=f"channels: expected different names, .* got '{names}'"):
             DFTConfig("nll", channels=names)

@@ -13,9 +13,10 @@ from ranks import run_ranks
 
 from megatron_dft import DFTConfig, TokenStats, install
 from megatron_dft.channels import with_channels
-from megatron_dft.hosts import compat, hook, loss_head
-from megatron_dft.hosts.iterations import Tally
-from megatron_dft.hosts.loss_head import statistics_of
+from megatron_dft.hosts import compat, hook
+from megatron_dft.hosts.iterations import Means
+from megatron_dft.hosts.loss_head import Inputs, MicroBatch, head_of
+from megatron_dft.metrics import MetricAccumulator
 
 pytest.importorskip("megatron.core")
 
@@ -133,13 +134,13 @@ def on_ranks():
     start()
     facts = {"host": gradients(gpt()), "dft line": gradients(gpt(), dft_line)}
     for name, way in itertools.product(("nll", "dft", "deft", "entropy", "cayley"), WAYS):
-        facts[name, way] = gradients(*install([gpt()], DFTConfig(loss_type=name, **WAYS[way])))
+        facts[name, way] = gradients(*install([gpt()], DFTConfig(loss_type=name, **WAYS[way])).chunks)
     ignored, nothing = torch.full((BATCH, SEQUENCE), -100), torch.zeros(BATCH, SEQUENCE)
     for way in WAYS:
         config = DFTConfig(loss_type="dft", **WAYS[way])
-        facts["ignored", way] = gradients(*install([gpt()], config), labels=ignored)
-        facts["masked", way] = gradients(*install([gpt()], config), loss_mask=nothing)
-    facts["ce is untouched"] = "compute_language_model_loss" not in vars(install([gpt()], DFTConfig())[0])
+        facts["ignored", way] = gradients(*install([gpt()], config).chunks, labels=ignored)
+        facts["masked", way] = gradients(*install([gpt()], config).chunks, loss_mask=nothing)
+    facts["ce is untouched"] = "compute_language_model_loss" not in vars(install([gpt()], DFTConfig()).chunks[0])
     bystander = gpt()
     facts["bystander"] = gradients(bystander)
     facts["report"] = reports()
@@ -161,7 +162,7 @@ def reports():
 
     config = DFTConfig(loss_type="entropy:form=exponential")
     model = gpt(bf16=True, params_dtype=torch.bfloat16, calculate_per_token_loss=True)
-    chunk = install([Float16Module(model.config, model)], config)[0]
+    chunk = install([Float16Module(model.config, model)], config).chunks[0]
     batches = [batch(0), batch(1)]
     batches[1][2][:, 2:] = 0.0
     pipeline = get_forward_backward_func()
@@ -176,9 +177,14 @@ def reports():
             micro_batch_size=BATCH,
             forward_only=forward_only,
         )
-    with torch.no_grad():
-        outputs = [forward(chunk, *b) for b in batches]
-    return result, [(out.float(), *statistics_of(out, b[2])[:2], b[2]) for out, b in zip(outputs, batches, strict=True)]
+    head, singly = head_of(chunk), []
+    for tokens, labels, loss_mask in batches:
+        head.start()
+        with torch.no_grad():
+            output = forward(chunk, tokens, labels, loss_mask)
+        micro_batch = head.take()
+        singly.append((output.float(), micro_batch.stats, micro_batch.pick(loss_mask), loss_mask))
+    return result, singly
 
 
 SEEN = []  # what the callback was given
@@ -186,21 +192,23 @@ SEEN = []  # what the callback was given
 
 def details(way):
     """Two iterations, of which the second has no token of channel b, and an evaluation."""
+    from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     settings = WAYS[way] | ({"metrics": "full", "channels": "a,b"} if way != "out of place" else {})
     config = DFTConfig("dft", callback="test_hook:remember", **settings)
-    tally = Tally(config.detail)
-    (chunk,) = install([gpt(calculate_per_token_loss=True)], config)
-    step = hook.with_metrics(forward_step, config, tally.add)
+    validation, means = MetricAccumulator(), Means(config.detail)
+    (chunk,) = install([gpt(calculate_per_token_loss=True)], config).chunks
+    step = hook.with_metrics(forward_step, config, micro_batches=lambda: 1, validation=validation)
     schedule = get_forward_backward_func()
     SEEN.clear()
     reports = []
     for seed, training in ((0, True), (1, True), (0, False)):
         tokens, labels, loss_mask = batch(seed)
-        labels = with_channels(labels, torch.arange(BATCH * SEQUENCE).view(BATCH, SEQUENCE) % (3 - seed))
+        if config.channels:
+            labels = with_channels(labels, channels_of(seed))
         with torch.set_grad_enabled(training):  # as Megatron's evaluate()
-            schedule(
+            (report,) = schedule(
                 forward_step_func=step,
                 data_iterator=iter([(tokens, labels, loss_mask)]),
                 model=[chunk],
@@ -209,9 +217,15 @@ def details(way):
                 micro_batch_size=BATCH,
                 forward_only=not training,
             )
-        ranks = torch.distributed.get_world_size()
-        reports.append(tally.report(ranks, 1.0) if training else tally.validation(ranks))
+        if training:  # as Megatron's train_step()
+            reports.append(means.fill({name: x.view(-1)[0] / x.view(-1)[1] for name, x in report.items()}))
+        else:
+            reports.append(validation.take(parallel_state.get_data_parallel_group(with_context_parallel=True)))
     return reports, [(x.stats.nll, x.stats.loss, x.loss_mask, x.channel, x.training) for x in SEEN]
+
+
+def channels_of(seed):
+    return torch.arange(BATCH * SEQUENCE).view(BATCH, SEQUENCE) % (3 - seed)
 
 
 def remember(tokens):
@@ -251,8 +265,8 @@ def errors():
             action()
         return str(caught.value)
 
-    installed = install([gpt()], dft)[0]
-    narrow = install([gpt()], dft)[0]
+    installed = install([gpt()], dft).chunks[0]
+    narrow = install([gpt()], dft).chunks[0]
     narrow.vocab_size += 2
     unwrapped = functools.partial(hook.with_metrics(forward_step, dft), iter([batch()]))
     return {
@@ -371,8 +385,8 @@ def test_drop_in_has_megatrons_signature_and_the_dft_value(facts):
         ("twice", ("already replaced", "install once")),
         ("gathered", ("split over 2", "parallel_output=True")),
         ("width", ("66 / 2 columns", "got 32", "--make-vocab-size-divisible-by")),
-        ("te", ("Transformer Engine", "omit --cross-entropy-loss-fusion")),
-        ("not installed", ("install()", "unchanged")),
+        ("te", ("--cross-entropy-fusion-impl te", "omit --cross-entropy-loss-fusion")),
+        ("not installed", ("install() was not called", "leave --loss-type out")),
     ],
 )
 def test_models_that_would_give_wrong_numbers_are_refused(facts, case, words):
@@ -386,18 +400,16 @@ def loss_func_of_either(loss_mask, output):
 
 
 @pytest.mark.parametrize("own_mask", [False, True])
-def test_a_masked_token_is_worth_nothing_whatever_its_loss(own_mask):
-    nll = torch.tensor([[0.5, torch.inf, torch.nan]])
+def test_masked_token_contributes_nothing_whatever_its_loss(own_mask):
+    nll, mask = torch.tensor([[0.5, torch.inf, torch.nan]]), torch.tensor([[1.0, 0.0, 0.0]])
     prob = torch.exp(-nll)
-    stats = TokenStats(-nll, torch.ones_like(nll, dtype=torch.bool), loss=prob * nll, gate=prob)
-    nll = loss_head._with_statistics(nll.t(), stats, None, nll)
-    mask = torch.tensor([[1.0, 0.0, 0.0]])
-    result = ((nll, mask), torch.ones(1, 2)) if own_mask else (nll, mask)
-    step = hook.with_metrics(
-        lambda data_iterator, model: (result[0], partial(loss_func_of_either, result[1])), DFTConfig("dft")
-    )
-    output, func = step(None, None)
-    loss, tokens, report = func(output)
+    stats = TokenStats(-nll.t(), torch.ones(3, 1, dtype=torch.bool), loss=(prob * nll).t(), gate=prob.t())
+    micro_batch = MicroBatch(stats, None, Inputs(torch.zeros(1, 3, dtype=torch.int64), None, None))
+    result = ((nll, mask), torch.ones(1, 3)) if own_mask else (nll, mask)
+    head = SimpleNamespace(model=SimpleNamespace(config=None))
+    report = hook._Report(DFTConfig("dft"), None, None)
+    func = report.of(partial(loss_func_of_either, result[1]), head, lambda: micro_batch)
+    loss, tokens, report = func(result[0])
     assert (loss.item(), tokens.item()) == (0.5, 1)
     assert report["dft prob"].tolist() == pytest.approx([math.exp(-0.5), 1.0])
     assert report["dft loss"].tolist() == pytest.approx([0.5 * math.exp(-0.5), 1.0])
@@ -410,29 +422,23 @@ def test_details_and_the_callback_tell_the_same(facts, way):
     assert [training for *_, training in seen] == [True, True, False]
     known = {}
     for i, (report, (nll, loss, mask, channel, training)) in enumerate(zip(reports, seen, strict=True)):
-        assert torch.equal(channel, torch.arange(BATCH * SEQUENCE).view(BATCH, SEQUENCE) % (2 if i == 1 else 3))
         torch.testing.assert_close((loss * mask).sum(), (nll * torch.exp(-nll) * mask).sum())
         if training:
             assert report["valid tokens"] == mask.sum()
         if way == "out of place":
-            assert not any("/" in name for name in report)
+            assert not any("/" in name for name in report) and channel is None
             continue
+        assert torch.equal(channel, channels_of(int(i == 1)))
         for number, name in enumerate(("other", "a", "b")):
             of_channel = mask * (channel == number)
             assert report[f"channel/{name} tokens"] == of_channel.sum()
             if of_channel.any():
                 known[name] = (nll * of_channel).sum() / of_channel.sum(), (loss * of_channel).sum() / of_channel.sum()
-            assert report[f"channel/{name} nll"].item() == pytest.approx(known[name][0].item(), rel=1e-6)
-            assert report[f"channel/{name} loss"].item() == pytest.approx(known[name][1].item(), rel=1e-6)
-        shares = [x.item() for name, x in report.items() if name.startswith("dft prob/")]
+            assert float(report[f"channel/{name} nll"]) == pytest.approx(known[name][0].item(), rel=1e-6)
+            assert float(report[f"channel/{name} loss"]) == pytest.approx(known[name][1].item(), rel=1e-6)
+        shares = [float(x) for name, x in report.items() if name.startswith("dft prob/")]
         assert (sum(shares), len(shares)) == ((pytest.approx(1.0), 10) if training else (0, 0))
     assert reports[1].get("channel/b tokens", 0) == 0
-
-
-def test_details_without_a_tally_are_refused():
-    with pytest.raises(ValueError, match=r"expected a tally that adds them up, got none; make a Tally"):
-        hook.with_metrics(forward_step, DFTConfig("dft", metrics="full"))
-    hook.with_metrics(forward_step, DFTConfig("dft"))
 
 
 def test_a_module_without_a_language_model_is_refused():
@@ -455,6 +461,10 @@ def test_label_smoothing_is_refused():
         ({"export_kd_teacher_load": "teacher"}, "--export-kd-teacher-load"),
         ({"perform_rl_step": True}, "--perform-rl-step"),
         ({"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "te"}, "--cross-entropy-fusion-impl te"),
+        (
+            {"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "linear"},
+            "--cross-entropy-fusion-impl linear",
+        ),
         ({"mtp_num_layers": 1, "overlap_moe_expert_parallel_comm": True}, "--loss-mtp same"),
     ],
 )
@@ -471,7 +481,39 @@ def test_context_parallelism_with_per_token_loss_is_welcome():
     compat.check_settings(arguments, DFTConfig(loss_type="dft"))
 
 
-@pytest.mark.parametrize("wrong", [loss_func, partial(loss_func), partial(loss_func, "mask")])
-def test_forward_steps_without_a_loss_mask_are_refused(wrong):
+def loss_func_behind_labels(labels, loss_mask, output):
+    return loss_func(loss_mask, output)
+
+
+def unnamed(mask, output):
+    return loss_func(mask, output)
+
+
+LABELS, MASK = torch.arange(3), torch.tensor([1.0, 0.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        partial(loss_func, MASK),
+        partial(loss_func, loss_mask=MASK),
+        partial(loss_func_behind_labels, LABELS, MASK),
+        partial(unnamed, MASK),
+        partial(unnamed, MASK.bool()),
+    ],
+)
+def test_loss_mask_is_found_by_its_name_or_its_dtype(named):
+    assert torch.equal(compat.loss_mask_of(named, None).float(), MASK)
+
+
+def test_loss_mask_of_a_closure_is_the_one_that_the_model_was_given():
+    assert compat.loss_mask_of(lambda output: loss_func(MASK, output), MASK) is MASK
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [loss_func, partial(loss_func), partial(unnamed, "mask"), partial(unnamed, LABELS), partial(max, MASK, MASK)],
+)
+def test_loss_func_without_a_loss_mask_is_refused(wrong):
     with pytest.raises(ValueError, match=r"expected it to return functools.partial\(loss_func, loss_mask"):
-        compat.loss_mask_of(wrong)
+        compat.loss_mask_of(wrong, None)

@@ -13,7 +13,7 @@ import re
 
 import pytest
 from demo import read_curves
-from host_runs import ROOT, Host, agree
+from host_runs import ROOT, Host, agree, megatron_has
 
 pytest.importorskip("megatron.training")
 pytest.importorskip("tensorboard")
@@ -35,6 +35,14 @@ MODELS = {
     "moe": UNTIED + "--num-experts 4 --moe-router-topk 2 --moe-router-load-balancing-type none "
     "--moe-token-dispatcher-type allgather ",
 }
+HYBRID = f"{UNTIED} --spec hybrid_stack stack --hybrid-layer-pattern "  # attention and MLP: Mamba layers need CUDA
+HAS_HYBRID = megatron_has("training/models/hybrid.py")  # pretrain() builds it from 0.19 on
+if HAS_HYBRID:
+    MODELS |= {
+        "hybrid": f"{HYBRID} *-*- ",
+        "hybrid-tied": f"{HYBRID} *-*- ".replace(UNTIED, ""),
+        "hybrid-mtp": f"{HYBRID} *-*-/*- --mtp-num-layers 1 ",
+    }
 TP2 = "--tensor-model-parallel-size 2 "
 PP2 = "--pipeline-model-parallel-size 2 "
 CP2 = "--context-parallel-size 2 "
@@ -56,11 +64,16 @@ def flags(host):
     """flags(model): what a run of that model has in common, from its checkpoint on."""
 
     def of(model, batch=BATCH):
-        path, common = host.folder / model, MODEL + MODELS[model]
+        path, common = host.folder / model, common_flags(model)
         host.curves(f"{common} {PER_TOKEN} {training(40, 1e-2, 16)} --micro-batch-size 8 --save {path}")
         return f"{common} {training(STEPS, 1e-3, batch)} --load {path} --finetune "
 
     return of
+
+
+def common_flags(model):
+    """A hybrid model's pattern says how many layers it has."""
+    return (MODEL.replace("--num-layers 4 ", "") if "hybrid" in model else MODEL) + MODELS[model]
 
 
 def training(steps, lr, batch):
@@ -90,6 +103,22 @@ LAYOUTS = {  # model, flags, ranks
 }
 
 
+if HAS_HYBRID:
+    LAYOUTS |= {
+        "hybrid, TP": ("hybrid", TP2, 2),
+        "hybrid, TP with SP": ("hybrid", TP2 + SP, 2),
+        "hybrid, PP": ("hybrid", PP2, 2),
+        "hybrid, CP": ("hybrid", CP2, 2),
+        "hybrid, DP": ("hybrid", DP, 2),
+        "hybrid, TP with SP x PP x CP": ("hybrid", TP2 + SP + PP2 + CP2, 8),
+        "hybrid, accumulation": ("hybrid", "--micro-batch-size 4 ", 1),
+        "hybrid, tied, TP": ("hybrid-tied", TP2, 2),
+        "hybrid, tied, PP": ("hybrid-tied", PP2, 2),
+        "hybrid, MTP, TP": ("hybrid-mtp", TP2, 2),
+        "hybrid, MTP, PP": ("hybrid-mtp", PP2, 2),
+    }
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts_agree_with_one_rank(host, flags, name):
     model, layout, ranks = LAYOUTS[name]
@@ -101,6 +130,7 @@ HAS_PROCESSOR = importlib.util.find_spec("megatron.core.models.hybrid") is not N
 PASS = "--no-loss-compact-masked-tokens "
 CHUNKS = "--loss-linear-fused --loss-vocab-chunk 5 "
 KEPT = "--loss-linear-fused --loss-vocab-chunk 11 --loss-keep-chunks 1 "
+needs_hybrid = pytest.mark.skipif(not HAS_HYBRID, reason="this pretrain() does not build a HybridModel")
 OVERLAP = DP + "--overlap-grad-reduce --overlap-param-gather "
 
 
@@ -122,6 +152,13 @@ OVERLAP = DP + "--overlap-grad-reduce --overlap-param-gather "
         ("tied", TP2 + SP, 2, KEPT),
         ("mtp", TP2, 2, PASS),
         pytest.param("mtp", PP2, 2, CHUNKS, marks=pytest.mark.skipif(not HAS_PROCESSOR, reason="refused before 0.18")),
+        pytest.param("hybrid", "", 1, PASS, marks=needs_hybrid),
+        pytest.param("hybrid", TP2 + SP, 2, PASS, marks=needs_hybrid),
+        pytest.param("hybrid", TP2 + SP, 2, KEPT, marks=needs_hybrid),
+        pytest.param("hybrid", PP2, 2, CHUNKS + PASS, marks=needs_hybrid),
+        pytest.param("hybrid", CP2, 2, CHUNKS, marks=needs_hybrid),
+        pytest.param("hybrid", OVERLAP, 2, CHUNKS, marks=needs_hybrid),
+        pytest.param("hybrid-tied", TP2 + SP, 2, CHUNKS, marks=needs_hybrid),
     ],
 )
 def test_skipping_masked_tokens_and_chunks_change_no_curve(host, flags, model, layout, ranks, how):
@@ -145,6 +182,8 @@ def test_triton_kernels_train_as_the_torch_backend_does(host, flags):
         ("dense", "--bf16 " + TP2, 2),
         ("mtp", "--loss-mtp same " + CP2, 2),
         ("moe", EP2 + DP, 2),
+        pytest.param("hybrid", TP2 + SP, 2, marks=needs_hybrid),
+        pytest.param("hybrid-mtp", "", 1, marks=needs_hybrid),
     ],
 )
 def test_nll_is_megatrons_own_run_in_the_same_layout(host, flags, model, layout, ranks):
@@ -153,6 +192,17 @@ def test_nll_is_megatrons_own_run_in_the_same_layout(host, flags, model, layout,
     ours = host.curves(f"{common} {layout} --loss-type nll", ranks=ranks)
     stock = host.curves(common + layout.replace("--loss-mtp same", ""), ranks=ranks)
     agree({tag: ours[tag] for tag in stock}, stock, 1e-3 if "bf16" in layout else 1e-5)
+
+
+@needs_hybrid
+def test_hybrid_with_multi_token_prediction_names_what_it_cannot_do(host, flags):
+    common = f"{flags('hybrid-mtp')} {PER_TOKEN} --micro-batch-size 1 --loss-type dft "
+    reason = "HybridModel with multi-token prediction, whose heads share the output layer"
+    code, output = host.start(common)
+    assert code == 0 and f"masked tokens pass through the output layer, because of {reason}" in output
+    for flag in ("--loss-linear-fused", "--loss-compact-masked-tokens"):
+        code, output = host.start(f"{common} {flag}")
+        assert code != 0 and f"{flag}: expected a model" in output and reason in output
 
 
 def test_bf16_agrees_with_one_rank(host, flags):
@@ -218,4 +268,6 @@ def test_tokens_of_training_are_counted_and_shown_by_every_writer(host, flags):
     assert curves["valid tokens total"] == list(itertools.accumulate(curves["valid tokens"]))
     assert all(value > 0.0 for value in every["valid tokens per second"])
     assert "valid tokens validation" not in every
-    assert re.search(r"valid tokens: .* valid tokens per second: .* valid tokens total: ", run.output())
+    console = run.output()
+    assert re.search(r"valid tokens: .* valid tokens per second: ", console)
+    assert "valid tokens total" not in console  # which averages over --log-interval

@@ -317,3 +317,15 @@ def test_an_unknown_target_is_named_under_anomaly_detection():
     assert linear_dft_loss(hidden, weight, target).isnan().sum() == 1
     with torch.autograd.detect_anomaly(check_nan=False), pytest.raises(ValueError, match="expected ids from 0 to 47"):
         linear_dft_loss(hidden, weight, target)
+
+
+@pytest.mark.parametrize("keep_chunks", [0, 1, 100])
+def test_autocast_changes_nothing(keep_chunks):
+    """The products stay in the dtype of their arguments, forward and backward, whether chunks are kept or not."""
+    hidden, weight, target, upstream = (x.float() if x.is_floating_point() else x for x in make_case())
+    options = {"vocab_chunk": 5, "keep_chunks": keep_chunks}
+    expected = result(hidden, weight, target, upstream, **options)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = result(hidden, weight, target, upstream, **options)[0]
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)

@@ -108,12 +108,12 @@ def refusals():
         facts["chunks", name] = refused(make, change, dft("chunks"))
     facts["bert"] = message(lambda: compat.compacts(bert(), dft(compact_masked_tokens=True)))
     facts["passes"] = compat.compacts(gpt(), dft()), compat.compaction_obstacle(gpt())
-    model = install([gpt()], dft())[0]
+    model = install([gpt()], dft()).chunks[0]
     tokens, labels, _ = batch()
     facts["loss mask"] = message(lambda: forward(model, tokens, labels, torch.ones(BATCH, SEQUENCE + 1)))
     if HAS_HYBRID:
         facts["processor"] = message(lambda: model(tokens, tokens, None, labels=labels, output_processor=print))
-    chunks = install([gpt()], dft("chunks"))[0]
+    chunks = install([gpt()], dft("chunks")).chunks[0]
     facts["passed by"] = message(lambda: chunks.forward(tokens, tokens, None, labels=labels))
     facts["gathered"] = message(lambda: model(tokens, tokens, None, labels=labels, runtime_gather_output=True))
     return facts
@@ -122,7 +122,7 @@ def refusals():
 def without_labels(make, way):
     """Logits of a model with the loss on it, before and after it was trained; and after a forward pass that failed."""
     torch.manual_seed(1)
-    model = install([make()], dft(way))[0]
+    model = install([make()], dft(way)).chunks[0]
     tokens, labels, mask = batch()
 
     def logits():
@@ -158,7 +158,7 @@ def fused_accumulation(way, tied, sequence_parallel):
 
 def layer_before_and_after(make, way):
     """The state of an output layer under sequence parallelism, around a forward pass."""
-    model = install([make(sequence_parallel=True)], dft(way))[0]
+    model = install([make(sequence_parallel=True)], dft(way)).chunks[0]
 
     def state():
         layer = model.output_layer
@@ -171,7 +171,7 @@ def layer_before_and_after(make, way):
 
 def late_weight(way):
     """A hook that brings the weight just before the layer is used, as DDP's overlapped gathering of parameters does."""
-    model = install([gpt()], DFTConfig(loss_type="nll", **WAYS[way]))[0]
+    model = install([gpt()], DFTConfig(loss_type="nll", **WAYS[way])).chunks[0]
     weight, calls = model.output_layer.weight, []
     right = weight.detach().clone()
     weight.data.zero_()

@@ -1,13 +1,16 @@
 """What Megatron's --sft is taught: the channels of a packed line, and prompt formats of Hugging Face."""
 
 import json
+import pickle
 from types import SimpleNamespace
 
 import pytest
 import torch
 from host_runs import EXAMPLE, Host
 
-from megatron_dft.hosts.sft import _by_token, _whole, damage, naming_channels
+from megatron_dft.hosts import sft
+from megatron_dft.hosts.patches import Patches
+from megatron_dft.hosts.sft import ChannelDataset, _by_token, _whole, check_settings, damage, data_paths, with_checks
 
 pytest.importorskip("tokenizers")
 
@@ -41,17 +44,79 @@ def test_conversations_that_a_line_has_no_room_for_change_nothing():
     assert _by_token(line, sample(3, 8), NUMBERS).tolist()[:-1] == [1, 1, 2, 2, 2, 2, 2]  # the last one is padding
 
 
+FLAGS = (
+    "--num-layers 1 --hidden-size 16 --num-attention-heads 2 --seq-length 64 --max-position-embeddings 64 "
+    "--micro-batch-size 1 --train-iters 1 --lr 1e-3 --eval-iters 0 --eval-interval 100 --num-workers 0 --sft "
+    "--tokenizer-type SFTTokenizer --position-embedding-type rope --calculate-per-token-loss "
+)
+
+
+def sft_dataset(folder, lines):
+    """Megatron's own, of these lines of a file."""
+    pytest.importorskip("datasets")
+    host = pytest.importorskip("megatron.training.datasets.sft_dataset")
+    path = folder / "x.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    dataset = object.__new__(host.SFTDataset)  # without the tokenizer and sizes that only samples need
+    dataset.dataset = host.SFTLowLevelDataset(str(path))
+    return dataset
+
+
 @pytest.mark.host
-def test_a_data_set_that_is_given_twice_is_named_once():
-    sft_dataset = pytest.importorskip("megatron.training.datasets.sft_dataset")
-    names = tuple(NUMBERS)
-    dataset = object.__new__(sft_dataset.SFTDataset)
+def test_channels_are_put_on_data_sets_below_lists_and_blends_once(tmp_path):
+    dataset = sft_dataset(tmp_path, [{"messages": talk("one", "two"), "channel": name} for name in ("maths", "code")])
     blend, other = SimpleNamespace(datasets=[dataset]), object()
-    provide = naming_channels(lambda counts: (blend, [dataset, other], None), names)
-    assert provide([1, 1, 1]) == provide([1, 1, 1]) == (blend, [dataset, other], None)
-    kind = type(dataset)
-    assert kind.__mro__[1] is sft_dataset.SFTDataset and kind.channels == names
-    assert not hasattr(sft_dataset.SFTDataset, "channels") and type(other) is object
+    settings = SimpleNamespace(sft=True, sft_tokenizer_prompt_format="default")
+    provide = with_checks(lambda counts: (blend, [dataset, other], None), settings, tuple(NUMBERS))
+    for _ in range(2):
+        first, (second, third), fourth = provide([1, 1, 1])
+        assert (first, third, fourth) == (blend, other, None)
+        for wrapped in (blend.datasets[0], second):
+            assert type(wrapped) is ChannelDataset and wrapped.dataset is dataset and wrapped.numbers == NUMBERS
+    assert pickle.loads(pickle.dumps(second)).numbers == NUMBERS  # as for a data loader worker that is spawned
+
+
+@pytest.mark.host
+def test_channels_that_no_line_names_are_refused(tmp_path):
+    settings = SimpleNamespace(sft=True, sft_tokenizer_prompt_format="default")
+    messages = talk("one", "two")
+    named = sft_dataset(tmp_path, [{"messages": messages, "channels": ["maths"]}, {"messages": messages}])
+    with pytest.raises(ValueError, match=r"no line .* channel 'mats'; they name maths; did you mean 'maths'"):
+        with_checks(lambda counts: [named], settings, ("other", "mats"))([1])
+    bare = sft_dataset(tmp_path, [{"messages": messages}])
+    with pytest.raises(ValueError, match=r"no line of the data has the channel 'maths'; they name none"):
+        with_checks(lambda counts: [bare], settings, ("other", "maths"))([1])
+
+
+@pytest.mark.host
+def test_tokenizer_of_the_formats_is_a_class_that_can_be_pickled(tmp_path):
+    module = pytest.importorskip("megatron_dft.hosts.sft_tokenizer")
+    from megatron.core.tokenizers.text import libraries
+
+    tokenizer().save_pretrained(tmp_path)
+    with Patches() as patches:
+        sft.enable_formats(patches)
+        ours = libraries.SFTTokenizer(str(tmp_path), "completion")
+        assert isinstance(ours, libraries.SFTTokenizer) and libraries.SFTTokenizer is module.SFTTokenizer
+        theirs = libraries.SFTTokenizer(str(tmp_path), "default")
+    assert libraries.SFTTokenizer is not module.SFTTokenizer
+    conversation = talk("one", "two")
+    ids = ours.tokenize_conversation(conversation, True, False)[0]
+    assert (pickle.loads(pickle.dumps(ours)).tokenize_conversation(conversation, True, False)[0] == ids).all()
+    assert isinstance(theirs, module.SFTTokenizer) and theirs._prompt_format == "default"
+
+
+def test_paths_are_read_as_megatron_reads_them():
+    blend = pytest.importorskip("megatron.core.datasets.utils").get_blend_from_list
+    for words in (["a"], ["0.3", "a", "0.7", "b"], ["1e-3", "a"], [".5", "a", "3", "b"], ["a", "b"], ["1", "2", "3"]):
+        assert data_paths(SimpleNamespace(data_path=words)) == list(blend(words)[0]), words
+    assert data_paths(SimpleNamespace(data_path=None, train_data_path=["a"], valid_data_path=["2", "b"])) == ["a", "b"]
+
+
+def test_attention_mask_in_the_data_loader_is_refused_by_name():
+    check_settings(SimpleNamespace(sft=False, create_attention_mask_in_dataloader=True))
+    with pytest.raises(ValueError, match=r"--sft: .* add --no-create-attention-mask-in-dataloader"):
+        check_settings(SimpleNamespace(sft=True, create_attention_mask_in_dataloader=True))
 
 
 GOOD = json.dumps({"messages": talk("one", "two", system="sum")}).encode()
@@ -98,13 +163,27 @@ def test_a_run_on_a_damaged_file_is_refused_before_it_trains(tmp_path, line):
     pytest.importorskip("megatron.training")
     tokenizer().save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "x.jsonl").write_bytes(b"\n".join([GOOD, b"", line, GOOD]))
-    flags = (
-        "--num-layers 1 --hidden-size 16 --num-attention-heads 2 --seq-length 64 --max-position-embeddings 64 "
-        "--micro-batch-size 1 --train-iters 1 --lr 1e-3 --eval-iters 0 --eval-interval 100 --num-workers 0 --sft "
-        "--tokenizer-type SFTTokenizer --sft-tokenizer-prompt-format completion --position-embedding-type rope "
-        "--no-create-attention-mask-in-dataloader --calculate-per-token-loss --loss-type dft "
+    flags = FLAGS + (
+        "--no-create-attention-mask-in-dataloader --sft-tokenizer-prompt-format completion --loss-type dft "
         f"--tokenizer-model {tmp_path / 'tokenizer'} --train-data-path {tmp_path / 'x.jsonl'} "
     )
     code, output = Host(tmp_path).start(flags, script=EXAMPLE)
     assert code and f"{tmp_path / 'x.jsonl'}:3: " in output and "python -m megatron_dft.data names all" in output
     assert "before the start of training step" not in output
+
+
+@pytest.mark.host
+def test_file_whose_messages_have_unequal_keys_trains(tmp_path):
+    """datasets stores them as an extension type, which says nothing about the lines."""
+    pytest.importorskip("megatron.training")
+    tokenizer().save_pretrained(tmp_path / "tokenizer")
+    lines = [talk("one", "two"), talk("one", "two")]
+    lines[0][0]["name"], lines[1][1]["tags"] = "first", ["a", {"b": 1}]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"messages": line}) + "\n" for line in lines))
+    flags = FLAGS + (
+        "--no-create-attention-mask-in-dataloader --sft-tokenizer-prompt-format completion --loss-type dft "
+        f"--tokenizer-model {tmp_path / 'tokenizer'} --train-data-path {tmp_path / 'x.jsonl'} "
+    )
+    code, output = Host(tmp_path).start(flags, script=EXAMPLE)
+    assert code == 0, output[-3000:]
+    assert "dft loss" in output

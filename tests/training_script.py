@@ -1,7 +1,8 @@
 """Train a GPT on noisy counting with very uneven loss masks, through whichever pretrain() Megatron offers.
 
 A script as users have them, which knows nothing of objectives. It runs on megatron-core 0.17 (pretrain() parses the
-arguments), 0.18 (it takes a configuration and a model_provider) and 0.19 (the configuration says which model).
+arguments), 0.18 (it takes a configuration and a model_provider) and 0.19 (the configuration says which model: GPTModel
+or, with --hybrid-layer-pattern, HybridModel).
 """
 
 from __future__ import annotations
@@ -100,7 +101,8 @@ def main() -> None:
         return
     args = arguments.parse_and_validate_args()
     if hasattr(argument_utils, "gpt_config_from_args"):
-        model = argument_utils.gpt_config_from_args(args)
+        hybrid = getattr(args, "hybrid_layer_pattern", None)
+        model = (argument_utils.hybrid_config_from_args if hybrid else argument_utils.gpt_config_from_args)(args)
         pretrain(argument_utils.pretrain_cfg_container_from_args(args, model), datasets, kind, forward_step)
     else:
         config = argument_utils.pretrain_cfg_container_from_args(args)

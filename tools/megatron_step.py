@@ -37,7 +37,6 @@ from torch import Tensor
 from megatron_dft import DFTConfig, install
 from megatron_dft.hosts import cpu
 from megatron_dft.hosts.hook import with_metrics
-from megatron_dft.hosts.iterations import Tally
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # tokens, positions, labels, loss mask, all [b, s / cp]
@@ -190,7 +189,7 @@ class Training:
         self.model = DistributedDataParallel(settings, data_parallel, wrapped)
         adam = OptimizerConfig(lr=1e-4, bf16=settings.bf16, params_dtype=task.dtype, use_distributed_optimizer=True)
         self.optimizer = get_megatron_optimizer(adam, [self.model])
-        self.forward_step = with_metrics(forward_step, config, Tally(config.detail).add)
+        self.forward_step = with_metrics(forward_step, config)
         self.batches = list(micro_batches(task, layout, device))
 
     def first_step(self) -> tuple[float, float, list[tuple[str, str, str, int]]]:

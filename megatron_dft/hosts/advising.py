@@ -29,26 +29,20 @@ def collect(batch: TokenBatch) -> None:
     _surveys[-1].add(batch)
 
 
-def enable(config: DFTConfig, objectives: list[Objective], report: Callable[[dict[str, Any]], None]) -> None:
+def enable(config: DFTConfig, objectives: list[Objective], report: Callable[[dict[str, Any]], None]) -> megatron_lm.Run:
     """As `megatron_lm.enable`, and `report` is called with the result on the first rank."""
-    megatron_lm.enable(config)
-    import megatron.training
-
-    host_pretrain = megatron.training.pretrain
-    signature = inspect.signature(host_pretrain)
     survey = Survey(objectives, config.detail.channels)
     _surveys.append(survey)
 
-    @functools.wraps(host_pretrain)
-    def pretrain(*args: Any, **kwargs: Any) -> None:
-        call = signature.bind(*args, **kwargs)
+    def prepare(call: inspect.BoundArguments) -> None:
         call.arguments[megatron_lm.DATASETS] = _training_data(call.arguments[megatron_lm.DATASETS])
-        host_pretrain(*call.args, **call.kwargs)
+
+    def finish() -> None:
         result = _over_all_ranks(survey)
         if torch.distributed.get_rank() == 0:
             report(result)
 
-    megatron.training.pretrain = pretrain
+    return megatron_lm.enable(config, prepare=prepare, finish=finish)
 
 
 def _training_data(provider: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,7 +4,7 @@
     model           `install`, as a hook that Bridge runs on the finished model chunks, adapters and DDP included. It is
                     registered last, because overrides empty a recipe's lists of hooks
     forward_step    `DFTStep`, a functor around Bridge's own: masked targets are ignored, the report gains the metrics
-    loop            `Progress`, a Bridge callback: the schedule moves on, valid tokens are counted
+    loop            `Progress`, a Bridge callback: a scheduled objective begins each iteration
 
 Bridge stores its configuration in every checkpoint and builds it anew on loading. Nothing of ours is in there: hooks
 are not stored, forward_step and callbacks are arguments. So a checkpoint loads where megatron_dft is not installed.
@@ -12,7 +12,6 @@ are not stored, forward_step and callbacks are arguments. So a checkpoint loads 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 import math
@@ -22,9 +21,10 @@ from typing import Any
 
 from megatron_dft.config import DFTConfig
 from megatron_dft.hosts import compat
-from megatron_dft.hosts.hook import AddToTally, install, model_with_loss, with_metrics
-from megatron_dft.hosts.iterations import Tally
+from megatron_dft.hosts.hook import Installation, install, with_metrics
+from megatron_dft.hosts.iterations import TOKENS_PER_SECOND, Means, as_losses, micro_batches
 from megatron_dft.hosts.loss_head import ignore_masked
+from megatron_dft.metrics import CHANNEL, VALID_TOKENS, Detail, MetricAccumulator
 from megatron_dft.objectives import Objective
 
 
@@ -50,13 +50,17 @@ def finetune(
         return host_finetune(cfg, step, callbacks=callbacks)
     for line in (*prepare(cfg, config), *announcement(cfg, config)):
         _print_first(line)
-    mark = not compat.has_mtp(cfg.model)
-    config = config if mark else _without_compaction(config)
-    _hook_model(cfg.model, functools.partial(_install, config=config))
-    tally = Tally(config.detail)
+    installations: list[Installation] = []
+    _hook_model(cfg.model, functools.partial(_install, config=config, installations=installations))
+    validation = MetricAccumulator()
     manager = normalize_callbacks(callbacks or [])
-    Progress(config.objective, tally, cfg.model.tensor_model_parallel_size).register(manager)
-    host_finetune(cfg, DFTStep(step, config, tally.add, mark), callbacks=manager)
+    Progress(config.objective, config.detail, validation).register(manager)
+    host_finetune(cfg, DFTStep(step, config, validation), callbacks=manager)
+    if not installations:
+        raise ValueError(
+            f"dft.loss_type={config.loss_type}: the objective was never applied, because Bridge built its model "
+            "without the hooks of its configuration"
+        )
 
 
 def show(cfg: Any, config: DFTConfig, forward_step: Callable[..., Any] | None = None) -> None:
@@ -122,32 +126,27 @@ def announcement(cfg: Any, config: DFTConfig) -> Iterator[str]:
             "the gradient is a mean of the means of micro-batches and ranks, Megatron's default, in which a token "
             "weighs more where few are valid; model.calculate_per_token_loss=true makes it a mean over all tokens"
         )
-    if compat.has_mtp(cfg.model):
-        yield "multi-token prediction needs every label, so masked tokens pass through the output layer"
+    yield from compat.upstream_faults(cfg.model)
 
 
 class DFTStep:
     """A forward_step of Bridge's, of whichever signature, with ignored targets and the metrics of the objective.
 
-    Bridge's steps do not give the loss mask to the model. So it is put into the labels, where masked ones become -100,
-    on their way from the data iterator; the loss then leaves those tokens out before the output layer.
+    Bridge's steps do not pass the loss mask to the model. So it is put into the labels, where masked ones become -100,
+    on their way from the data iterator. The loss leaves those tokens out before the output layer, and multi-token
+    prediction receives the mask that follows from them (Megatron-Bridge issue 6103).
     """
 
     def __init__(
-        self,
-        forward_step: Callable[..., Any],
-        config: DFTConfig,
-        tally: AddToTally | None = None,
-        mark: bool = True,
+        self, forward_step: Callable[..., Any], config: DFTConfig, validation: MetricAccumulator | None = None
     ) -> None:
-        self.__signature__ = inspect.signature(forward_step)  # Bridge gives its state to those who ask for it
-        self.step = with_metrics(forward_step, config, tally)
-        self.mark = mark
+        self.__signature__ = inspect.signature(forward_step)  # Bridge passes its state to steps that have it
+        self.step = with_metrics(forward_step, config, micro_batches=micro_batches, validation=validation)
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """What the wrapped step returns: the output, and a loss_func whose report has more keys."""
         call = self.__signature__.bind(*args, **kwargs)
-        if self.mark and call.arguments["data_iterator"] is not None:
+        if call.arguments["data_iterator"] is not None:
             call.arguments["data_iterator"] = _Marked(call.arguments["data_iterator"])
         return self.step(*call.args, **call.kwargs)
 
@@ -166,10 +165,10 @@ class _Marked:
 
 
 class Progress:
-    """Once per iteration: the objective moves on, and the tally joins the losses that Bridge logs."""
+    """Once per iteration: a scheduled objective begins it, and tokens per second join the losses that Bridge logs."""
 
-    def __init__(self, objective: Objective, tally: Tally, tp_size: int) -> None:
-        self.objective, self.tally, self.tp_size = objective, tally, tp_size
+    def __init__(self, objective: Objective, detail: Detail, validation: MetricAccumulator) -> None:
+        self.objective, self.means, self.validation = objective, Means(detail), validation
         self.start = 0.0
 
     def register(self, manager: Any) -> None:
@@ -186,27 +185,23 @@ class Progress:
         self.start = time.perf_counter()
 
     def after_step(self, context: Any) -> None:
-        report = self.tally.report(self.tp_size, time.perf_counter() - self.start)
-        if context.loss_dict:  # on the last pipeline stage
-            context.loss_dict.update(report)
+        losses = context.loss_dict
+        if losses:  # on the last pipeline stage
+            self.means.fill(losses)
+            losses[TOKENS_PER_SECOND] = losses[VALID_TOKENS] / (time.perf_counter() - self.start)
 
     def before_evaluation(self, context: Any) -> None:
         self.objective.begin(context.state.train_state.step)
 
     def after_evaluation(self, context: Any) -> None:
-        report = self.tally.validation(self.tp_size)
-        if context.total_loss_dict:
-            context.total_loss_dict.update(report)
+        from megatron.core import parallel_state
 
-
-def _without_compaction(config: DFTConfig) -> DFTConfig:
-    """Beside multi-token prediction labels stay as they are: its heads need them, and no mask reaches the model."""
-    if config.compact_masked_tokens:
-        raise ValueError(
-            "dft.compact_masked_tokens: expected a model that knows which tokens are masked, got Bridge's multi-token "
-            "prediction, which hides that from it; leave it out"
-        )
-    return dataclasses.replace(config, compact_masked_tokens=False)
+        losses = context.total_loss_dict
+        if losses:
+            values = self.validation.take(parallel_state.get_data_parallel_group(with_context_parallel=True))
+            for name in [name for name in losses if name.startswith(CHANNEL) and name not in values]:
+                del losses[name]
+            losses.update(as_losses(values))
 
 
 def _hook_model(model: Any, hook: Callable[[list], list]) -> None:
@@ -221,12 +216,12 @@ def _hook_model(model: Any, hook: Callable[[list], list]) -> None:
         )
 
 
-def _install(chunks: list, config: DFTConfig) -> list:
+def _install(chunks: list, config: DFTConfig, installations: list[Installation]) -> list:
     from megatron.bridge.utils.common_utils import print_rank_last
 
-    for model in map(model_with_loss, install(chunks, config)):
-        if model is not None:
-            print_rank_last(f"> megatron_dft: {compat.describe_output_layer(model, config)}")
+    installations.append(install(chunks, config))
+    for binding in installations[-1].bindings:
+        print_rank_last(f"> megatron_dft: {binding.output_layer}")
     return chunks
 
 

@@ -7,7 +7,7 @@ The checks on settings take Megatron's argparse namespace or its TransformerConf
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_dft.config import DFTConfig
 
+LOSS = "compute_language_model_loss"  # what `install` binds on a model
 KNOWN_HOSTS = "use Megatron-LM or megatron-core 0.17 to 0.19, or a megatron_dft that knows yours"
 # Settings of Megatron-LM that put another loss in the place of the language-modelling loss.
 OTHER_LOSSES = {
@@ -46,10 +47,12 @@ def check_settings(settings: Any, config: DFTConfig) -> None:
                 f"--loss-type {config.loss_type}: expected a run on Megatron's language-modelling loss, got "
                 f"{description}, which replaces it; drop one of the two"
             )
-    if getattr(settings, "cross_entropy_loss_fusion", False) and settings.cross_entropy_fusion_impl == "te":
+    fusion = getattr(settings, "cross_entropy_fusion_impl", None) or "native"
+    if getattr(settings, "cross_entropy_loss_fusion", False) and fusion != "native":
         raise ValueError(
-            f"--loss-type {config.loss_type}: expected Megatron's own cross entropy underneath, got Transformer "
-            "Engine's (--cross-entropy-fusion-impl te); omit --cross-entropy-loss-fusion, our loss is fused already"
+            f"--loss-type {config.loss_type}: expected Megatron's own cross entropy underneath, got "
+            f"--cross-entropy-fusion-impl {fusion}, which computes another; omit --cross-entropy-loss-fusion, our loss "
+            "is fused already"
         )
     backend(config)
     cp = getattr(settings, "context_parallel_size", 1)
@@ -59,11 +62,17 @@ def check_settings(settings: Any, config: DFTConfig) -> None:
             "got Megatron's default, which divides by each rank's own token count and gives a wrong gradient when "
             "the loss mask is uneven; add --calculate-per-token-loss"
         )
-    if has_mtp(settings) and config.mtp == "nll" and getattr(settings, "overlap_moe_expert_parallel_comm", False):
-        raise ValueError(
-            "--loss-mtp nll: expected forward passes through the model, got --overlap-moe-expert-parallel-comm, under "
-            "which the heads cannot be told apart; use --loss-mtp same"
-        )
+    if getattr(settings, "overlap_moe_expert_parallel_comm", False):
+        if config.channels:
+            raise ValueError(
+                "--loss-channels: expected forward passes through the model, which take the channels off the labels, "
+                "got --overlap-moe-expert-parallel-comm, whose schedule plan goes around them; leave one of the two out"
+            )
+        if has_mtp(settings) and config.mtp == "nll":
+            raise ValueError(
+                "--loss-mtp nll: expected forward passes through the model, got --overlap-moe-expert-parallel-comm, "
+                "under which the heads cannot be told apart; use --loss-mtp same"
+            )
     if config.linear_fused and any(getattr(settings, name, False) for name in ("use_megatron_fsdp", "use_torch_fsdp2")):
         raise ValueError(
             "--loss-linear-fused: expected the weight of the output layer on each rank, got fully sharded parameters; "
@@ -80,7 +89,7 @@ def backend(config: DFTConfig) -> str:
 def check_model(model: Any, config: DFTConfig) -> None:
     """Refuse a model whose loss we cannot replace without changing its meaning."""
     check_settings(model.config, config)
-    if "compute_language_model_loss" in vars(model):
+    if LOSS in vars(model):
         raise ValueError(
             f"install: expected the loss of {type(model).__name__} as Megatron defines it, got one that is already "
             "replaced on this instance; install once, and not beside a distillation or logit-saving hook"
@@ -165,16 +174,89 @@ def refuse_label_smoothing(label_smoothing: float) -> None:
         )
 
 
-def loss_mask_of(loss_func: Callable[..., Any]) -> Tensor:
-    """The loss mask inside `partial(loss_func, loss_mask, ...)`, the form of every Megatron forward_step."""
-    arguments = getattr(loss_func, "args", ())
-    mask = getattr(loss_func, "keywords", {}).get("loss_mask", arguments[0] if arguments else None)
-    if not isinstance(mask, Tensor):
+def loss_mask_of(loss_func: Callable[..., Any], given: Tensor | None) -> Tensor:
+    """The loss mask that a loss_func applies, or else the one that the model was given.
+
+    A partial of a function with a parameter `loss_mask` has it there, in whatever place. Of other partials it is the
+    only tensor among the arguments that can be a mask.
+
+    Raises:
+        ValueError: where no tensor, or more than one, can be the mask.
+    """
+    arguments = (*getattr(loss_func, "args", ()), *getattr(loss_func, "keywords", {}).values())
+    try:
+        bound = inspect.signature(loss_func.func).bind_partial(*loss_func.args, **loss_func.keywords).arguments  # type: ignore[attr-defined]
+    except (AttributeError, TypeError, ValueError):  # not a partial, or of something without a signature
+        bound = {}
+    named = bound.get("loss_mask")
+    if isinstance(named, Tensor):
+        return named
+    masks = [x for x in arguments if isinstance(x, Tensor) and (x.is_floating_point() or x.dtype == torch.bool)]
+    if given is None and len(masks) == 1:
+        return masks[0]
+    if given is None:
         raise ValueError(
             "forward_step: expected it to return functools.partial(loss_func, loss_mask, ...) beside the output, as "
-            f"Megatron's scripts do, got {loss_func!r}"
+            f"Megatron's scripts do, got {loss_func!r} with {len(masks)} tensors that could be the mask; name the "
+            "parameter loss_mask, or pass loss_mask= to the model"
         )
-    return mask
+    return given
+
+
+def check_loss_values(count: int, settings: Any) -> None:
+    """Refuse a loss_func without a number of tokens where the gradient is divided by it.
+
+    Megatron's legacy form returns a mean and the report; then the gradient is a mean over micro-batches.
+    """
+    if count == 1 and getattr(settings, "calculate_per_token_loss", False):
+        raise ValueError(
+            "loss_func: expected (loss, num_tokens, report) under --calculate-per-token-loss, which divides by "
+            "num_tokens, got two values; return the sum of the losses and the number of tokens"
+        )
+
+
+def model_with_loss(chunk: torch.nn.Module) -> Any | None:
+    """The module that computes the loss, below DDP, Float16Module or LLaVA; None where this stage has none.
+
+    Raises:
+        ValueError: for a module without a language model.
+    """
+    module: Any = chunk
+    while not hasattr(module, LOSS):
+        if hasattr(module, "language_model"):
+            module = module.language_model
+            if module is None:
+                return None
+        elif hasattr(module, "module"):
+            module = module.module
+        else:
+            raise ValueError(
+                f"install: expected a Megatron language model (GPTModel, HybridModel, LLaVAModel, ...) with "
+                f"{LOSS}, got {type(chunk).__name__}"
+            )
+    return module if getattr(module, "post_process", False) else None
+
+
+def upstream_faults(settings: Any) -> Iterator[str]:
+    """Known faults of Megatron that change numbers of this run beside our loss, a line each, with the issue.
+
+    See the table "Faults of Megatron itself" in the README.
+    """
+    per_token = getattr(settings, "calculate_per_token_loss", False)
+    several = any((getattr(settings, name, 1) or 1) > 1 for name in ("data_parallel_size", "context_parallel_size"))
+    if has_mtp(settings) and per_token and several:
+        yield (
+            "multi-token prediction: Megatron divides the loss of its heads by each rank's own token count, so their "
+            "gradient depends on the layout, and logs `mtp_1 loss` as a mean over ranks "
+            "(github.com/NVIDIA/Megatron-LM/issues/7452, number 3); the main loss is not affected"
+        )
+    experts, tp = getattr(settings, "num_experts", None), getattr(settings, "tensor_model_parallel_size", 1)
+    balancing = getattr(settings, "moe_router_load_balancing_type", "none")
+    if experts and tp > 1 and per_token and balancing not in ("none", ["none"]):
+        yield (
+            "mixture of experts: with a padding mask Megatron scales the router's auxiliary loss by the tokens of all "
+            "tensor-parallel ranks (github.com/NVIDIA/Megatron-LM/issues/7452, number 10); our loss is not affected"
+        )
 
 
 def tp_group(model: Any) -> ProcessGroup:
@@ -202,9 +284,22 @@ def _obstacle(model: Any) -> str | None:
     from megatron.core.tensor_parallel import ColumnParallelLinear
 
     layer = model.output_layer
-    if type(layer).forward is not ColumnParallelLinear.forward or "forward" in vars(layer):
+    if type(layer).forward not in _plain_forwards(ColumnParallelLinear) or "forward" in vars(layer):
         return f"an output layer that is {type(layer).__name__} (fp8, fp4, an adapter), not ColumnParallelLinear"
+    if layer.sequence_parallel and layer._forward_hooks:
+        return "forward hooks on the output layer under sequence parallelism, which wait for logits of the whole layer"
+    if getattr(layer, "gtp_remat_size", 1) > 1:
+        return "an output layer whose weight is split further (generalized tensor parallelism)"
     return None
+
+
+def _plain_forwards(column_parallel_linear: Any) -> tuple[Any, ...]:
+    """Of ColumnParallelLinear, and of the subclass on Megatron's dev branch that calls it unless asked for a loss."""
+    try:
+        from megatron.core.transformer.linear_cross_entropy import LinearCrossEntropyModule
+    except ImportError:
+        return (column_parallel_linear.forward,)
+    return column_parallel_linear.forward, LinearCrossEntropyModule.forward
 
 
 def _obstacle_to_chunks(model: Any) -> str | None:
@@ -217,6 +312,4 @@ def _obstacle_to_chunks(model: Any) -> str | None:
         return f"an output layer in {weight.dtype} ({type(weight.data).__name__}), not bf16, fp16 or fp32"
     if layer.bias is not None:
         return "an output layer with a bias"
-    if getattr(layer, "gtp_remat_size", 1) > 1:
-        return "an output layer whose weight is split further (generalized tensor parallelism)"
     return None

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from megatron_dft.hosts import cpu_attention
+from megatron_dft.hosts.patches import Patches
 
 # What a CPU run needs, where the user said nothing, and why.
 NEEDED = {
@@ -97,7 +98,7 @@ def enable_bridge() -> None:
         del sys.modules[name]
     _initialization("megatron.bridge.training.initialize")
     # It compares layers with those of Transformer Engine that Megatron-Core offers: none.
-    _patch(importlib.import_module("megatron.bridge.peft.utils"), HAVE_TE=False)
+    Patches().put("megatron.bridge.peft.utils:HAVE_TE", False)
 
 
 def complete_arguments(argv: list[str]) -> list[str]:
@@ -190,16 +191,16 @@ def _get_rng_state(*args: Any, **kwargs: Any) -> Tensor:
 
 def _megatron() -> None:
     """Functions of Megatron that cannot run as they are."""
-    import megatron.core.utils as core_utils
-    from megatron.core.tensor_parallel import random
-    from megatron.core.transformer import multi_token_prediction
-
+    patches = Patches()
     # They reach into the CUDA generators below torch.cuda.
-    _patch(random, _get_cuda_rng_state=_get_rng_state, _set_cuda_rng_state=lambda s, *a, **k: torch.set_rng_state(s))
+    patches.put("megatron.core.tensor_parallel.random:_get_cuda_rng_state", _get_rng_state)
+    patches.put("megatron.core.tensor_parallel.random:_set_cuda_rng_state", lambda s, *a, **k: torch.set_rng_state(s))
     # Compares with classes that only exist with Transformer Engine.
-    _patch(multi_token_prediction, is_inference_column_parallel_linear=lambda module: False)
+    patches.put(
+        "megatron.core.transformer.multi_token_prediction:is_inference_column_parallel_linear", lambda module: False
+    )
     # The split of packed documents over context-parallel ranks, which Megatron leaves to Transformer Engine.
-    _patch(core_utils, tex=SimpleNamespace(thd_get_partitioned_indices=cpu_attention.partition))
+    patches.put("megatron.core.utils:tex", SimpleNamespace(thd_get_partitioned_indices=cpu_attention.partition))
     _dataset_helpers()
     _norm()
     _attention()
@@ -214,22 +215,20 @@ def _initialization(name: str) -> None:
     # Asserts that there is a GPU unless it is told otherwise; changed in place, other modules hold it by now.
     _set_default(initialize.initialize_megatron, allow_no_cuda=True)
     # Draws from the one random stream there is, as much as the layout asks for: weights would depend on the layout.
-    _patch(initialize, _warmup_jit_function=lambda *args, **kwargs: None)
+    Patches().put(f"{name}:_warmup_jit_function", lambda *args, **kwargs: None)
 
 
 def _dataset_helpers() -> None:
     """A checkout compiles its C++ functions with make and pybind11; those of an installed wheel are the same."""
     import megatron.core.datasets as datasets
-    from megatron.core.datasets import utils
 
     datasets.__path__ += [os.path.join(folder, "megatron", "core", "datasets") for folder in sys.path]
     if importlib.util.find_spec("megatron.core.datasets.helpers_cpp"):
-        _patch(utils, compile_helpers=lambda: None)
+        Patches().put("megatron.core.datasets.utils:compile_helpers", lambda: None)
 
 
 def _norm() -> None:
     """PyTorch's norms serve sequence parallelism, which Megatron refuses them, when their gradients are summed."""
-    from megatron.core.extensions.transformer_engine import TENorm
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     host_new = WrappedTorchNorm.__new__
@@ -240,9 +239,12 @@ def _norm() -> None:
             _patch(parameter, sequence_parallel=config.sequence_parallel)  # read where gradients are summed
         return norm
 
-    _patch(WrappedTorchNorm, __new__=new)
+    Patches().put("megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__", new)
     # Hybrid models end in Transformer Engine's norm, whatever their layers are made of.
-    _patch(TENorm, __new__=lambda cls, *args, has_residual=False, **kwargs: WrappedTorchNorm(*args, **kwargs))
+    Patches().put(
+        "megatron.core.extensions.transformer_engine:TENorm.__new__",
+        lambda cls, *args, has_residual=False, **kwargs: WrappedTorchNorm(*args, **kwargs),
+    )
 
 
 def _attention() -> None:
@@ -270,7 +272,9 @@ def _attention() -> None:
         _refuse_other_attention(self, attn_mask_type or self.attn_mask_type, attention_bias)
         return _packed_or_context_parallel(self, query, key, value, packed_seq_params)
 
-    _patch(DotProductAttention, __init__=init, forward=forward)
+    local = "megatron.core.transformer.dot_product_attention:DotProductAttention"
+    Patches().put(f"{local}.__init__", init)
+    Patches().put(f"{local}.forward", forward)
 
 
 def _pipeline() -> None:
@@ -284,7 +288,7 @@ def _pipeline() -> None:
             _patch(out, megatron_dft_sent=out.data)
         host_deallocate(out, *args, **kwargs)
 
-    _patch(schedules, deallocate_output_tensor=deallocate)
+    Patches().put("megatron.core.pipeline_parallel.schedules:deallocate_output_tensor", deallocate)
 
 
 def _packed_or_context_parallel(module: Any, query: Tensor, key: Tensor, value: Tensor, packed: Any) -> Tensor:

@@ -1,15 +1,15 @@
 """The two places where a Megatron host meets the loss.
 
     model        LanguageModule.compute_language_model_loss(labels, logits) -> per-token loss, bound on the instances
-                 (`install`). Every Megatron model, version and cross-entropy fusion goes through it. It returns the
-                 NLL and sends back the objective's gradient: `lm loss`, perplexity and NaN checks keep their meaning.
-                 A loss that starts at the hidden states is the `output_processor` of GPTModel.forward; where there
-                 is none, the output layer hands its input on to the loss.
-    loss_func    what forward_step returns beside the output (`with_metrics`). Its report gains the metrics; what is
-                 reported in detail goes to a `tally`, and every token to the user's `callback`.
+                 (`install`). Every Megatron model, version and native cross-entropy fusion goes through it. It returns
+                 the NLL and sends back the objective's gradient: `lm loss`, perplexity and NaN checks keep their
+                 meaning. A loss that starts at the hidden states is the `output_processor` of GPTModel.forward; a
+                 model without one (HybridModel) has its output layer bypassed for one call.
+    loss_func    what forward_step returns beside the output (`with_metrics`). Its report gains the metrics, and every
+                 token goes to the user's `callback`.
 
-The statistics of a micro-batch travel from the first to the second on the output tensor itself, because under
-interleaved schedules several micro-batches are in flight and "the last one" is the wrong one.
+The statistics of a micro-batch stay in the `LossHead` of its model until forward_step returns, where `with_metrics`
+takes them. Under interleaved schedules several micro-batches are in flight; each loss_func holds its own.
 
 Nothing is patched on a class or a module, so other models in the process (a reference model, an RL policy) keep the
 stock cross entropy. Left out: how a host is reached; see `megatron_lm`.
@@ -20,69 +20,119 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from types import MethodType
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_dft.channels import split_channels
+from megatron_dft.channels import SHIFT
 from megatron_dft.config import DFTConfig, load_function
 from megatron_dft.hosts import compat
-from megatron_dft.hosts.loss_head import LossHead, are_marked, mark_labels, statistics_of, token_batch
-from megatron_dft.metrics import TokenBatch, token_metrics
+from megatron_dft.hosts.loss_head import IGNORE_INDEX, LossHead, MicroBatch, head_of
+from megatron_dft.metrics import VALID_TOKENS, MetricAccumulator, TokenBatch, is_total, token_metrics
 from megatron_dft.vocab_parallel import vocab_parallel_dft_loss
 
-AddToTally = Callable[[Tensor, Tensor], None]  # number of tokens, `Detail.sums`
+LABELS = ("labels", "lm_labels")  # of GPT, hybrid and multimodal models; of BERT and T5
 
 
-def install(model_chunks: Sequence[torch.nn.Module], config: DFTConfig) -> Sequence[torch.nn.Module]:
-    """Bind the loss on every model chunk that computes one, and return the chunks.
+@dataclass(frozen=True)
+class Binding:
+    """The loss on one model: `remove` takes it off again."""
+
+    model: torch.nn.Module  # below DDP, Float16Module, LLaVA
+    output_layer: str  # what happens to it, and why
+    head: LossHead
+    _undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
+
+    def remove(self) -> None:
+        """Give the model its own loss back."""
+        self.head.reset()
+        while self._undo:
+            self._undo.pop()()
+
+
+@dataclass(frozen=True)
+class Installation:
+    """What `install` did."""
+
+    chunks: Sequence[torch.nn.Module]  # as they were given
+    bindings: tuple[Binding, ...]  # one for each chunk that computes a loss; none on other pipeline stages
+
+    def remove(self) -> None:
+        """Give every model its own loss back."""
+        for binding in self.bindings:
+            binding.remove()
+
+
+def install(model_chunks: Sequence[torch.nn.Module], config: DFTConfig) -> Installation:
+    """Bind the loss on every model chunk that computes one.
 
     Args:
         model_chunks: this rank's part of a Megatron model, one module per virtual pipeline stage, wrapped or not
             (DDP, Float16Module, LLaVA around its language model). Chunks without an output layer are left alone.
         config: with loss_type "ce" nothing is changed.
 
+    Returns:
+        The handle: what was bound, what happens to each output layer and why, and `remove()`.
+
     Raises:
-        ValueError: for a model whose loss cannot be replaced, or a configuration that would give wrong numbers.
+        ValueError: for a model whose loss cannot be replaced, or a configuration that would give wrong numbers; and
+            during training, in the first forward pass whose loss does not come from here.
     """
+    bindings: list[Binding] = []
     if config.enabled:
         for chunk in model_chunks:
-            model = model_with_loss(chunk)
+            model = compat.model_with_loss(chunk)
             if model is not None:
                 compat.check_model(model, config)
-                _bind(model, config)
-    return model_chunks
+                bindings.append(_bind(model, config))
+    return Installation(model_chunks, tuple(bindings))
 
 
 def with_metrics(
     forward_step: Callable[..., Any],
     config: DFTConfig,
-    tally: AddToTally | None = None,
+    *,
+    micro_batches: Callable[[], int] | None = None,
+    validation: MetricAccumulator | None = None,
 ) -> Callable[..., Any]:
     """The same forward_step; the loss_func it returns reports the metrics of the objective as well.
 
+    Every metric is a pair [sum, count], which Megatron adds up over micro-batches and over data- and context-parallel
+    ranks, and divides.
+
     Args:
-        tally: gets, of each micro-batch, Megatron's num_tokens and the `Detail.sums` that the configuration asks for.
+        micro_batches: called during training, returns the number of micro-batches of an iteration on all data- and
+            context-parallel ranks together. Each total (`valid tokens`, tokens by channel) is reported with its inverse
+            as the count. None: totals are not reported.
+        validation: receives the pairs of each micro-batch that is evaluated, for a host whose own average is not one
+            over tokens.
 
     Raises:
-        ValueError: for a callback that cannot be found, or details that nobody adds up.
+        ValueError: for a callback that cannot be found. In the first micro-batch: if the loss of the model was not
+            bound by install(), or the loss mask does not fit it.
     """
     if not config.enabled:
         return forward_step
-    if tally is None and config.detail.names:
-        raise ValueError(
-            "metrics, channels: expected a tally that adds them up, got none; make a Tally(config.detail), pass its "
-            "add, and log its report() after each iteration"
-        )
-    callback = load_function(config.callback, "--loss-callback") if config.callback else None
+    report, signature = _Report(config, micro_batches, validation), inspect.signature(forward_step)
 
     @functools.wraps(forward_step)
-    def wrapped(data_iterator: Any, model: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        output, loss_func = forward_step(data_iterator, model, *args, **kwargs)
-        return output, None if loss_func is None else _reporting(loss_func, config, tally, callback)
+    def wrapped(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        # (data_iterator, model), and in Bridge (state, data_iterator, model).
+        given = signature.bind(*args, **kwargs).arguments
+        head = head_of(given["model"] if "model" in given else args[1])
+        if head is not None:
+            head.start()
+        output, loss_func = forward_step(*args, **kwargs)
+        if head is None:
+            return output, None if loss_func is None else report.of(loss_func, None, lambda: None)
+        if isinstance(output, Tensor | tuple):
+            micro_batch = head.take()
+            return output, None if loss_func is None else report.of(loss_func, head, lambda: micro_batch)
+        # A schedule plan, whose forward pass runs just before its loss_func.
+        return output, None if loss_func is None else report.of(loss_func, head, head.take)
 
     return wrapped
 
@@ -110,91 +160,167 @@ def vocab_parallel_cross_entropy(
     return vocab_parallel_dft_loss(vocab_parallel_logits, target, tp_group=tp_group)
 
 
-def model_with_loss(chunk: torch.nn.Module) -> Any | None:
-    """The module that computes the loss, below DDP, Float16Module or LLaVA; None where this stage has none."""
-    module: Any = chunk
-    while not hasattr(module, "compute_language_model_loss"):
-        if hasattr(module, "language_model"):
-            module = module.language_model
-            if module is None:
-                return None
-        elif hasattr(module, "module"):
-            module = module.module
-        else:
-            raise ValueError(
-                f"install: expected a Megatron language model (GPTModel, HybridModel, LLaVAModel, ...) with "
-                f"compute_language_model_loss, got {type(chunk).__name__}"
-            )
-    return module if getattr(module, "post_process", False) else None
-
-
-def _bind(model: Any, config: DFTConfig) -> None:
+def _bind(model: Any, config: DFTConfig) -> Binding:
     """Put the loss where the model computes its own, and before the output layer where that is part of the loss."""
-    head, host_loss = LossHead(model, config), model.compute_language_model_loss
-    separate_mtp = compat.has_mtp(model.config) and config.mtp == "nll"
+    head, signature = LossHead(model, config), inspect.signature(model.forward)
+    binding = Binding(model, compat.describe_output_layer(model, config), head)
+    model.compute_language_model_loss = head.compute_language_model_loss
+    binding._undo.append(lambda: delattr(model, compat.LOSS))
+    labels_name = next((name for name in LABELS if name in signature.parameters), None)
+    if labels_name is not None:
+        before = functools.partial(_before_forward, head=head, signature=signature, labels_name=labels_name)
+        after = functools.partial(_after_forward, head=head)
+        binding._undo.append(model.register_forward_pre_hook(before, with_kwargs=True).remove)
+        binding._undo.append(model.register_forward_hook(after).remove)
+    if hasattr(model, "build_schedule_plan"):  # in place of forward, under --overlap-moe-expert-parallel-comm
+        model.build_schedule_plan = functools.partial(_build_schedule_plan, model.build_schedule_plan, head)
+        binding._undo.append(lambda: delattr(model, "build_schedule_plan"))
+    return binding
 
-    def compute_language_model_loss(self: Any, labels: Tensor, logits: Tensor) -> Tensor:
-        """labels [b, s], logits [s, b, V/tp] -> NLL [b, s]."""
-        return host_loss(labels, logits) if separate_mtp and not are_marked(labels) else head(labels, logits)
 
-    def process_output(
-        *, hidden_states: Tensor, output_weight: Tensor | None, labels: Tensor, scale_logits: Any, **others: Any
-    ) -> Tensor:
-        """The model's output, from its hidden states; scaled ones have scaled logits."""
-        return head.of_hidden(labels, scale_logits(hidden_states), output_weight)
-
-    def before_forward(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        given = signature.bind_partial(*args, **kwargs).arguments
-        if head.from_hidden:
-            head.give_back()
-        if given.get("labels") is not None:
-            labels, channel = split_channels(given["labels"])
-            mark_labels(labels, given.get("loss_mask"), channel)
-            if "labels" in kwargs:
-                kwargs = kwargs | {"labels": labels}
-            else:
-                args = tuple(labels if x is given["labels"] else x for x in args)
-            if head.from_hidden:
-                compat.check_forward(model, given)
-                if compat.OUTPUT_PROCESSOR in signature.parameters:  # Megatron's own way to do this
-                    return args, kwargs | {compat.OUTPUT_PROCESSOR: process_output}
-                head.take_over()
+def _before_forward(
+    module: Any, args: tuple, kwargs: dict[str, Any], *, head: LossHead, signature: inspect.Signature, labels_name: str
+) -> tuple[tuple, dict[str, Any]]:
+    """Note labels and loss mask, take channels off the labels, and reach the hidden states where they are needed."""
+    call = signature.bind_partial(*args, **kwargs)
+    head.reset()
+    labels = call.arguments.get(labels_name)
+    if labels is None:
         return args, kwargs
+    loss_mask = call.arguments.get("loss_mask")
+    if loss_mask is None and compat.has_mtp(module.config) and "loss_mask" in signature.parameters:
+        # Without a mask Megatron trains the heads of multi-token prediction on ignored labels, too.
+        loss_mask = (labels != IGNORE_INDEX).to(torch.float32)
+        call.arguments["loss_mask"] = loss_mask
+    call.arguments[labels_name] = head.receive(labels, loss_mask).labels
+    if head.from_hidden:
+        compat.check_forward(module, call.arguments)
+        if compat.OUTPUT_PROCESSOR in signature.parameters:  # Megatron's own way to do this
+            call.arguments[compat.OUTPUT_PROCESSOR] = functools.partial(_process_output, head)
+        else:
+            head.bypass()
+    return call.args, call.kwargs
 
-    model.compute_language_model_loss = MethodType(compute_language_model_loss, model)
-    signature = inspect.signature(model.forward)
-    if "labels" in signature.parameters:
-        model.register_forward_pre_hook(before_forward, with_kwargs=True)
+
+def _process_output(
+    head: LossHead,
+    *,
+    hidden_states: Tensor,
+    output_weight: Tensor | None,
+    labels: Tensor,
+    scale_logits: Any,
+    **others: Any,
+) -> Tensor:
+    """The model's output, from its hidden states; scaled ones have scaled logits."""
+    return head.of_hidden(labels, scale_logits(hidden_states), output_weight)
 
 
-def _reporting(
-    loss_func: Callable[..., Any],
-    config: DFTConfig,
-    tally: AddToTally | None,
-    callback: Callable[[TokenBatch], None] | None,
-) -> Callable[..., Any]:
-    @functools.wraps(loss_func)
-    def wrapped(output: Tensor | tuple[Tensor, Tensor], **kwargs: Any) -> Any:
-        if kwargs.get("non_loss_data"):
-            return loss_func(output, **kwargs)
-        # LLaVA's output is its loss and, images having grown the text, a mask of the same length.
-        losses, loss_mask = output if isinstance(output, tuple) else (output, compat.loss_mask_of(loss_func))
-        same_tokens = loss_mask.numel() == losses.numel()
-        statistics = statistics_of(losses, loss_mask.view(losses.shape)) if same_tokens else None
-        if statistics is None:
+def _after_forward(module: Any, args: tuple, output: Any, *, head: LossHead) -> None:
+    """Refuse a loss that was computed elsewhere."""
+    if head.inputs is not None:
+        head.reset()
+        raise ValueError(
+            f"{type(module).__name__}: expected its loss from {compat.LOSS}, where the objective is, but the forward "
+            "pass with labels never called it; this model cannot be trained with another objective"
+        )
+
+
+def _build_schedule_plan(host: Callable[..., Any], head: LossHead, *args: Any, **kwargs: Any) -> Any:
+    """The plan of a forward pass whose labels are ignored where the loss mask is 0."""
+    call = inspect.signature(host).bind(*args, **kwargs)
+    if call.arguments.get("labels") is not None:
+        call.arguments["labels"] = head.receive(call.arguments["labels"], call.arguments.get("loss_mask")).labels
+    return host(*call.args, **call.kwargs)
+
+
+class _Report:
+    """The loss_func of a host, with our metrics in its report."""
+
+    def __init__(
+        self, config: DFTConfig, micro_batches: Callable[[], int] | None, validation: MetricAccumulator | None
+    ) -> None:
+        self.config, self.micro_batches, self.validation = config, micro_batches, validation
+        self.callback: Callable[[TokenBatch], None] | None = None
+        if config.callback:
+            self.callback = load_function(config.callback, "--loss-callback")
+        self.checked = False
+
+    def of(
+        self, loss_func: Callable[..., Any], head: LossHead | None, take: Callable[[], MicroBatch | None]
+    ) -> Callable[..., Any]:
+        """`take` returns the statistics of the micro-batch."""
+
+        @functools.wraps(loss_func)
+        def wrapped(output: Tensor | tuple[Tensor, Tensor], **kwargs: Any) -> Any:
+            if kwargs.get("non_loss_data"):
+                return loss_func(output, **kwargs)
+            micro_batch = take()
+            if head is None or micro_batch is None:
+                raise ValueError(
+                    f"--loss-type {self.config.loss_type}: the loss of this model does not come from the objective: "
+                    "install() was not called on it, or forward_step did not call it with labels; train a model that "
+                    "computes its own loss, or leave --loss-type out"
+                )
+            losses, *others = output if isinstance(output, tuple) else (output,)
+            # LLaVA's output is its loss and, images having grown the text, a mask of the same length.
+            if others and isinstance(others[0], Tensor) and others[0].numel() == losses.numel():
+                mask = others[0]
+            else:
+                mask = compat.loss_mask_of(loss_func, micro_batch.inputs.loss_mask)
+            self._check(micro_batch, losses, mask)
+            # A masked token contributes nothing, even where its NLL is inf or NaN.
+            losses = losses.masked_fill(mask.view(losses.shape) == 0.0, 0.0)
+            *values, report = loss_func((losses, *others) if isinstance(output, tuple) else losses, **kwargs)
+            compat.check_loss_values(len(values), head.model.config)
+            ours = self._pairs(micro_batch, mask, values[1] if len(values) > 1 else mask.sum())
+            if self.validation is not None and not torch.is_grad_enabled():
+                self.validation.add({name: x for name, x in {**report, **ours}.items() if x.numel() == 2})
+            return *values, {**report, **ours}
+
+        return wrapped
+
+    def _pairs(self, micro_batch: MicroBatch, mask: Tensor, num_tokens: Tensor) -> dict[str, Tensor]:
+        """Our part of the report, [sum, count] each."""
+        training, stats, detail = torch.is_grad_enabled(), micro_batch.stats, self.config.detail
+        if self.callback is not None:
+            self.callback(micro_batch.tokens(mask, training))
+        channel = micro_batch.inputs.channel
+        weights = micro_batch.pick(mask)
+        pairs = token_metrics(stats, self.config.objective, weights)
+        sums = detail.sums(stats, weights, None if channel is None else micro_batch.pick(channel))
+        pairs |= zip(detail.names, sums, strict=True)
+        if not training:
+            return {name: pair for name, pair in pairs.items() if detail.in_validation(name)}
+        if self.micro_batches is None:
+            return {name: pair for name, pair in pairs.items() if not is_total(name)}
+        share = 1.0 / self.micro_batches()
+        pairs[VALID_TOKENS] = num_tokens.detach().double().expand(2)
+        return {name: _as_total(pair, share) if is_total(name) else pair for name, pair in pairs.items()}
+
+    def _check(self, micro_batch: MicroBatch, losses: Tensor, mask: Tensor) -> None:
+        """Refuse a loss mask that is not that of these tokens. Its values are compared in the first micro-batch."""
+        if not mask.numel() == losses.numel() == micro_batch.shape.numel():
             raise ValueError(
-                f"the report needs the model's own per-token loss: expected the output of a model on which install() "
-                f"was called, [b, s] as the loss mask {tuple(loss_mask.shape)}, got {tuple(losses.shape)}; "
-                "return the model's output from forward_step unchanged"
+                f"loss_func: expected the per-token loss {tuple(micro_batch.shape)} that the model returned, and a "
+                f"loss mask of as many tokens, got {tuple(losses.shape)} and {tuple(mask.shape)}; return the model's "
+                "output from forward_step in full"
             )
-        if callback is not None:
-            callback(token_batch(losses, loss_mask, torch.is_grad_enabled()))
-        # A masked token is worth nothing, even where its NLL is inf or NaN.
-        losses = losses.masked_fill(loss_mask.view(losses.shape) == 0.0, 0.0)
-        loss, num_tokens, report = loss_func((losses, loss_mask) if isinstance(output, tuple) else losses, **kwargs)
-        stats, weights, channel = statistics
-        if tally is not None:
-            tally(num_tokens, config.detail.sums(stats, weights, channel))
-        return loss, num_tokens, {**report, **token_metrics(stats, config.objective, weights)}
+        if self.checked or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        self.checked = True
+        labels, given, named = micro_batch.inputs.labels, micro_batch.inputs.loss_mask, self.config.channels
+        if named and (labels >> SHIFT > 0).any():
+            raise ValueError(
+                f"--loss-channels {named}: the labels carry channel number {int((labels >> SHIFT).max())}, which has "
+                "no name; name every channel of the data"
+            )
+        if given is not None and ((mask.reshape(-1) != 0) & (given.reshape(-1) == 0)).any():
+            raise ValueError(
+                "loss_func: its loss mask counts tokens that the loss_mask given to the model leaves out, and which "
+                "therefore have no loss; give both the same mask"
+            )
 
-    return wrapped
+
+def _as_total(pair: Tensor, share: float) -> Tensor:
+    """[sum, ...] -> [sum, share]; over all micro-batches and ranks the shares add up to 1."""
+    return torch.stack([pair[0].double(), torch.full_like(pair[0], share, dtype=torch.float64)])

@@ -1,8 +1,8 @@
 """Megatron-LM: the flags, and the loss inside `pretrain()`.
 
-`enable` prepares `megatron.training` before a script imports it; the script stays as it is. With a DFT objective,
-`pretrain()` gets the hook that binds the loss on the model chunks before DDP wraps them, and a forward_step that
-reports the metrics. Without one it is called exactly as the script calls it.
+`enable` prepares `megatron.training` before a script imports it; the script stays as it is. `pretrain()` then gets the
+hook that binds the loss on the model chunks before DDP wraps them, and a forward_step that reports the metrics. What
+`enable` returns knows whether that happened (`Run.check`). Without an objective nothing is prepared.
 """
 
 from __future__ import annotations
@@ -11,29 +11,64 @@ import functools
 import inspect
 from argparse import ArgumentParser
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from megatron_dft.config import DFTConfig
 from megatron_dft.hosts import compat, sft
-from megatron_dft.hosts.hook import install, model_with_loss, with_metrics
-from megatron_dft.hosts.iterations import Tally, followed
+from megatron_dft.hosts.hook import Installation, install, with_metrics
+from megatron_dft.hosts.iterations import Progress, micro_batches
+from megatron_dft.hosts.patches import TRAINING, Patches
+from megatron_dft.metrics import MetricAccumulator
 
 DATASETS = "train_valid_test_dataset_provider"
+PRETRAIN = f"{TRAINING}:pretrain"
 
 
-def enable(command_line: DFTConfig) -> None:
-    """Teach Megatron-LM the --loss-... flags, and run `pretrain()` with the objective that they, or a YAML file, name.
+class Run:
+    """One script with an objective: what is replaced for it, and what the loss was bound on."""
+
+    def __init__(self, config: DFTConfig) -> None:
+        self.config = config
+        self.patches = Patches()
+        self.pretrain_calls = 0
+        self.installations: list[Installation] = []
+
+    def check(self) -> None:
+        """Call it when the script has ended.
+
+        Raises:
+            ValueError: if the objective never reached a model, with the reason.
+        """
+        if not self.pretrain_calls:
+            reason = "the script ended without a call of Megatron's pretrain()"
+        elif not self.installations:
+            reason = "pretrain() built its model without model_provider and without model.pre_wrap_hooks"
+        else:
+            return
+        raise ValueError(
+            f"--loss-type {self.config.loss_type}: the objective was never applied, because {reason}; start a training "
+            "loop of your own without this launcher, and call megatron_dft.install() in it"
+        )
+
+
+def enable(
+    config: DFTConfig,
+    *,
+    prepare: Callable[[inspect.BoundArguments], None] = lambda call: None,
+    finish: Callable[[], None] = lambda: None,
+) -> Run:
+    """Teach Megatron-LM the --loss-... flags, and run `pretrain()` with the objective.
 
     Args:
-        command_line: what the flags say; a `dft:` block in --yaml-cfg takes the place of flags.
+        config: with an objective.
+        prepare: may change the arguments of pretrain() further.
+        finish: called when pretrain() has returned.
 
     Raises:
-        ValueError: if the Megatron that is installed has no `pretrain()`.
+        ValueError: if the Megatron that is installed has no `pretrain()`, or one that is not known.
     """
     try:
-        import megatron.training
-        import megatron.training.arguments
+        from megatron.training import training
     except ModuleNotFoundError as error:
         if not str(error.name).startswith("megatron"):
             raise
@@ -41,34 +76,33 @@ def enable(command_line: DFTConfig) -> None:
             f"expected a Megatron with its own pretrain(), got none ({error}); use a Megatron-LM checkout or "
             "megatron-core >= 0.17, or call install() in your own training loop"
         ) from None
-    arguments: Any = megatron.training.arguments
-    arguments.add_megatron_arguments = _with_flags(arguments.add_megatron_arguments)
-    sft.enable_formats()
-    megatron.training.pretrain = with_objective(megatron.training.pretrain, command_line)
-
-
-def with_objective(pretrain: Callable[..., Any], command_line: DFTConfig) -> Callable[..., Any]:
-    """Megatron's `pretrain()`, with the loss installed. Three generations differ in who parses the arguments and how
-    the model is given:
-
-        0.17    pretrain(datasets, model_provider, ..., extra_args_provider)   parses them itself
-        0.18    pretrain(cfg_container, datasets, model_provider, ...)         the script has parsed them
-        0.19    pretrain(cfg_container, datasets, ..., model_provider=None)    the configuration can build the model
-    """
-    signature = inspect.signature(pretrain)
+    signature = inspect.signature(training.pretrain)
     compat.check_pretrain(signature)
+    run = Run(config)
+    add_flags(run.patches)
+    sft.enable_formats(run.patches)
 
-    @functools.wraps(pretrain)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        call = signature.bind(*args, **kwargs)
-        settings = _settings(call)
-        config = run_config(settings, command_line)
-        with _prepared(call, settings, config) if config.enabled else nullcontext():
-            result = pretrain(*call.args, **call.kwargs)
-        flush_tensorboard()
-        return result
+    def with_objective(pretrain: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            run.pretrain_calls += 1
+            call = signature.bind(*args, **kwargs)
+            prepare(call)
+            with Patches() as patches:
+                _prepare(call, _settings(call), run).follow(patches)
+                result = pretrain(*call.args, **call.kwargs)
+            flush_tensorboard()
+            finish()
+            return result
 
-    return wrapped
+        return wrapped
+
+    run.patches.wrap(PRETRAIN, with_objective)
+    return run
+
+
+def add_flags(patches: Patches) -> None:
+    """Teach Megatron's parser the --loss-... flags."""
+    patches.wrap("megatron.training.arguments:add_megatron_arguments", _with_flags)
 
 
 def flush_tensorboard() -> None:
@@ -79,18 +113,7 @@ def flush_tensorboard() -> None:
         writer.flush()
 
 
-def run_config(args: Any, command_line: DFTConfig) -> DFTConfig:
-    """The configuration of a run: the flags, or the `dft:` block of --yaml-cfg, which replaces Megatron's flags."""
-    block = getattr(args, "dft", None)
-    if block is None:
-        return command_line
-    if command_line != DFTConfig():
-        raise ValueError("--yaml-cfg: expected the objective in one place, got a `dft:` block and --loss-... flags")
-    return DFTConfig.from_mapping(vars(block))
-
-
 def _with_flags(add_megatron_arguments: Callable[[ArgumentParser], ArgumentParser]) -> Callable[..., ArgumentParser]:
-    @functools.wraps(add_megatron_arguments)
     def wrapped(parser: ArgumentParser) -> ArgumentParser:
         return DFTConfig.add_arguments(add_megatron_arguments(parser))
 
@@ -98,7 +121,12 @@ def _with_flags(add_megatron_arguments: Callable[[ArgumentParser], ArgumentParse
 
 
 def _settings(call: inspect.BoundArguments) -> Any:
-    """Megatron's arguments: as the script has parsed them, or as pretrain() is about to."""
+    """Megatron's arguments: as the script has parsed them, or as pretrain() is about to. Three generations of it:
+
+    0.17    pretrain(datasets, model_provider, ..., extra_args_provider)   parses them itself
+    0.18    pretrain(cfg_container, datasets, model_provider, ...)         the script has parsed them
+    0.19    pretrain(cfg_container, datasets, ..., model_provider=None)    the configuration can build the model
+    """
     if "extra_args_provider" not in call.signature.parameters:
         from megatron.training import get_args
 
@@ -108,42 +136,49 @@ def _settings(call: inspect.BoundArguments) -> Any:
     return parse_args(call.arguments.get("extra_args_provider"))
 
 
-def _prepared(call: inspect.BoundArguments, settings: Any, config: DFTConfig) -> AbstractContextManager[None]:
-    """Put the objective into the arguments of pretrain(); within the result, the training loop follows it."""
+def _prepare(call: inspect.BoundArguments, settings: Any, run: Run) -> Progress:
+    """Put the objective into the arguments of pretrain(). The result follows its training loop."""
+    config = run.config
     compat.check_settings(settings, config)
-    tally = Tally(config.detail)
-    call.arguments["forward_step_func"] = with_metrics(call.arguments["forward_step_func"], config, tally.add)
-    _hook_model(call, functools.partial(_install, config=config))
-    if config.channels:
-        provider = call.arguments[DATASETS]
-        call.arguments[DATASETS] = sft.naming_channels(provider, config.detail.channels)
+    sft.check_settings(settings)
+    validation = MetricAccumulator()
+    totals = None if getattr(settings, "hybrid_context_parallel", False) else micro_batches
+    call.arguments["forward_step_func"] = with_metrics(
+        call.arguments["forward_step_func"], config, micro_batches=totals, validation=validation
+    )
+    _hook_model(call, functools.partial(_install, run=run))
+    call.arguments[DATASETS] = sft.with_checks(call.arguments[DATASETS], settings, config.detail.channels)
     _announce(settings, config)
-    return followed(config.objective, tally)
+    return Progress(config.objective, config.detail, validation)
 
 
-def _install(chunks: list, config: DFTConfig) -> list:
-    """Put the loss on the model, and say what follows for its output layer."""
+def _install(chunks: list, run: Run) -> list:
+    """Put the loss on the model, and log what happens to its output layer."""
     from megatron.training import print_rank_last
 
-    for model in map(model_with_loss, install(chunks, config)):
-        if model is not None:
-            print_rank_last(f"> megatron_dft: {compat.describe_output_layer(model, config)}")
+    run.installations.append(install(chunks, run.config))
+    for binding in run.installations[-1].bindings:
+        print_rank_last(f"> megatron_dft: {binding.output_layer}")
     return chunks
 
 
 def _announce(settings: Any, config: DFTConfig) -> None:
-    """Say once what is different from now on; it is too early for Megatron's print_rank_0."""
+    """Log once what is different from now on; it is too early for Megatron's print_rank_0."""
     if settings.rank != 0:
         return
-    print(
-        f"> megatron_dft: objective {config.objective} replaces the cross entropy; `lm loss` stays the NLL; "
+    lines = [
+        f"objective {config.objective} replaces the cross entropy; `lm loss` stays the NLL; "
         f"backend {compat.backend(config)}"
-    )
+    ]
     if not getattr(settings, "calculate_per_token_loss", False):
-        print(
-            "> megatron_dft: the gradient is a mean of the means of micro-batches and ranks, Megatron's default, in "
-            "which a token weighs more where few are valid; --calculate-per-token-loss makes it a mean over all tokens"
+        lines.append(
+            "the gradient is a mean of the means of micro-batches and ranks, Megatron's default, in which a token "
+            "weighs more where few are valid; --calculate-per-token-loss makes it a mean over all tokens"
         )
+    if getattr(settings, "hybrid_context_parallel", False):
+        lines.append("`valid tokens` is not reported under --hybrid-context-parallel")
+    for line in (*lines, *compat.upstream_faults(settings)):
+        print(f"> megatron_dft: {line}")
 
 
 def _hook_model(call: inspect.BoundArguments, hook: Callable[[list], Any]) -> None:

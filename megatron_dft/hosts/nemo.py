@@ -24,9 +24,8 @@ import torch
 from torch import Tensor
 
 from megatron_dft.config import DFTConfig, load_function
-from megatron_dft.hosts import compat
-from megatron_dft.hosts.hook import install
-from megatron_dft.hosts.loss_head import ignore_masked, statistics_of, token_batch
+from megatron_dft.hosts.hook import Installation, install
+from megatron_dft.hosts.loss_head import LossHead, ignore_masked
 from megatron_dft.metrics import token_metrics
 
 try:
@@ -71,7 +70,7 @@ class DFTCallback(Callback, io.IOMixin):
         given = locals()
         self.config = DFTConfig(**{f.name: given[f.name] for f in dataclasses.fields(DFTConfig)})
         self.callback = load_function(callback, "callback") if callback else None
-        self.installed = False
+        self.installation: Installation | None = None
         self.sums: dict[str, Tensor] = {}  # of the micro-batches of a step, [sum, count] each
         self.names: list[str] | None = None
 
@@ -86,36 +85,38 @@ class DFTCallback(Callback, io.IOMixin):
         """Of a global batch, in training and validation."""
         if not self.config.enabled:
             return
-        if not self.installed:
-            install([_megatron_model(chunk) for chunk in step.pipeline], self.config)
-            self.installed = True
+        if self.installation is None:
+            self.installation = install([_megatron_model(chunk) for chunk in step.pipeline], self.config)
         self.sums = {}
         self.config.objective.begin(step.trainer.global_step + (0 if step.forward_only else 1))
 
     def on_megatron_microbatch_start(self, step: Any, batch: Any, forward_callback: Any) -> None:
-        """Before the model's forward pass. NeMo gives it labels, of masked tokens too, and no mask."""
-        if (
-            self.config.enabled
-            and isinstance(batch, dict)
-            and not compat.has_mtp(_megatron_model(step.pipeline[0]).config)
-        ):
+        """Before the model's forward pass. NeMo passes it labels, of masked tokens too, and no mask."""
+        if self.config.enabled and isinstance(batch, dict):
             batch.update(ignore_masked(batch))
+        for head in self._heads():
+            head.start()
 
     def on_megatron_microbatch_end(self, step: Any, batch: Any, forward_callback: Any, output: Any) -> None:
         """After it, with the model's output."""
+        taken = [head.take() for head in self._heads()]
         loss_mask = batch.get("loss_mask") if isinstance(batch, dict) else None
-        if not isinstance(output, Tensor) or loss_mask is None or loss_mask.numel() != output.numel():
-            return  # of a stage before the last
-        statistics = statistics_of(output, loss_mask.view(output.shape))
-        if statistics is not None:
-            stats, weights, channel = statistics
+        for micro_batch in taken:
+            if micro_batch is None or loss_mask is None or loss_mask.numel() != micro_batch.shape.numel():
+                continue  # of another chunk of the pipeline, or not of these tokens: refused at the end of the step
             if self.callback is not None:
-                self.callback(token_batch(output, loss_mask, torch.is_grad_enabled()))
-            detail = self.config.detail
+                self.callback(micro_batch.tokens(loss_mask, torch.is_grad_enabled()))
+            detail, stats, weights = self.config.detail, micro_batch.stats, micro_batch.pick(loss_mask)
+            channel = micro_batch.inputs.channel
             pairs = token_metrics(stats, self.config.objective, weights)
-            pairs |= zip(detail.names, detail.sums(stats, weights, channel), strict=True)
+            sums = detail.sums(stats, weights, None if channel is None else micro_batch.pick(channel))
+            pairs |= zip(detail.names, sums, strict=True)
             for name, pair in pairs.items():
                 self.sums[name] = self.sums.get(name, 0.0) + pair.double()
+
+    def _heads(self) -> list[LossHead]:
+        """The losses on this rank."""
+        return [] if self.installation is None else [binding.head for binding in self.installation.bindings]
 
     def on_megatron_step_end(self, step: Any, microbatch_outputs: Any, reduced: Any = None) -> None:
         """Log means over all tokens of the batch, on the ranks that NeMo logs from."""

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_dft.config import DFTConfig
-from megatron_dft.hosts import compat, megatron_lm
+from megatron_dft.hosts import compat, megatron_lm, sft
 from megatron_dft.objectives import nearest
 
 # Settings under which the layers of a model are not simply divided by the number of stages.
@@ -35,7 +35,6 @@ UNEVEN = (
     *("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers", "pipeline_model_parallel_layout"),
     *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split", "hybrid_layer_pattern"),
 )
-DATA = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 
 
 class Finding(NamedTuple):
@@ -213,6 +212,7 @@ def objective(settings: Any, config: DFTConfig | None, without_gpu: bool) -> Ite
     troubles = []
     for check in (
         lambda: compat.check_settings(settings, dataclasses.replace(config, backend="auto")),
+        lambda: sft.check_settings(settings),
         lambda: None if without_gpu else compat.backend(config),
     ):
         try:
@@ -227,7 +227,7 @@ def objective(settings: Any, config: DFTConfig | None, without_gpu: bool) -> Ite
 
 def files(settings: Any) -> Iterator[Finding]:
     """What the run reads and writes."""
-    for path in () if settings.mock_data else _data(settings):
+    for path in () if settings.mock_data else sft.data_paths(settings):
         yield from _conversations(path) if getattr(settings, "sft", False) else _indexed(path)
     tokenizer = settings.tokenizer_model
     if tokenizer and not os.path.exists(tokenizer):
@@ -260,15 +260,6 @@ def _saved(settings: Any) -> Iterator[Finding]:
         )
         text += "folder of --save without --finetune, and give the base model as --pretrained-checkpoint"
         yield Finding("note", "files", text)
-
-
-def _data(settings: Any) -> Iterator[str]:
-    """The paths in Megatron's lists of [weight] path."""
-    for name in DATA:
-        words = getattr(settings, name) or []
-        for word in words.split() if isinstance(words, str) else words:
-            if not word.replace(".", "", 1).isdigit():
-                yield word
 
 
 def _indexed(path: str) -> Iterator[Finding]:

@@ -1,15 +1,15 @@
-"""What Megatron-LM's --sft does not know: other prompt formats, damaged lines, and where conversations come from.
+"""What Megatron-LM's --sft lacks: other prompt formats, invalid lines by name, and where conversations come from.
 
     prompt formats   --sft-tokenizer-prompt-format chat | completion    (`chat.py`) beside Megatron's own
-    damaged lines    end the run before it trains, with file, line number and reason
+    invalid lines    end the run before it trains, with file, line number and reason
     channels         `channels`, a name for each conversation of a packed line, or `channel`, one for the line
 
 Megatron alone refuses a line that is no JSON, without its number, fails in the iteration that reads one whose messages
 or contents are missing, and trains on nothing where no assistant speaks. Empty lines hold nothing and are passed over.
 Formats that train on every token (`default`, `identity`) may have templates that read anything: left to Megatron.
 
-Formats are known wherever the launcher runs a script. Channels are put on the labels (`channels.py`) of the data sets
-that pretrain() is given, when the run reports them; nothing else about those data sets changes.
+Lines are checked, and channels put on the labels (`channels.py`), in the data sets that pretrain() is given, through
+its argument for them. Nothing else about those data sets changes.
 """
 
 from __future__ import annotations
@@ -22,85 +22,106 @@ from typing import Any
 
 import torch
 
-from megatron_dft.channels import with_channels
+from megatron_dft.channels import OTHER, with_channels
 from megatron_dft.chat import FORMATS, IGNORE_INDEX, ChatFormat, Conversation, Encoded, spans_of
+from megatron_dft.hosts.patches import Patches
+from megatron_dft.objectives import nearest
 
 ROLES = ("system", "user", "assistant", "tool")
 MEGATRON_FORMATS = ("nemotron-nano-v2", "nemotron-h-aligned")  # of which Megatron masks what is not the assistant's
+DATA = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 Encode = Callable[[list[Conversation]], list[Encoded | ValueError]]
 
 
-def enable_formats() -> None:
-    """Teach Megatron's tokenizer for --sft the formats `chat` and `completion`, and its data set to refuse damage."""
-    _enable_checks()
+def enable_formats(patches: Patches) -> None:
+    """Teach Megatron's tokenizer for --sft the formats `chat` and `completion`."""
     try:
-        from megatron.core.tokenizers.text import libraries
-        from megatron.core.tokenizers.text.libraries.sft_tokenizer import PromptConfig, SFTTokenizer
+        from megatron_dft.hosts.sft_tokenizer import SFTTokenizer
     except ModuleNotFoundError:
         return  # a Megatron without --sft, which will say so
-
-    import numpy
-
-    class ChatTokenizer(SFTTokenizer):
-        def __init__(self, tokenizer_path: str, prompt_format: str) -> None:
-            super().__init__(tokenizer_path, "default")
-            self._format = ChatFormat(self._tokenizer, prompt_format)
-            self._prompt_config = PromptConfig(
-                assistant_prefix_len=0,
-                pad_token_id=self._format.pad_id,
-                custom_chat_template=self._tokenizer.chat_template,
-                has_bos=False,
-                has_system_role=True,
-            )
-
-        def tokenize_conversation(self, conversation: list[dict], return_target: bool, add_generation_prompt: bool):
-            if add_generation_prompt:
-                return super().tokenize_conversation(conversation, return_target, add_generation_prompt)
-            (encoded,) = self._format.encode([conversation])
-            if isinstance(encoded, ValueError):
-                raise encoded
-            ids = numpy.array(encoded.ids)
-            return (ids, numpy.array(encoded.targets())) if return_target else ids
-
-    @functools.wraps(SFTTokenizer, updated=())
-    def of_format(tokenizer_path: str, prompt_format: str) -> Any:
-        kind = ChatTokenizer if prompt_format in FORMATS else SFTTokenizer
-        return kind(tokenizer_path, prompt_format)
-
-    libraries.SFTTokenizer = of_format  # type: ignore[misc, assignment]
+    patches.put("megatron.core.tokenizers.text.libraries:SFTTokenizer", SFTTokenizer)
 
 
-def _enable_checks() -> None:
+def check_settings(settings: Any) -> None:
+    """Refuse, by name, what Megatron's --sft ends with an assertion without a text for."""
+    if getattr(settings, "sft", False) and getattr(settings, "create_attention_mask_in_dataloader", False):
+        raise ValueError(
+            "--sft: packed sequences have no attention mask [s, s]; add --no-create-attention-mask-in-dataloader"
+        )
+
+
+def data_paths(settings: Any) -> list[str]:
+    """The files in Megatron's lists of paths, or of weights and paths in turn, as Megatron reads them."""
+    paths: list[str] = []
+    for name in DATA:
+        given = getattr(settings, name, None) or []
+        words = given.split() if isinstance(given, str) else list(given)
+        if len(words) % 2 == 0 and all(map(_is_number, words[::2])):
+            words = words[1::2]
+        paths += words
+    return paths
+
+
+def _is_number(word: str) -> bool:
     try:
-        from megatron.training import get_args
-        from megatron.training.datasets.sft_dataset import SFTLowLevelDataset
-    except ModuleNotFoundError:
-        return
-    load = SFTLowLevelDataset.__init__
+        float(word)
+    except ValueError:
+        return False
+    return True
 
-    @functools.wraps(load)
-    def wrapped(self: Any, dataset_path: str) -> None:
+
+def with_checks(provider: Callable[..., Any], settings: Any, channels: tuple[str, ...]) -> Callable[..., Any]:
+    """A provider of data sets, of which those of --sft are checked and carry channels on their labels.
+
+    Args:
+        channels: names by number; empty: labels stay as they are. Data sets that are not Megatron's for --sft put
+            channels on their labels themselves (`with_channels`).
+    """
+
+    @functools.wraps(provider)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        masking = getattr(settings, "sft_tokenizer_prompt_format", None) in (*FORMATS, *MEGATRON_FORMATS)
         try:
-            load(self, dataset_path)
+            provided = provider(*args, **kwargs)
         except Exception as error:
-            if os.path.isfile(dataset_path) and damage(dataset_path):
-                raise _refusal(dataset_path) from error
+            _refuse_damage(settings, error)
             raise
-        if get_args().sft_tokenizer_prompt_format in (*FORMATS, *MEGATRON_FORMATS) and not _whole(self.dataset.data):
-            raise _refusal(dataset_path)
+        tables = [low.data for low in map(_table_of, _parts(provided)) if low is not None]
+        if masking and not all(map(_whole, tables)):
+            _refuse_damage(settings, None)
+        if channels and tables:
+            _check_names(channels, tables)
+        return _replaced(provided, functools.partial(_named, names=channels)) if channels else provided
 
-    SFTLowLevelDataset.__init__ = wrapped  # type: ignore[method-assign]
+    return wrapped
 
 
-def _refusal(path: str) -> ValueError:
-    return ValueError(
-        f"{damage(path) or path}; expected lines that all train, got one that cannot; python -m megatron_dft.data "
-        "names all of them and writes a file without them"
-    )
+def _refuse_damage(settings: Any, error: Exception | None) -> None:
+    """Name the first line that cannot train, if there is one."""
+    if not getattr(settings, "sft", False):
+        return
+    for path in filter(os.path.isfile, data_paths(settings)):
+        if reason := damage(path):
+            raise ValueError(
+                f"{reason}; expected lines that all train, got one that cannot; python -m megatron_dft.data names all "
+                "of them and writes a file without them"
+            ) from error
+
+
+def _table_of(dataset: Any) -> Any | None:
+    """The table of JSONL lines below a data set of --sft; None: it is another one."""
+    try:
+        from megatron.training.datasets.sft_dataset import SFTDataset
+    except ModuleNotFoundError:
+        return None
+    return dataset.dataset.dataset if isinstance(dataset, SFTDataset) else None
 
 
 def _whole(table: Any) -> bool:
-    """Whether all rows of an Arrow table are conversations: by columns, in a small part of the time to load them."""
+    """Whether all rows of an Arrow table are conversations: by columns, in a small part of the time to load them.
+
+    False, too, for a column that Arrow stores in another way, as messages with unequal keys; then lines are read.
+    """
     import pyarrow
     import pyarrow.compute as compute
 
@@ -117,6 +138,23 @@ def _whole(table: Any) -> bool:
     except (pyarrow.ArrowException, KeyError, AttributeError):  # another type, no such column
         return False
     return True
+
+
+def _check_names(channels: tuple[str, ...], tables: list[Any]) -> None:
+    """Refuse a channel that no line of the data has; name those that are counted as `other`."""
+    found: set[str] = set()
+    for table in tables:
+        for column in {"channel", "channels"} & set(table.column_names):
+            for value in table.column(column).to_pylist():
+                found |= {name for name in (value if isinstance(value, list) else [value]) if name}
+    for name in channels:
+        if name != OTHER and name not in found:
+            known = f"they name {', '.join(sorted(found)[:20])}{nearest(name, found)}" if found else "they name none"
+            raise ValueError(f"--loss-channels: no line of the data has the channel {name!r}; {known}")
+    if rest := sorted(found - set(channels)):
+        from megatron.training import print_rank_0
+
+        print_rank_0(f"> megatron_dft: channels that are reported as {OTHER!r}: {', '.join(rest[:20])}")
 
 
 def damage(path: str) -> str | None:
@@ -180,20 +218,30 @@ def _by_megatron(host: Any, conversation: Conversation) -> Encoded | ValueError:
     return Encoded(ids.tolist(), spans_of((targets != IGNORE_INDEX).tolist()))
 
 
-def naming_channels(provider: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
-    """A provider of data sets, and channels on the labels of those that are Megatron's for --sft.
+class ChannelDataset(torch.utils.data.Dataset):
+    """Megatron's data set for --sft, with channels on its labels; it answers for everything else of the data set."""
 
-    Other data sets are left alone: they put channels on their labels themselves, or all their tokens are `other`.
-    """
+    def __init__(self, dataset: Any, names: tuple[str, ...]) -> None:
+        self.dataset = dataset
+        self.numbers = {name: number for number, name in enumerate(names)}
 
-    @functools.wraps(provider)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        provided = provider(*args, **kwargs)
-        for dataset in _parts(provided):
-            _name_channels(dataset, names)
-        return provided
+    def __len__(self) -> int:
+        return len(self.dataset)
 
-    return wrapped
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = self.dataset[index]
+        line = self.dataset.dataset.dataset[int(self.dataset.indices[index % len(self.dataset.indices)])]
+        sample["labels"] = with_channels(sample["labels"], _by_token(line, sample, self.numbers))
+        return sample
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "dataset" not in vars(self):  # while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+
+def _named(dataset: Any, names: tuple[str, ...]) -> Any:
+    return dataset if _table_of(dataset) is None else ChannelDataset(dataset, names)
 
 
 def _parts(provided: Any) -> Iterator[Any]:
@@ -207,25 +255,14 @@ def _parts(provided: Any) -> Iterator[Any]:
         yield provided
 
 
-def _name_channels(dataset: Any, names: tuple[str, ...]) -> None:
-    from megatron.training.datasets.sft_dataset import SFTDataset
-
-    kind = type(dataset)
-    if not isinstance(dataset, SFTDataset) or hasattr(kind, "channels"):  # a provider may give one twice
-        return
-    numbers = {name: number for number, name in enumerate(names)}
-
-    class WithChannels(kind):  # type: ignore[valid-type, misc]
-        channels = names
-
-        def __getitem__(self, index: int) -> dict[str, Any]:
-            sample = super().__getitem__(index)
-            line = self.dataset.dataset[int(self.indices[index % len(self.indices)])]
-            sample["labels"] = with_channels(sample["labels"], _by_token(line, sample, numbers))
-            return sample
-
-    WithChannels.__name__ = WithChannels.__qualname__ = kind.__name__
-    dataset.__class__ = WithChannels
+def _replaced(provided: Any, replace: Callable[[Any], Any]) -> Any:
+    """The same lists and blends, of replaced data sets."""
+    if isinstance(provided, (list, tuple)):
+        return type(provided)(_replaced(item, replace) for item in provided)
+    if hasattr(provided, "datasets"):
+        provided.datasets = _replaced(provided.datasets, replace)
+        return provided
+    return None if provided is None else replace(provided)
 
 
 def _by_token(line: dict[str, Any], sample: dict[str, Any], numbers: dict[str, int]) -> torch.Tensor:

@@ -1,0 +1,263 @@
+"""Every function of Megatron that is replaced, why, and which official seam is missing.
+
+`Patches` applies them and undoes them. Nothing else in this package assigns to an attribute of a module or class of
+Megatron. A function is replaced in every module that holds it under any name, because scripts and packages re-export
+functions (`megatron.training.pretrain` is `megatron.training.training.pretrain`).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from megatron_dft.hosts import compat
+
+
+class Patch(NamedTuple):
+    """One replaced attribute."""
+
+    target: str  # "module:attribute" or "module:Class.attribute"
+    when: str
+    why: str
+    missing_seam: str
+    versions: str = "0.17 - dev"  # of Megatron
+
+
+TRAINING = "megatron.training.training"
+OBJECTIVE, DURING = "--loss-type", "--loss-type, while pretrain() runs"
+EMULATION = "--device cpu"
+
+REGISTRY = (
+    Patch(
+        f"{TRAINING}:pretrain",
+        OBJECTIVE,
+        "binds the loss on the model and wraps forward_step",
+        "pretrain() has no argument for a loss; the model is reached through its arguments",
+    ),
+    Patch(
+        "megatron.training.arguments:add_megatron_arguments",
+        OBJECTIVE,
+        "adds our flags to Megatron's parser, which logs and checkpoints them",
+        "extra_args_provider belongs to the script",
+    ),
+    Patch(
+        "megatron.core.tokenizers.text.libraries:SFTTokenizer",
+        OBJECTIVE,
+        "adds the prompt formats chat and completion for --sft",
+        "prompt formats cannot be registered",
+        "0.18 - dev",
+    ),
+    Patch(
+        f"{TRAINING}:train_step",
+        DURING,
+        "begins the iteration of a scheduled objective, outside of a CUDA graph; counts tokens over iterations",
+        "there is no callback for iterations",
+    ),
+    Patch(
+        f"{TRAINING}:evaluate",
+        DURING,
+        "reports validation as sum over count",
+        "with --sft Megatron averages means of micro-batches (PR 7207)",
+    ),
+    Patch(
+        f"{TRAINING}:save_checkpoint",
+        DURING,
+        "stores the number of tokens trained on among Megatron's arguments",
+        "checkpoints have no slot for counters of extensions",
+    ),
+    Patch(
+        "megatron.training.checkpointing:check_checkpoint_args",
+        DURING,
+        "restores that number when a run resumes",
+        "checkpoints have no slot for counters of extensions",
+    ),
+    Patch(
+        "megatron.core.tensor_parallel.random:_get_cuda_rng_state",
+        EMULATION,
+        "reads the random state of the CPU",
+        "Megatron reads CUDA generators below torch.cuda",
+    ),
+    Patch(
+        "megatron.core.tensor_parallel.random:_set_cuda_rng_state",
+        EMULATION,
+        "sets the random state of the CPU",
+        "Megatron sets CUDA generators below torch.cuda",
+    ),
+    Patch(
+        "megatron.core.transformer.multi_token_prediction:is_inference_column_parallel_linear",
+        EMULATION,
+        "answers no",
+        "it compares with classes that exist with Transformer Engine only",
+        "0.19 - dev",
+    ),
+    Patch(
+        "megatron.core.utils:tex",
+        EMULATION,
+        "splits packed documents over context-parallel ranks",
+        "Megatron leaves the split to Transformer Engine",
+    ),
+    Patch(
+        "megatron.training.initialize:_warmup_jit_function",
+        EMULATION,
+        "does nothing: it would draw from the only random stream, as much as the layout asks for",
+        "cannot be turned off",
+    ),
+    Patch(
+        "megatron.training.initialize:initialize_megatron",
+        EMULATION,
+        "changes the default of allow_no_cuda",
+        "pretrain() does not pass it on",
+    ),
+    Patch(
+        "megatron.bridge.training.initialize:_warmup_jit_function",
+        f"{EMULATION}, Bridge",
+        "does nothing, as above",
+        "cannot be turned off",
+        "Bridge 0.6",
+    ),
+    Patch(
+        "megatron.bridge.training.initialize:initialize_megatron",
+        f"{EMULATION}, Bridge",
+        "changes the default of allow_no_cuda",
+        "finetune() does not pass it on",
+        "Bridge 0.6",
+    ),
+    Patch(
+        "megatron.bridge.peft.utils:HAVE_TE",
+        f"{EMULATION}, Bridge",
+        "is False: Transformer Engine is importable and not used",
+        "it follows from the import alone",
+        "Bridge 0.6",
+    ),
+    Patch(
+        "megatron.core.datasets.utils:compile_helpers",
+        EMULATION,
+        "does nothing where a compiled helpers_cpp is installed",
+        "a checkout always calls make",
+    ),
+    Patch(
+        "megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__",
+        EMULATION,
+        "allows PyTorch's norms under sequence parallelism",
+        "refused there, although their gradients are summed",
+    ),
+    Patch(
+        "megatron.core.extensions.transformer_engine:TENorm.__new__",
+        EMULATION,
+        "makes PyTorch's norm",
+        "hybrid models end in Transformer Engine's norm, whatever their layers are",
+    ),
+    Patch(
+        "megatron.core.transformer.dot_product_attention:DotProductAttention.__init__",
+        EMULATION,
+        "allows context parallelism",
+        "local attention refuses it",
+    ),
+    Patch(
+        "megatron.core.transformer.dot_product_attention:DotProductAttention.forward",
+        EMULATION,
+        "attends over context-parallel ranks and packed documents",
+        "local attention refuses both",
+    ),
+    Patch(
+        "megatron.core.pipeline_parallel.schedules:deallocate_output_tensor",
+        EMULATION,
+        "keeps a tensor alive while gloo sends it",
+        "gloo sends in the background, from the tensor itself",
+    ),
+)
+_BY_TARGET = {patch.target: patch for patch in REGISTRY}
+_MISSING: Any = object()
+
+
+class Patches:
+    """Replacements that are applied one by one and undone together, in reverse; a context manager."""
+
+    def __init__(self) -> None:
+        self._applied: list[tuple[Any, str, Any, Any]] = []  # owner, name, original, replacement
+        self.called: set[str] = set()  # targets of replaced functions that ran
+
+    def wrap(self, target: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Replace a function by `wrapper(function)`, in every module that holds it.
+
+        Raises:
+            ValueError: for a Megatron without this function, or one that does not take the replacement.
+        """
+        owner, name = _owner(target)
+        if not hasattr(owner, name):
+            raise ValueError(
+                f"{owner.__name__}: expected a function {name}(), got a Megatron without it; {compat.KNOWN_HOSTS}"
+            )
+        original = getattr(owner, name)
+        inner = wrapper(original)
+
+        @functools.wraps(original)
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            self.called.add(target)
+            return inner(*args, **kwargs)
+
+        for module, alias in list(_holders(original)):
+            self._set(module, alias, replacement)
+
+    def put(self, target: str, replacement: Any) -> None:
+        """Replace an attribute by another object, in its own module or class alone; it may be missing there."""
+        owner, name = _owner(target)
+        self._set(owner, name, replacement)
+
+    def undo(self) -> None:
+        """Put everything back, but for what somebody else has replaced since."""
+        while self._applied:
+            owner, name, original, replacement = self._applied.pop()
+            if _own(owner, name) is not replacement:
+                continue
+            if original is _MISSING:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, original)
+
+    def __enter__(self) -> Patches:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.undo()
+
+    def _set(self, owner: Any, name: str, replacement: Any) -> None:
+        self._applied.append((owner, name, _own(owner, name), replacement))
+        setattr(owner, name, replacement)
+        if _own(owner, name) is not replacement:
+            raise ValueError(f"{owner.__name__}.{name}: could not be replaced; remove what else replaces it")
+
+
+def table() -> str:
+    """The registry as Markdown, for CONTRIBUTING.md."""
+    rows = ["| replaced | when | what it does then | missing seam | Megatron |", "|---|---|---|---|---|"]
+    for patch in REGISTRY:
+        name = patch.target.replace(":", ".").replace("__", r"\_\_")
+        rows.append(f"| {name} | {patch.when} | {patch.why} | {patch.missing_seam} | {patch.versions} |")
+    return "\n".join(rows)
+
+
+def _owner(target: str) -> tuple[Any, str]:
+    """Module or class, and the name of the attribute, of a registered target."""
+    module, _, path = _BY_TARGET[target].target.partition(":")
+    owner = importlib.import_module(module)
+    *classes, name = path.split(".")
+    for attribute in classes:
+        owner = getattr(owner, attribute)
+    return owner, name
+
+
+def _own(owner: Any, name: str) -> Any:
+    """As it is stored: of a class not what it inherits, and not bound."""
+    return vars(owner).get(name, _MISSING)
+
+
+def _holders(value: Any) -> Iterator[tuple[Any, str]]:
+    """Modules that hold this object, under whatever name."""
+    for module in list(sys.modules.values()):
+        for name, held in list(getattr(module, "__dict__", {}).items()):
+            if held is value:
+                yield module, name

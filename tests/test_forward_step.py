@@ -1,0 +1,298 @@
+"""forward_step and loss_func in the forms that Megatron accepts: each trains with the objective, or is refused by name.
+
+Real models and schedules on two tensor-parallel ranks. Megatron alone is the reference, with the line that users write
+by hand on top of its loss.
+"""
+
+import importlib.util
+from functools import partial
+
+import pytest
+import torch
+from ranks import run_ranks
+from test_hook import BATCH, SEQUENCE, WAYS, batch, dft_line, forward, gpt, loss_func, same, start
+
+from megatron_dft import DFTConfig, install
+from megatron_dft.channels import with_channels
+from megatron_dft.hosts import compat, hook
+
+pytest.importorskip("megatron.core")
+
+HAS_PLAN = importlib.util.find_spec("megatron.core.models.common.model_chunk_schedule_plan") is not None
+
+
+def plain(output):
+    return output
+
+
+TRANSFORMS = {  # what a forward_step may do to the model's output
+    "unchanged": plain,
+    "clone": torch.clone,
+    "flat": lambda output: output.view(-1),
+    "times 1": lambda output: output * 1,
+    "to fp32": lambda output: output.float(),
+    "detour": lambda output: torch.cat([output[:1], output[1:]]),
+}
+
+
+def behind_labels(labels, loss_mask, output):
+    return loss_func(loss_mask, output.view(-1))
+
+
+def output_first(output, loss_mask):
+    return loss_func(loss_mask, output)
+
+
+def mean_and_report(loss_mask, output):
+    """Megatron's legacy form: two values."""
+    total, tokens, report = loss_func(loss_mask, output)
+    return total / tokens.clamp(min=1), report
+
+
+def closure(labels, loss_mask):
+    return lambda output: loss_func(loss_mask, output)
+
+
+LOSS_FUNCS = {
+    "loss_mask first": lambda labels, loss_mask: partial(loss_func, loss_mask),
+    "loss_mask by name": lambda labels, loss_mask: partial(output_first, loss_mask=loss_mask),
+    "labels first": lambda labels, loss_mask: partial(behind_labels, labels, loss_mask),
+    "closure": closure,
+    "two values": lambda labels, loss_mask: partial(mean_and_report, loss_mask),
+}
+
+
+def passed_on(function):
+    """A decorator that hides the names of the arguments."""
+    return lambda *args, **kwargs: function(*args, **kwargs)
+
+
+def step(transform=plain, make=LOSS_FUNCS["loss_mask first"], line=None, passes=1):
+    """A forward_step; `line` is what users write on top of Megatron's loss."""
+
+    def forward_step(data_iterator, model):
+        tokens, labels, loss_mask = next(data_iterator)
+        for _ in range(passes):
+            output = forward(model, tokens, labels, loss_mask)
+        made = make(labels, loss_mask)
+        return transform(output), made if line is None else lambda x: made(line(x))
+
+    return forward_step
+
+
+def run(forward_step, config=None, model=None, batches=None, per_token=True, **kwargs):
+    """Report and gradients of a step of two micro-batches through Megatron's schedule."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    model = model or gpt(calculate_per_token_loss=per_token)
+    if config is not None:
+        install([model], config)
+        forward_step = hook.with_metrics(forward_step, config, **kwargs)
+    batches = batches or [batch(0), batch(1)]
+    report = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(batches),
+        model=[model],
+        num_microbatches=len(batches),
+        seq_length=SEQUENCE,
+        micro_batch_size=BATCH,
+        forward_only=False,
+    )
+    return report, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def message(action):
+    try:
+        action()
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def with_full_backward_hook():
+    model = gpt(calculate_per_token_loss=True)
+    model.register_full_backward_hook(lambda module, into, out: None)
+    return model
+
+
+def multi_token_prediction(config, masked_labels, given):
+    """The loss and gradients of the heads, when a script masks labels or passes the mask to the model, or neither."""
+    model = gpt(mtp_num_layers=1, calculate_per_token_loss=True)
+    if config is not None:
+        install([model], config)
+    tokens, labels, loss_mask = batch()
+    if masked_labels:
+        labels = labels.masked_fill(loss_mask == 0, -100)
+    output = forward(model, tokens, labels, loss_mask if given else None)
+    (output * loss_mask).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if name.startswith("mtp.")}
+
+
+def elsewhere():
+    """A model that is given labels and does not compute its loss where every model of Megatron does."""
+    model = gpt()
+    kind = type("OwnLoss", (type(model),), {"forward": own_forward})
+    model.__class__ = kind
+    return model
+
+
+def own_forward(self, *args, labels=None, **kwargs):
+    logits = super(type(self), self).forward(*args, **kwargs)  # without labels
+    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels % logits.shape[-1], reduction="none")
+
+
+def schedule_plan_labels():
+    """What the schedule plan of --overlap-moe-expert-parallel-comm is built with."""
+    model = gpt()
+    seen = {}
+    model.build_schedule_plan = lambda tokens, positions, mask, labels=None, loss_mask=None: seen.update(labels=labels)
+    install([model], DFTConfig("cayley"))
+    tokens, labels, loss_mask = batch()
+    model.build_schedule_plan(tokens, tokens, None, labels=labels, loss_mask=loss_mask)
+    head = hook.head_of(model)
+    return seen["labels"] is head.inputs.labels, torch.equal(head._target(head.inputs) >= 0, loss_mask.t() > 0)
+
+
+def removed():
+    model = gpt()
+    before = set(vars(model)), len(model._forward_pre_hooks), len(model._forward_hooks)
+    handle = install([model], DFTConfig("dft"))
+    bound = compat.LOSS in vars(model) and hook.head_of(model) is handle.bindings[0].head
+    described = handle.bindings[0].output_layer
+    handle.remove()
+    after = set(vars(model)), len(model._forward_pre_hooks), len(model._forward_hooks)
+    install([model], DFTConfig("nll"))  # not "already replaced"
+    return before == after, bound, described
+
+
+def out_of_range(way):
+    """The loss of each token when one label is no token id."""
+    (model,) = install([gpt()], DFTConfig("dft", **WAYS[way])).chunks
+    tokens, labels, loss_mask = batch()
+    labels[0, 0], loss_mask[0, 0] = 2**33 + 3, 1.0
+    return forward(model, tokens, labels, loss_mask).isnan()
+
+
+def on_ranks():
+    start()
+    dft = DFTConfig("dft")
+    facts = {"host": run(step(line=dft_line)), "host, mean": run(step(make=legacy_line), per_token=False)}
+    for name, transform in TRANSFORMS.items():
+        facts["transform", name] = run(step(transform), dft)
+    facts["transform", "decorated"] = run(passed_on(step()), dft)
+    facts["transform", "full backward hook"] = run(step(), dft, with_full_backward_hook())
+    for name, make in LOSS_FUNCS.items():
+        facts["loss_func", name] = run(step(make=make), dft, per_token=name != "two values")
+    facts["wrong mask"] = message(lambda: run(step(make=all_tokens), dft))
+    facts["too short"] = message(lambda: run(step(lambda output: output[:, 1:], shorter), dft))
+    facts["twice"] = message(lambda: run(step(passes=2), dft))
+    facts["two values per token"] = message(lambda: run(step(make=LOSS_FUNCS["two values"]), dft))
+    facts["unnamed channel"] = message(lambda: run(step(), DFTConfig("dft", channels="a"), batches=[marked(2)]))
+    facts["elsewhere"] = message(lambda: forward(install([elsewhere()], dft).chunks[0], *batch()))
+    facts["not through forward"] = message(lambda: through_forward_method())
+    for mtp in ("nll", "same"):
+        config = DFTConfig("nll", mtp=mtp)
+        for case in ((True, True), (True, False), (False, True)):
+            facts["mtp", mtp, case] = multi_token_prediction(config, *case)
+    facts["mtp host"] = multi_token_prediction(None, False, True)
+    facts["plan"] = schedule_plan_labels()
+    facts["removed"] = removed()
+    for way in WAYS:
+        facts["out of range", way] = out_of_range(way)
+    facts["totals"] = run(step(), DFTConfig("dft", metrics="full"), micro_batches=lambda: 2)[0]
+    return facts
+
+
+def legacy_line(labels, loss_mask):
+    return lambda output: mean_and_report(loss_mask, dft_line(output))
+
+
+def all_tokens(labels, loss_mask):
+    """Counts tokens that the mask given to the model leaves out."""
+    return partial(loss_func, torch.ones_like(loss_mask))
+
+
+def shorter(labels, loss_mask):
+    return partial(loss_func, loss_mask[:, 1:])
+
+
+def marked(channel):
+    tokens, labels, loss_mask = batch()
+    return tokens, with_channels(labels, channel), loss_mask
+
+
+def through_forward_method():
+    (model,) = install([gpt(mtp_num_layers=1)], DFTConfig("dft")).chunks
+    tokens, labels, _ = batch()
+    positions = torch.arange(SEQUENCE).expand(BATCH, -1)
+    model.forward(tokens, positions, torch.ones(1, 1, SEQUENCE, SEQUENCE).triu(1).bool(), labels=labels)
+
+
+@pytest.fixture(scope="module")
+def facts():
+    return run_ranks(2, on_ranks, timeout=150)
+
+
+@pytest.mark.parametrize("name", [*TRANSFORMS, "decorated", "full backward hook"])
+def test_output_may_be_transformed(facts, name):
+    for rank in facts:
+        report, gradient = rank["transform", name]
+        same(gradient, rank["host"][1], 2e-5)
+        same([x["dft loss"].view(-1) for x in report], [x["lm loss"].view(-1) for x in rank["host"][0]], 1e-5)
+
+
+@pytest.mark.parametrize("name", LOSS_FUNCS)
+def test_loss_func_may_have_any_form(facts, name):
+    for rank in facts:
+        report, gradient = rank["loss_func", name]
+        same(gradient, rank["host, mean" if name == "two values" else "host"][1], 2e-5)
+        same([x["dft loss"].view(-1) for x in report], [x["lm loss"].view(-1) for x in rank["host"][0]], 1e-5)
+        assert [x["dft prob"][1] for x in report] == [batch(seed)[2].sum() for seed in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("wrong mask", ("counts tokens that the loss_mask given to the model leaves out", "the same mask")),
+        ("too short", ("the per-token loss (3, 8)", "got (3, 7) and (3, 7)", "output from forward_step in full")),
+        ("twice", ("expected one forward pass with labels, got 2",)),
+        ("two values per token", ("--calculate-per-token-loss", "got two values")),
+        ("unnamed channel", ("--loss-channels a:", "channel number 2")),
+        ("elsewhere", ("OwnLoss", "never called it")),
+        ("not through forward", ("--loss-mtp nll", "call model(...), not model.forward(...)")),
+    ],
+)
+def test_what_cannot_be_right_is_refused_by_name(facts, case, words):
+    for word in words:
+        assert word in facts[0][case], facts[0][case]
+
+
+@pytest.mark.parametrize("case", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("mtp", ["nll", "same"])
+def test_multi_token_prediction_leaves_ignored_labels_out(facts, mtp, case):
+    """Whether the script passes the mask to the model or puts it into the labels."""
+    for rank in facts:
+        same(rank["mtp", mtp, case], rank["mtp host"], 2e-5)
+
+
+def test_schedule_plan_ignores_masked_labels(facts):
+    assert facts[0]["plan"] == (True, True)
+
+
+def test_handle_says_what_was_bound_and_removes_it(facts):
+    assert facts[0]["removed"] == (True, True, "masked tokens skip the output layer")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_label_out_of_range_makes_its_own_loss_nan(facts, way):
+    expected = torch.zeros(BATCH, SEQUENCE, dtype=torch.bool)
+    expected[0, 0] = True
+    assert torch.equal(facts[0]["out of range", way], expected)
+
+
+def test_totals_add_up_over_the_micro_batches_of_an_iteration(facts):
+    pairs = torch.stack([x["valid tokens"] for x in facts[0]["totals"]]).sum(0)
+    assert pairs.tolist() == [sum(float(batch(seed)[2].sum()) for seed in (0, 1)), 1.0]
+    effective = torch.stack([x["dft effective tokens"] for x in facts[0]["totals"]]).sum(0)
+    gate = torch.stack([x["dft gate"] for x in facts[0]["totals"]]).sum(0)
+    same(effective, torch.stack([gate[0].double(), torch.ones(()).double()]), 1e-6)

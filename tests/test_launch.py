@@ -1,0 +1,182 @@
+"""Scripts through the launcher: each trains with the objective, or ends with a non-zero exit code and the reason."""
+
+import subprocess
+import sys
+
+import pytest
+from host_runs import ROOT, SCRIPT, Host, agree
+from test_layouts import CP2, DP, MODEL, MODELS, PER_TOKEN, PP2, TP2, training
+
+pytestmark = pytest.mark.host
+pytest.importorskip("megatron.training")
+pytest.importorskip("tensorboard")
+
+FLAGS = f"{MODEL} {MODELS['dense']} {training(3, 1e-3, 8)} --micro-batch-size 1 "
+DFT = f"{FLAGS} {PER_TOKEN} --loss-type dft "
+IMPORT = "from megatron.training import argument_utils, arguments, get_args, pretrain\n"
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    return Host(tmp_path_factory.mktemp("launch"))
+
+
+def variant(host, name, *changes):
+    """The script of the tests with changes, each of which must apply."""
+    text = SCRIPT.read_text()
+    for old, new in changes:
+        assert old in text, old
+        text = text.replace(old, new)
+    path = host.folder / f"{name}.py"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    "pretrain",
+    ["from megatron.training.training import pretrain", "from megatron.training.training import pretrain as pretrain"],
+)
+def test_pretrain_may_be_imported_from_where_it_is_defined(host, pretrain):
+    script = variant(
+        host, "defined", (IMPORT, f"from megatron.training import argument_utils, arguments, get_args\n{pretrain}\n")
+    )
+    agree(host.curves(DFT, script=script), host.curves(DFT), 0.0)
+
+
+# What a script does instead, and how the run ends.
+MISSED = {
+    "own loop": ("    main()", "    print('trained')", "without a call of Megatron's pretrain()"),
+    "exit": ("    main()", "    import sys; sys.exit(0)", "without a call of Megatron's pretrain()"),
+    "loss in forward_step": (
+        'labels=batch["labels"] if needs_labels else None',
+        "labels=None",
+        "the loss of this model does not come from the objective",
+    ),
+    "loss replaced": (
+        "    needs_tokens, needs_labels",
+        "    from megatron.core.utils import unwrap_model\n"
+        "    inner = unwrap_model(model)\n"
+        "    if 'mine' not in globals():\n"
+        "        globals()['mine'] = inner.compute_language_model_loss = "
+        "lambda labels, logits: logits.float().logsumexp(-1).t()\n"
+        "    needs_tokens, needs_labels",
+        "the loss of this model does not come from the objective",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISSED)
+def test_objective_that_reaches_no_model_ends_the_run(host, name):
+    old, new, reason = MISSED[name]
+    code, output = host.start(DFT, script=variant(host, name.replace(" ", "_"), (old, new)))
+    assert code != 0 and reason in output, output[-2000:]
+    assert "dft loss" not in output
+
+
+def test_objective_that_reaches_no_model_ends_every_rank(host):
+    script = variant(host, "nothing", ("    main()", "    pass"))
+    run = host.begin(f"{DFT} {PP2}", script=script, ranks=2)
+    run.wait()
+    assert [process.exitcode for process in run.processes] == [1, 1]
+
+
+def test_script_with_another_exit_code_keeps_it(host):
+    assert host.start(DFT, script=variant(host, "seven", ("    main()", "    import sys; sys.exit(7)")))[0] == 7
+
+
+def test_without_an_objective_nothing_is_replaced(tmp_path):
+    """Not even with our own flags; and the script sees none of them."""
+    script = tmp_path / "look.py"
+    script.write_text(
+        "import sys, megatron.training.training as t, megatron.training.arguments as a\n"
+        "from megatron.core.tokenizers.text import libraries as l\n"
+        "from megatron.training.datasets.sft_dataset import SFTLowLevelDataset as s\n"
+        "print([x.__module__ for x in (t.pretrain, t.train_step, t.evaluate, t.save_checkpoint, l.SFTTokenizer)],\n"
+        "      a.add_megatron_arguments.__code__.co_filename, s.__init__.__code__.co_filename, sys.argv[1:])\n"
+    )
+    command = [sys.executable, "-m", "megatron_dft.launch", str(script), "--lr", "1", "--loss-type", "ce"]
+    output = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert "megatron_dft" not in output.replace(str(ROOT), "") and "['--lr', '1']" in output
+
+
+def test_device_may_stand_before_the_script(host):
+    for words in (["--device", "cpu", "SCRIPT"], ["--device=cpu", "SCRIPT"], ["SCRIPT", "--device", "cpu"]):
+        script = host.folder / "device.py"
+        script.write_text("import sys, os; print('argv', sys.argv[1:2], os.environ['CUDA_VISIBLE_DEVICES'] == '')\n")
+        command = [sys.executable, "-m", "megatron_dft.launch", *[str(script) if w == "SCRIPT" else w for w in words]]
+        output = subprocess.run([*command, "--lr", "1"], capture_output=True, text=True, timeout=120, check=True).stdout
+        assert "argv ['--lr'] True" in output
+
+
+RERUN = (
+    "    return loss, num_tokens.to(torch.int)",
+    "    from megatron.core.rerun_state_machine import get_rerun_state_machine\n"
+    "    get_rerun_state_machine().validate_result(result=loss.detach(), tolerance=0.0, fatal=False, message='spike',\n"
+    "        rejection_func=lambda x: get_args().curr_iteration == 1)\n"
+    "    return loss, num_tokens.to(torch.int)",
+)
+
+
+@pytest.mark.parametrize(("layout", "ranks"), [("", 1), (PP2, 2)])
+def test_step_that_megatron_runs_twice_is_counted_once(host, layout, ranks):
+    """Its rerun state machine, on by default, repeats forward and backward of a step whose loss it rejects."""
+    flags = f"{DFT} {layout} --loss-metrics full --loss-channels a,b --save {host.folder / 'rerun'} --save-interval 3 "
+    plain = host.curves(flags, ranks=ranks, CHANNELS="3")
+    run = host.begin(flags, script=variant(host, "rerun", RERUN), ranks=ranks, CHANNELS="3")
+    assert run.wait() == 0, run.output()[-3000:]
+    assert "First rerun" in run.output()
+    agree(run.curves(), plain, 1e-6)
+    total = plain["valid tokens total"][-1]
+    resumed = host.curves(
+        f"{flags} --load {host.folder / 'rerun'} --train-iters 4 --override-opt-param-scheduler",
+        ranks=ranks,
+        CHANNELS="3",
+    )
+    assert resumed["valid tokens total"][-1] == total + resumed["valid tokens"][-1]
+
+
+SFT = "--sft "  # of which pretrain() reads only how validation is averaged, if data and batches are the script's own
+
+
+@pytest.mark.parametrize("sft", ["", SFT])
+@pytest.mark.parametrize(("layout", "ranks"), [("", 1), (CP2, 2), (DP, 2), (TP2, 2)])
+def test_validation_is_a_mean_over_tokens(host, sft, layout, ranks):
+    """Whatever the micro-batch size and the layout; Megatron's own, under --sft, is a mean of means."""
+    common = f"{DFT} {sft} --no-create-attention-mask-in-dataloader --loss-metrics full --loss-channels a,b,c "
+    one = host.curves(f"{common} --micro-batch-size 8", CHANNELS="4")
+    many = host.curves(f"{common} --micro-batch-size 1 {layout}", ranks=ranks, CHANNELS="4")
+    names = [name for name in one if "validation" in name and "vs samples" not in name]
+    assert {"lm loss validation", "dft prob validation", "channel/b nll validation"} <= set(names)
+    for name in names:
+        assert many[name] == pytest.approx(one[name], rel=2e-5), name
+
+
+def test_valid_tokens_need_no_collective_of_their_own(host):
+    """Reported by Megatron's own all-reduce of the report, so the counts of all ranks are there."""
+    one = host.curves(DFT)
+    four = host.curves(f"{DFT} {DP} --micro-batch-size 2", ranks=4)
+    assert four["valid tokens"] == one["valid tokens"] and four["valid tokens total"] == one["valid tokens total"]
+
+
+def test_sft_names_the_flag_that_megatron_asserts(host):
+    code, output = host.start(f"{DFT} --sft")
+    assert code != 0 and "--sft: packed sequences have no attention mask" in output
+    assert "--no-create-attention-mask-in-dataloader" in output
+
+
+def test_legacy_loss_func_is_refused_per_token_and_trains_otherwise(host):
+    """Two values: a mean over the micro-batch and the report."""
+    two = variant(
+        host,
+        "two_values",
+        (
+            'return loss, num_tokens.to(torch.int), {"lm loss": torch.stack([loss.detach(), num_tokens])}',
+            'return loss / num_tokens.clamp(min=1), {"lm loss": torch.stack([loss.detach(), num_tokens])}',
+        ),
+        ("tuple[torch.Tensor, torch.Tensor, dict]", "tuple"),
+    )
+    code, output = host.start(DFT, script=two)
+    assert code != 0 and "expected (loss, num_tokens, report) under --calculate-per-token-loss" in output
+    without = DFT.replace(PER_TOKEN, "")
+    ours, theirs = host.curves(without, script=two), host.curves(without)
+    agree(ours, theirs, 1e-5)

@@ -1,0 +1,92 @@
+"""The registry of what is replaced in Megatron: applied everywhere, checked, undone, and shown in CONTRIBUTING.md."""
+
+import ast
+import importlib
+import sys
+import types
+
+import pytest
+from host_runs import ROOT
+
+from megatron_dft import DFTConfig
+from megatron_dft.hosts import megatron_lm, patches
+from megatron_dft.hosts.patches import REGISTRY, TRAINING, Patches
+
+PRETRAIN = f"{TRAINING}:pretrain"
+
+
+@pytest.fixture
+def training():
+    return pytest.importorskip("megatron.training.training")
+
+
+def test_contributing_shows_the_registry():
+    assert patches.table() in (ROOT / "CONTRIBUTING.md").read_text()
+    assert len({patch.target for patch in REGISTRY}) == len(REGISTRY)
+
+
+def test_nothing_else_assigns_to_megatron():
+    """Outside of patches.py only objects are changed: models on which the loss is bound, and settings."""
+    for path in (ROOT / "megatron_dft").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "setattr":
+                assert path.name in ("patches.py", "cpu.py", "iterations.py", "bridge.py", "nemo.py"), path
+            if isinstance(node, ast.Assign):
+                for target in node.targets:
+                    assert not ast.unparse(target).startswith("megatron."), (path, ast.unparse(target))
+
+
+@pytest.mark.host
+def test_function_is_replaced_in_every_module_that_holds_it(training):
+    import megatron.training
+
+    original = training.pretrain
+    other = types.ModuleType("some_script")
+    other.start_training = original  # imported under another name before we came
+    sys.modules["some_script"] = other
+    try:
+        with Patches() as applied:
+            applied.wrap(PRETRAIN, lambda pretrain: lambda: "ours")
+            assert megatron.training.pretrain is training.pretrain is other.start_training is not original
+            assert other.start_training() == "ours" and applied.called == {PRETRAIN}
+        assert megatron.training.pretrain is training.pretrain is other.start_training is original
+    finally:
+        del sys.modules["some_script"]
+
+
+@pytest.mark.host
+def test_what_somebody_else_replaced_since_is_left(training):
+    original = training.evaluate
+    try:
+        with Patches() as applied:
+            applied.wrap(f"{TRAINING}:evaluate", lambda evaluate: evaluate)
+            training.evaluate = "theirs"
+        assert training.evaluate == "theirs"
+    finally:
+        training.evaluate = original
+
+
+@pytest.mark.host
+def test_megatron_without_the_function_is_refused(training, monkeypatch):
+    monkeypatch.delattr(training, "train_step")
+    with pytest.raises(ValueError, match=r"megatron.training.training: expected a function train_step\(\)"):
+        Patches().wrap(f"{TRAINING}:train_step", lambda step: step)
+
+
+@pytest.mark.host
+def test_every_target_of_megatron_lm_exists(training):
+    for patch in REGISTRY:
+        if "bridge" not in patch.target and not patch.when.startswith("--device cpu"):
+            owner, name = patches._owner(patch.target)
+            assert callable(getattr(owner, name)), patch.target
+
+
+@pytest.mark.host
+def test_enable_and_undo_leave_megatron_as_it_was(training):
+    names = ("megatron.training", TRAINING, "megatron.training.arguments", "megatron.core.tokenizers.text.libraries")
+    modules = [importlib.import_module(name) for name in names]
+    before = [dict(vars(module)) for module in modules]
+    run = megatron_lm.enable(DFTConfig("dft"))
+    assert [dict(vars(module)) for module in modules] != before
+    run.patches.undo()
+    assert [dict(vars(module)) for module in modules] == before

@@ -1,0 +1,53 @@
+"""Faults of Megatron itself on the loss's path (README, "Faults of Megatron itself"), as they are today.
+
+A test that fails here because Megatron was repaired is good news: the line at the start of a run and the row of the
+table go.
+"""
+
+import pytest
+from host_runs import Host, agree
+from test_layouts import CP2, MODEL, MODELS, PER_TOKEN, SP, TP2, training
+
+from megatron_dft.hosts import compat
+
+pytestmark = pytest.mark.host
+pytest.importorskip("megatron.training")
+pytest.importorskip("tensorboard")
+
+COMMON = f"{MODEL} {training(2, 1e-3, 8)} --micro-batch-size 1 {PER_TOKEN} "
+MTP = f"{COMMON} {MODELS['mtp']} "
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    return Host(tmp_path_factory.mktemp("upstream"))
+
+
+def test_heads_of_multi_token_prediction_depend_on_the_layout(host):
+    """Issue 7452, number 3: with and without us. The main loss does not."""
+    one, two = host.curves(MTP), host.curves(f"{MTP} {CP2}", ranks=2)
+    assert two["lm loss"][0] == pytest.approx(one["lm loss"][0], rel=1e-5)
+    assert abs(two["mtp_1 loss"][0] - one["mtp_1 loss"][0]) > 0.05 * one["mtp_1 loss"][0]
+    run = host.begin(f"{MTP} {CP2} --loss-type nll", ranks=2)
+    assert run.wait() == 0, run.output()[-3000:]
+    assert run.output().count("> megatron_dft: multi-token prediction: Megatron divides the loss of its heads by") == 1
+    ours = run.curves()
+    agree({tag: ours[tag] for tag in two}, two, 1e-5)
+
+
+def test_router_of_experts_is_named_where_its_count_is_wrong(host):
+    """Issue 7452, number 10."""
+    balanced = MODELS["moe"].replace("load-balancing-type none", "load-balancing-type aux_loss")
+    run = host.begin(f"{COMMON} {balanced} {TP2} {SP} --loss-type dft", ranks=2)
+    assert run.wait() == 0, run.output()[-3000:]
+    assert (
+        run.output().count("> megatron_dft: mixture of experts: with a padding mask Megatron scales the router's") == 1
+    )
+    assert "mixture of experts" not in host.start(f"{COMMON} {MODELS['moe']} {TP2} {SP} --loss-type dft", ranks=2)[1]
+
+
+def test_runs_without_a_fault_say_nothing():
+    class Settings:
+        calculate_per_token_loss, data_parallel_size, mtp_num_layers, num_experts = True, 8, None, None
+
+    assert not list(compat.upstream_faults(Settings()))
