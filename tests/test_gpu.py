@@ -224,3 +224,61 @@ def test_in_chunks_extra_memory_is_at_most_a_sixth():
             extra[chunk] = torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in results)
             del results
     assert extra[128256] >= 2 * 8192 * 128256 and extra[8192] <= 2 * 8192 * 128256 / 6
+
+
+@pytest.fixture
+def megatron():
+    """Megatron on this GPU, one rank."""
+    pytest.importorskip("megatron.core")
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1)
+    yield
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("mtp", [None, 1])
+def test_micro_batch_of_a_host_does_not_synchronize_after_the_first(megatron, mtp):
+    """Model, loss, metrics in full with channels; without the one host-device sync that compaction costs."""
+    from functools import partial
+
+    from test_hook import BATCH, SEQUENCE, batch, gpt, loss_func
+
+    from megatron_dft import DFTConfig, install
+    from megatron_dft.channels import with_channels
+    from megatron_dft.hosts import hook
+
+    settings = {"compact_masked_tokens": False, "metrics": "full", "channels": "a,b", "mtp": "same"}
+    config = DFTConfig("dft:start=1,ramp=4", **settings)
+    config.objective.begin(3)
+    model = gpt(calculate_per_token_loss=True, mtp_num_layers=mtp).cuda()
+    install([model], config)
+    tokens, labels, loss_mask = (x.cuda() for x in batch())
+    labels = with_channels(labels, 1)
+    positions = torch.arange(SEQUENCE, device="cuda").expand(BATCH, -1)
+    causal = torch.ones(1, 1, SEQUENCE, SEQUENCE, device="cuda").triu(1).bool()
+
+    def forward_step(data_iterator, model):
+        return model(tokens, positions, causal, labels=labels, loss_mask=loss_mask), partial(loss_func, loss_mask)
+
+    step = hook.with_metrics(forward_step, config, micro_batches=lambda: 1)
+
+    def micro_batch():
+        output, func = step(None, model)
+        loss, _, report = func(output)
+        loss.backward()
+        return report
+
+    first = micro_batch()
+    if mtp is None:  # Megatron's own part of multi-token prediction may wait
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        second = micro_batch()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert {name: x.tolist() for name, x in first.items()} == {name: x.tolist() for name, x in second.items()}
+    assert first["valid tokens"].tolist() == [float(loss_mask.sum()), 1.0]

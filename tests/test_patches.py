@@ -48,7 +48,7 @@ def test_function_is_replaced_in_every_module_that_holds_it(training):
         with Patches() as applied:
             applied.wrap(PRETRAIN, lambda pretrain: lambda: "ours")
             assert megatron.training.pretrain is training.pretrain is other.start_training is not original
-            assert other.start_training() == "ours" and applied.called == {PRETRAIN}
+            assert other.start_training() == "ours"
         assert megatron.training.pretrain is training.pretrain is other.start_training is original
     finally:
         del sys.modules["some_script"]
@@ -59,7 +59,7 @@ def test_what_somebody_else_replaced_since_is_left(training):
     original = training.evaluate
     try:
         with Patches() as applied:
-            applied.wrap(f"{TRAINING}:evaluate", lambda evaluate: evaluate)
+            applied.wrap(f"{TRAINING}:evaluate", lambda evaluate: lambda: "ours")
             training.evaluate = "theirs"
         assert training.evaluate == "theirs"
     finally:

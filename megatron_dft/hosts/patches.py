@@ -178,7 +178,6 @@ class Patches:
 
     def __init__(self) -> None:
         self._applied: list[tuple[Any, str, Any, Any]] = []  # owner, name, original, replacement
-        self.called: set[str] = set()  # targets of replaced functions that ran
 
     def wrap(self, target: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         """Replace a function by `wrapper(function)`, in every module that holds it.
@@ -192,13 +191,7 @@ class Patches:
                 f"{owner.__name__}: expected a function {name}(), got a Megatron without it; {compat.KNOWN_HOSTS}"
             )
         original = getattr(owner, name)
-        inner = wrapper(original)
-
-        @functools.wraps(original)
-        def replacement(*args: Any, **kwargs: Any) -> Any:
-            self.called.add(target)
-            return inner(*args, **kwargs)
-
+        replacement = functools.wraps(original)(wrapper(original))
         for module, alias in list(_holders(original)):
             self._set(module, alias, replacement)
 
