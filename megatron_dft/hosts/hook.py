@@ -274,7 +274,8 @@ class _Report:
             compat.check_loss_values(len(values), head.model.config)
             ours = self._pairs(micro_batch, mask, values[1] if len(values) > 1 else mask.sum())
             if self.validation is not None and not torch.is_grad_enabled():
-                self.validation.add({name: x for name, x in {**report, **ours}.items() if x.numel() == 2})
+                pairs = {name: x for name, x in {**report, **ours}.items() if isinstance(x, Tensor) and x.numel() == 2}
+                self.validation.add(pairs)
             return *values, {**report, **ours}
 
         return wrapped
