@@ -107,8 +107,23 @@ def _yaml_block(arguments: list[str]) -> Any:
     import yaml  # Megatron itself needs it for this flag
 
     with open(path) as file:
-        settings = yaml.safe_load(file)
-    return settings.get("dft") if isinstance(settings, dict) else None
+        try:
+            settings = yaml.safe_load(file)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--yaml-cfg {path}: {error}") from None
+    if not isinstance(settings, dict):
+        return None
+    block = settings.get("dft")
+    astray = [key for key, value in settings.items() if key == "loss_type" or _has_loss_type(value)]
+    if block is None and astray:
+        raise ValueError(f"--yaml-cfg {path}: expected the objective in a block `dft:`, got it at {astray[0]!r}")
+    if block is not None and not isinstance(block, dict):
+        raise ValueError(f"--yaml-cfg {path}: expected KEY: VALUE in the block `dft:`, got {block!r}")
+    return block
+
+
+def _has_loss_type(value: Any) -> bool:
+    return isinstance(value, dict) and "loss_type" in value
 
 
 if __name__ == "__main__":

@@ -33,11 +33,16 @@ FORK.set_forkserver_preload(["host_preload"])
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-def megatron_has(path: str) -> bool:
-    """Whether the installed Megatron has this file, as in training/models/hybrid.py; nothing is imported."""
+def megatron_has(path: str, text: str) -> bool:
+    """Whether a file of the installed Megatron, as training/argument_utils.py, has this text; nothing is imported."""
     package, _, rest = path.partition("/")
     spec = importlib.util.find_spec("megatron") and importlib.util.find_spec(f"megatron.{package}")
-    return bool(spec and spec.origin and (Path(spec.origin).parent / rest).is_file())
+    file = spec and spec.origin and Path(spec.origin).parent / rest
+    return bool(file and file.is_file() and text in file.read_text())
+
+
+# Its configuration says which model pretrain() builds, so that it can be a HybridModel: from 0.19 on.
+HAS_HYBRID = megatron_has("training/argument_utils.py", "def gpt_config_from_args")
 
 
 class Host:

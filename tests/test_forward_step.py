@@ -43,6 +43,10 @@ def output_first(output, loss_mask):
     return loss_func(loss_mask, output)
 
 
+def flat_mask(loss_mask, output):
+    return loss_func(loss_mask.reshape(-1), output.view(-1))
+
+
 def mean_and_report(loss_mask, output):
     """Megatron's legacy form: two values."""
     total, tokens, report = loss_func(loss_mask, output)
@@ -53,11 +57,29 @@ def closure(labels, loss_mask):
     return lambda output: loss_func(loss_mask, output)
 
 
+def unnamed_mask(mask, output):
+    return loss_func(mask, output)
+
+
+def whole_number(loss_mask, output):
+    loss, tokens, report = loss_func(loss_mask, output)
+    return loss, int(tokens), report
+
+
+def from_list(loss_mask, output):
+    return loss_func(loss_mask, output[0])
+
+
 LOSS_FUNCS = {
     "loss_mask first": lambda labels, loss_mask: partial(loss_func, loss_mask),
     "loss_mask by name": lambda labels, loss_mask: partial(output_first, loss_mask=loss_mask),
     "labels first": lambda labels, loss_mask: partial(behind_labels, labels, loss_mask),
     "closure": closure,
+    "mask by its dtype": lambda labels, loss_mask: partial(unnamed_mask, loss_mask),
+    "mask that is a view": lambda labels, loss_mask: partial(
+        flat_mask, torch.stack([loss_mask, loss_mask], -1)[..., 0]
+    ),
+    "num_tokens is an int": lambda labels, loss_mask: partial(whole_number, loss_mask),
     "two values": lambda labels, loss_mask: partial(mean_and_report, loss_mask),
 }
 
@@ -183,6 +205,13 @@ def on_ranks():
     facts["transform", "full backward hook"] = run(step(), dft, with_full_backward_hook())
     for name, make in LOSS_FUNCS.items():
         facts["loss_func", name] = run(step(make=make), dft, per_token=name != "two values")
+    facts["loss_func", "output in a list"] = run(
+        step(lambda output: [output], lambda labels, loss_mask: partial(from_list, loss_mask)), dft
+    )
+    facts["unnamed wrong mask"] = message(lambda: run(step(make=all_tokens_unnamed), dft))
+    facts["transposed"] = message(lambda: run(step(lambda x: x.t().contiguous(), transposed), dft))
+    facts["ignored counted"] = message(lambda: run(step(make=all_tokens), dft, batches=[ignored_labels()]))
+    facts["later"] = run(step(make=later_all_tokens()), dft)[0]
     facts["wrong mask"] = message(lambda: run(step(make=all_tokens), dft))
     facts["too short"] = message(lambda: run(step(lambda output: output[:, 1:], shorter), dft))
     facts["twice"] = message(lambda: run(step(passes=2), dft))
@@ -210,6 +239,31 @@ def legacy_line(labels, loss_mask):
 def all_tokens(labels, loss_mask):
     """Counts tokens that the mask given to the model leaves out."""
     return partial(loss_func, torch.ones_like(loss_mask))
+
+
+def all_tokens_unnamed(labels, loss_mask):
+    return partial(unnamed_mask, torch.ones_like(loss_mask))
+
+
+def later_all_tokens():
+    """The right mask in the first micro-batch alone."""
+    masks = []
+
+    def make(labels, loss_mask):
+        masks.append(loss_mask)
+        return partial(loss_func, loss_mask if len(masks) == 1 else torch.ones_like(loss_mask))
+
+    return make
+
+
+def transposed(labels, loss_mask):
+    return partial(loss_func, loss_mask.t().contiguous())
+
+
+def ignored_labels():
+    """Labels of masked tokens are -100; the mask that the model is given leaves none out."""
+    tokens, labels, loss_mask = batch()
+    return tokens, labels.masked_fill(loss_mask == 0, -100), torch.ones_like(loss_mask)
 
 
 def shorter(labels, loss_mask):
@@ -241,7 +295,7 @@ def test_output_may_be_transformed(facts, name):
         same([x["dft loss"].view(-1) for x in report], [x["lm loss"].view(-1) for x in rank["host"][0]], 1e-5)
 
 
-@pytest.mark.parametrize("name", LOSS_FUNCS)
+@pytest.mark.parametrize("name", [*LOSS_FUNCS, "output in a list"])
 def test_loss_func_may_have_any_form(facts, name):
     for rank in facts:
         report, gradient = rank["loss_func", name]
@@ -253,8 +307,11 @@ def test_loss_func_may_have_any_form(facts, name):
 @pytest.mark.parametrize(
     ("case", "words"),
     [
-        ("wrong mask", ("counts tokens that the loss_mask given to the model leaves out", "the same mask")),
-        ("too short", ("the per-token loss (3, 8)", "got (3, 7) and (3, 7)", "output from forward_step in full")),
+        ("wrong mask", ("its loss mask counts tokens that have no loss", "give both the same mask")),
+        ("unnamed wrong mask", ("its loss mask counts tokens that have no loss",)),
+        ("ignored counted", ("their label is -100",)),
+        ("transposed", ("the per-token loss (3, 8)", "got a loss mask of (8, 3)")),
+        ("too short", ("the per-token loss (3, 8)", "got a loss mask of (3, 7)", "output from forward_step in full")),
         ("twice", ("expected one forward pass with labels, got 2",)),
         ("two values per token", ("--calculate-per-token-loss", "got two values")),
         ("unnamed channel", ("--loss-channels a:", "channel number 2")),
@@ -265,6 +322,11 @@ def test_loss_func_may_have_any_form(facts, name):
 def test_what_cannot_be_right_is_refused_by_name(facts, case, words):
     for word in words:
         assert word in facts[0][case], facts[0][case]
+
+
+def test_mask_that_counts_tokens_without_a_loss_later_makes_the_loss_nan(facts):
+    first, second = (x["lm loss"].view(-1)[0] for x in facts[0]["later"])
+    assert first.isfinite() and second.isnan()
 
 
 @pytest.mark.parametrize("case", [(True, True), (True, False), (False, True)])

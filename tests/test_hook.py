@@ -503,11 +503,11 @@ LABELS, MASK = torch.arange(3), torch.tensor([1.0, 0.0, 1.0])
     ],
 )
 def test_loss_mask_is_found_by_its_name_or_its_dtype(named):
-    assert torch.equal(compat.loss_mask_of(named, None).float(), MASK)
+    assert torch.equal(compat.loss_mask_of(named, None, 3).float(), MASK)
 
 
 def test_loss_mask_of_a_closure_is_the_one_that_the_model_was_given():
-    assert compat.loss_mask_of(lambda output: loss_func(MASK, output), MASK) is MASK
+    assert compat.loss_mask_of(lambda output: loss_func(MASK, output), MASK, 3) is MASK
 
 
 @pytest.mark.parametrize(
@@ -516,4 +516,4 @@ def test_loss_mask_of_a_closure_is_the_one_that_the_model_was_given():
 )
 def test_loss_func_without_a_loss_mask_is_refused(wrong):
     with pytest.raises(ValueError, match=r"expected it to return functools.partial\(loss_func, loss_mask"):
-        compat.loss_mask_of(wrong, None)
+        compat.loss_mask_of(wrong, None, 3)

@@ -65,10 +65,20 @@ MISSED = {
 }
 
 
+MISSED["refusal passed over"] = (
+    "    main()",
+    "    try:\n        main()\n    except Exception as error:\n        print('ignored', error)",
+    "pretrain() ended with an error, which the script has passed over",
+)
+
+
 @pytest.mark.parametrize("name", MISSED)
 def test_objective_that_reaches_no_model_ends_the_run(host, name):
     old, new, reason = MISSED[name]
-    code, output = host.start(DFT, script=variant(host, name.replace(" ", "_"), (old, new)))
+    changes = [(old, new)]
+    if name == "refusal passed over":
+        changes.append(MISSED["loss in forward_step"][:2])
+    code, output = host.start(DFT, script=variant(host, name.replace(" ", "_"), *changes))
     assert code != 0 and reason in output, output[-2000:]
     assert "dft loss" not in output
 
@@ -78,6 +88,28 @@ def test_objective_that_reaches_no_model_ends_every_rank(host):
     run = host.begin(f"{DFT} {PP2}", script=script, ranks=2)
     run.wait()
     assert [process.exitcode for process in run.processes] == [1, 1]
+
+
+def test_channels_that_no_label_carries_end_the_run(host):
+    code, output = host.start(f"{DFT} --loss-channels a,b")
+    assert "no label of the first iteration carries a channel" in output
+    assert code != 0 and "--loss-channels a,b: no label of this run carried a channel" in output
+
+
+def test_configuration_is_left_as_it_was(host):
+    """So that a second pretrain() of it does not bind the loss twice."""
+    script = variant(
+        host,
+        "hooks",
+        (
+            "        pretrain(argument_utils.pretrain_cfg_container_from_args(args, model), datasets, kind, forward_step)",  # noqa: E501
+            "        config, before = argument_utils.pretrain_cfg_container_from_args(args, model), "
+            "list(model.pre_wrap_hooks)\n"
+            "        pretrain(config, datasets, kind, forward_step)\n"
+            "        assert model.pre_wrap_hooks == before",
+        ),
+    )
+    host.curves(DFT, script=script)
 
 
 def test_script_with_another_exit_code_keeps_it(host):

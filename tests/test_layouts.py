@@ -13,7 +13,7 @@ import re
 
 import pytest
 from demo import read_curves
-from host_runs import ROOT, Host, agree, megatron_has
+from host_runs import HAS_HYBRID, ROOT, Host, agree
 
 pytest.importorskip("megatron.training")
 pytest.importorskip("tensorboard")
@@ -36,7 +36,6 @@ MODELS = {
     "--moe-token-dispatcher-type allgather ",
 }
 HYBRID = f"{UNTIED} --spec hybrid_stack stack --hybrid-layer-pattern "  # attention and MLP: Mamba layers need CUDA
-HAS_HYBRID = megatron_has("training/models/hybrid.py")  # pretrain() builds it from 0.19 on
 if HAS_HYBRID:
     MODELS |= {
         "hybrid": f"{HYBRID} *-*- ",

@@ -1,5 +1,6 @@
 """Unmodified scripts through Megatron's own pretrain() on real ranks, started as a user starts them."""
 
+import contextlib
 import importlib.util
 import inspect
 import json
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from demo import read_curves
-from host_runs import EXAMPLE, ROOT, UNTIMED, Host, agree, megatron_has
+from host_runs import EXAMPLE, HAS_HYBRID, ROOT, UNTIMED, Host, agree
 
 from megatron_dft import DFTConfig, launch
 from megatron_dft.hosts import compat, megatron_lm
@@ -140,7 +141,7 @@ def test_skipping_masked_tokens_and_chunks_change_no_curve(host, checkpoint, ran
 
 
 @pytest.mark.host
-@pytest.mark.skipif(not megatron_has("training/models/hybrid.py"), reason="pretrain() builds it from 0.19 on")
+@pytest.mark.skipif(not HAS_HYBRID, reason="pretrain() builds it from 0.19 on")
 @pytest.mark.parametrize(
     ("ranks", "layout"),
     [
@@ -304,6 +305,15 @@ def test_yaml_file_names_the_objective_in_place_of_flags(tmp_path):
     path.write_text("dft:\n  los_type: dft\n")
     with pytest.raises(ValueError, match=r"got 'los_type'; did you mean 'loss_type'"):
         launch.config_of(arguments)
+    for text, message in {
+        "dft: [1]\n": "expected KEY: VALUE in the block",
+        "dtf:\n  loss_type: dft\n": "expected the objective in a block `dft:`, got it at 'dtf'",
+        "loss_type: dft\n": "got it at 'loss_type'",
+        "a: [\n": "while parsing a flow node",
+    }.items():
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            launch.config_of(arguments)
     path.write_text("language_model:\n  num_layers: 2\n")
     assert launch.config_of([*arguments, "--loss-type", "dft"])[0] == DFTConfig(loss_type="dft")
 
@@ -325,7 +335,7 @@ def test_unknown_pretrain_is_refused():
 def test_pretrain_that_offers_no_way_to_the_model_is_refused():
     call = inspect.signature(lambda cfg_container, forward_step_func: None).bind(object(), None)
     with pytest.raises(ValueError, match=r"expected a model_provider or .* got neither; use .* 0.17 to 0.19"):
-        megatron_lm._hook_model(call, lambda chunks: chunks)
+        megatron_lm._hook_model(call, lambda chunks: chunks, contextlib.ExitStack())
 
 
 @pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="needs megatron-core")

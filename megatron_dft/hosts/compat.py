@@ -174,11 +174,11 @@ def refuse_label_smoothing(label_smoothing: float) -> None:
         )
 
 
-def loss_mask_of(loss_func: Callable[..., Any], given: Tensor | None) -> Tensor:
+def loss_mask_of(loss_func: Callable[..., Any], given: Tensor | None, tokens: int) -> Tensor:
     """The loss mask that a loss_func applies, or else the one that the model was given.
 
     A partial of a function with a parameter `loss_mask` has it there, in whatever place. Of other partials it is the
-    only tensor among the arguments that can be a mask.
+    only tensor among the arguments that can be a mask of so many tokens.
 
     Raises:
         ValueError: where no tensor, or more than one, can be the mask.
@@ -188,11 +188,14 @@ def loss_mask_of(loss_func: Callable[..., Any], given: Tensor | None) -> Tensor:
         bound = inspect.signature(loss_func.func).bind_partial(*loss_func.args, **loss_func.keywords).arguments  # type: ignore[attr-defined]
     except (AttributeError, TypeError, ValueError):  # not a partial, or of something without a signature
         bound = {}
-    named = bound.get("loss_mask")
-    if isinstance(named, Tensor):
-        return named
-    masks = [x for x in arguments if isinstance(x, Tensor) and (x.is_floating_point() or x.dtype == torch.bool)]
-    if given is None and len(masks) == 1:
+    if isinstance(bound.get("loss_mask"), Tensor):
+        return bound["loss_mask"]
+    masks = [
+        x
+        for x in arguments
+        if isinstance(x, Tensor) and x.numel() == tokens and (x.is_floating_point() or x.dtype == torch.bool)
+    ]
+    if len(masks) == 1:
         return masks[0]
     if given is None:
         raise ValueError(

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -127,12 +128,13 @@ def with_metrics(
             head.start()
         output, loss_func = forward_step(*args, **kwargs)
         if head is None:
-            return output, None if loss_func is None else report.of(loss_func, None, lambda: None)
-        if isinstance(output, Tensor | tuple):
+            take: Callable[[], MicroBatch | None] = lambda: None  # noqa: E731
+        elif head.inputs is not None:  # of a schedule plan, whose forward pass runs just before its loss_func
+            take = head.take
+        else:
             micro_batch = head.take()
-            return output, None if loss_func is None else report.of(loss_func, head, lambda: micro_batch)
-        # A schedule plan, whose forward pass runs just before its loss_func.
-        return output, None if loss_func is None else report.of(loss_func, head, head.take)
+            take = lambda: micro_batch  # noqa: E731
+        return output, None if loss_func is None else report.of(loss_func, head, take)
 
     return wrapped
 
@@ -251,7 +253,7 @@ class _Report:
         """`take` returns the statistics of the micro-batch."""
 
         @functools.wraps(loss_func)
-        def wrapped(output: Tensor | tuple[Tensor, Tensor], **kwargs: Any) -> Any:
+        def wrapped(output: Any, **kwargs: Any) -> Any:
             if kwargs.get("non_loss_data"):
                 return loss_func(output, **kwargs)
             micro_batch = take()
@@ -266,11 +268,12 @@ class _Report:
             if others and isinstance(others[0], Tensor) and others[0].numel() == losses.numel():
                 mask = others[0]
             else:
-                mask = compat.loss_mask_of(loss_func, micro_batch.inputs.loss_mask)
-            self._check(micro_batch, losses, mask)
-            # A masked token contributes nothing, even where its NLL is inf or NaN.
-            losses = losses.masked_fill(mask.view(losses.shape) == 0.0, 0.0)
-            *values, report = loss_func((losses, *others) if isinstance(output, tuple) else losses, **kwargs)
+                mask = compat.loss_mask_of(loss_func, micro_batch.inputs.loss_mask, micro_batch.shape.numel())
+            ignored = self._ignored(micro_batch, mask)
+            if isinstance(losses, Tensor):  # in a list or a dict it is left as it is
+                losses = self._masked(micro_batch, losses, mask, ignored)
+                output = (losses, *others) if isinstance(output, tuple) else losses
+            *values, report = loss_func(output, **kwargs)
             compat.check_loss_values(len(values), head.model.config)
             ours = self._pairs(micro_batch, mask, values[1] if len(values) > 1 else mask.sum())
             if self.validation is not None and not torch.is_grad_enabled():
@@ -280,7 +283,7 @@ class _Report:
 
         return wrapped
 
-    def _pairs(self, micro_batch: MicroBatch, mask: Tensor, num_tokens: Tensor) -> dict[str, Tensor]:
+    def _pairs(self, micro_batch: MicroBatch, mask: Tensor, num_tokens: Tensor | int) -> dict[str, Tensor]:
         """Our part of the report, [sum, count] each."""
         training, stats, detail = torch.is_grad_enabled(), micro_batch.stats, self.config.detail
         if self.callback is not None:
@@ -295,31 +298,48 @@ class _Report:
         if self.micro_batches is None:
             return {name: pair for name, pair in pairs.items() if not is_total(name)}
         share = 1.0 / self.micro_batches()
-        pairs[VALID_TOKENS] = num_tokens.detach().double().expand(2)
+        pairs[VALID_TOKENS] = torch.as_tensor(num_tokens, dtype=torch.float64, device=mask.device).detach().expand(2)
         return {name: _as_total(pair, share) if is_total(name) else pair for name, pair in pairs.items()}
 
-    def _check(self, micro_batch: MicroBatch, losses: Tensor, mask: Tensor) -> None:
-        """Refuse a loss mask that is not that of these tokens. Its values are compared in the first micro-batch."""
-        if not mask.numel() == losses.numel() == micro_batch.shape.numel():
-            raise ValueError(
-                f"loss_func: expected the per-token loss {tuple(micro_batch.shape)} that the model returned, and a "
-                f"loss mask of as many tokens, got {tuple(losses.shape)} and {tuple(mask.shape)}; return the model's "
-                "output from forward_step in full"
-            )
-        if self.checked or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return
-        self.checked = True
+    def _ignored(self, micro_batch: MicroBatch, mask: Tensor) -> Tensor:
+        """Tokens, [b, s], that have no loss: masked for the model, or labelled -100.
+
+        Refuses a loss mask that is not that of these tokens. Its values are compared in the first micro-batch.
+        """
+        _check_shape("loss mask", mask, micro_batch.shape)
         labels, given, named = micro_batch.inputs.labels, micro_batch.inputs.loss_mask, self.config.channels
+        ignored = labels == IGNORE_INDEX
+        if given is not None:
+            ignored = ignored | (given.reshape(labels.shape) == 0)
+        if self.checked or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return ignored
+        self.checked = True
         if named and (labels >> SHIFT > 0).any():
             raise ValueError(
                 f"--loss-channels {named}: the labels carry channel number {int((labels >> SHIFT).max())}, which has "
                 "no name; name every channel of the data"
             )
-        if given is not None and ((mask.reshape(-1) != 0) & (given.reshape(-1) == 0)).any():
+        if ((mask.reshape(labels.shape) != 0) & ignored).any():
             raise ValueError(
-                "loss_func: its loss mask counts tokens that the loss_mask given to the model leaves out, and which "
-                "therefore have no loss; give both the same mask"
+                "loss_func: its loss mask counts tokens that have no loss, because their label is -100 or the "
+                "loss_mask given to the model leaves them out; give both the same mask, 0 where the label is -100"
             )
+        return ignored
+
+    def _masked(self, micro_batch: MicroBatch, losses: Tensor, mask: Tensor, ignored: Tensor) -> Tensor:
+        """A masked token contributes nothing, even where its NLL is inf or NaN; one without a loss is never counted."""
+        _check_shape("output", losses, micro_batch.shape)
+        mask, ignored = mask.reshape(losses.shape) == 0.0, ignored.reshape(losses.shape)
+        return losses.masked_fill(mask, 0.0).masked_fill(ignored & ~mask, math.nan)
+
+
+def _check_shape(what: str, x: Tensor, shape: torch.Size) -> None:
+    """Refuse a tensor that is neither [b, s] nor flat."""
+    if x.numel() != shape.numel() or (x.dim() > 1 and [n for n in x.shape if n > 1] != [n for n in shape if n > 1]):
+        raise ValueError(
+            f"loss_func: expected the per-token loss {tuple(shape)} that the model returned and its loss mask, in this "
+            f"shape or flat, got a {what} of {tuple(x.shape)}; return the model's output from forward_step in full"
+        )
 
 
 def _as_total(pair: Tensor, share: float) -> Tensor:

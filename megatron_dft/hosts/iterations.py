@@ -51,7 +51,9 @@ class Means:
         self._known: dict[str, Tensor] = {}
 
     def fill(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What to log; without a host-device sync."""
+        """What to log; without a host-device sync. Needs the totals among the losses."""
+        if VALID_TOKENS not in losses:
+            return losses
         for channel in self.channels:
             seen = losses[f"{CHANNEL}{channel} tokens"] > 0
             for name in (f"{CHANNEL}{channel} {what}" for what in OF_CHANNEL if what != "tokens"):
@@ -67,6 +69,8 @@ class Progress:
     def __init__(self, objective: Objective, detail: Detail, validation: MetricAccumulator) -> None:
         self.objective, self.validation, self.means = objective, validation, Means(detail)
         self.begun = False
+        self.channels = detail.channels[1:]  # those that have a name
+        self.named: Tensor | None = None  # tokens of them so far
         self.total: Tensor | None = None  # fp64, on the device; on the last pipeline stage
 
     def follow(self, patches: Patches) -> None:
@@ -89,17 +93,37 @@ class Progress:
                 losses = self.means.fill(dict(losses))
                 if VALID_TOKENS in losses:
                     losses[TOKENS_PER_SECOND] = losses[VALID_TOKENS] / (time.perf_counter() - start)
-                    self._count(run, losses[VALID_TOKENS])
+                    self._count(run, losses)
             return losses, *rest
 
         return wrapped
 
-    def _count(self, run: Any, tokens: Tensor) -> None:
+    def check(self) -> None:
+        """Raises ValueError if channels are configured and no label of the run carried one."""
+        if self.named is not None and not self.named:
+            raise ValueError(
+                f"--loss-channels {','.join(self.channels)}: no label of this run carried a channel; see docs/data.md"
+            )
+
+    def _look_for_channels(self, losses: dict[str, Tensor]) -> None:
+        """After the first iteration: say so if it had none. One host-device sync."""
+        from megatron.training import print_rank_last
+
+        if self.channels and not sum(losses[f"{CHANNEL}{name} tokens"] for name in self.channels):
+            print_rank_last("> megatron_dft: no label of the first iteration carries a channel of --loss-channels")
+
+    def _count(self, run: Any, losses: dict[str, Tensor]) -> None:
         from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+
+        tokens = losses[VALID_TOKENS]
 
         if self.total is None:
             self.total = torch.full_like(tokens, getattr(run, TOTAL, 0), dtype=torch.float64)
+            self._look_for_channels(losses)
         self.total += tokens
+        if self.channels:
+            named = torch.stack([losses[f"{CHANNEL}{name} tokens"] for name in self.channels]).sum()
+            self.named = named if self.named is None else self.named + named
         iteration = run.curr_iteration + 1
         if iteration % run.tensorboard_log_interval == 0:
             if writer := get_tensorboard_writer():

@@ -7,6 +7,7 @@ hook that binds the loss on the model chunks before DDP wraps them, and a forwar
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from argparse import ArgumentParser
@@ -30,8 +31,9 @@ class Run:
     def __init__(self, config: DFTConfig) -> None:
         self.config = config
         self.patches = Patches()
-        self.pretrain_calls = 0
+        self.pretrain_calls, self.completed = 0, 0
         self.installations: list[Installation] = []
+        self.progress: Progress | None = None
 
     def check(self) -> None:
         """Call it when the script has ended.
@@ -42,8 +44,12 @@ class Run:
         if not self.pretrain_calls:
             reason = "the script ended without a call of Megatron's pretrain()"
         elif not self.installations:
-            reason = "pretrain() built its model without model_provider and without model.pre_wrap_hooks"
+            reason = "pretrain() built no model through model_provider or model.pre_wrap_hooks"
+        elif not self.completed:
+            reason = "pretrain() ended with an error, which the script has passed over"
         else:
+            if self.progress is not None:
+                self.progress.check()
             return
         raise ValueError(
             f"--loss-type {self.config.loss_type}: the objective was never applied, because {reason}; start a training "
@@ -87,9 +93,15 @@ def enable(
             run.pretrain_calls += 1
             call = signature.bind(*args, **kwargs)
             prepare(call)
-            with Patches() as patches:
-                _prepare(call, _settings(call), run).follow(patches)
-                result = pretrain(*call.args, **call.kwargs)
+            with Patches() as patches, contextlib.ExitStack() as undo:
+                run.progress = _prepare(call, _settings(call), run, undo)
+                run.progress.follow(patches)
+                try:
+                    result = pretrain(*call.args, **call.kwargs)
+                except SystemExit as error:  # as after --exit-interval
+                    run.completed += error.code in (None, 0)
+                    raise
+            run.completed += 1
             flush_tensorboard()
             finish()
             return result
@@ -136,7 +148,7 @@ def _settings(call: inspect.BoundArguments) -> Any:
     return parse_args(call.arguments.get("extra_args_provider"))
 
 
-def _prepare(call: inspect.BoundArguments, settings: Any, run: Run) -> Progress:
+def _prepare(call: inspect.BoundArguments, settings: Any, run: Run, undo: contextlib.ExitStack) -> Progress:
     """Put the objective into the arguments of pretrain(). The result follows its training loop."""
     config = run.config
     compat.check_settings(settings, config)
@@ -146,7 +158,7 @@ def _prepare(call: inspect.BoundArguments, settings: Any, run: Run) -> Progress:
     call.arguments["forward_step_func"] = with_metrics(
         call.arguments["forward_step_func"], config, micro_batches=totals, validation=validation
     )
-    _hook_model(call, functools.partial(_install, run=run))
+    _hook_model(call, functools.partial(_install, run=run), undo)
     call.arguments[DATASETS] = sft.with_checks(call.arguments[DATASETS], settings, config.detail.channels)
     _announce(settings, config)
     return Progress(config.objective, config.detail, validation)
@@ -181,7 +193,7 @@ def _announce(settings: Any, config: DFTConfig) -> None:
         print(f"> megatron_dft: {line}")
 
 
-def _hook_model(call: inspect.BoundArguments, hook: Callable[[list], Any]) -> None:
+def _hook_model(call: inspect.BoundArguments, hook: Callable[[list], Any], undo: contextlib.ExitStack) -> None:
     """Reach the model chunks before they are wrapped: through the script's provider, or the model's configuration."""
     provider = call.arguments.get("model_provider")
     model_config: Any = getattr(call.arguments.get("cfg_container"), "model", None)
@@ -196,6 +208,7 @@ def _hook_model(call: inspect.BoundArguments, hook: Callable[[list], Any]) -> No
         call.arguments["model_provider"] = wrapped
     elif hasattr(model_config, "pre_wrap_hooks"):
         model_config.pre_wrap_hooks.append(hook)
+        undo.callback(model_config.pre_wrap_hooks.remove, hook)
     else:
         raise ValueError(
             "pretrain(): expected a model_provider or a configuration with model.pre_wrap_hooks, got neither; "
