@@ -73,8 +73,10 @@ def _enable(config: DFTConfig) -> Run:
 def device_of(argv: list[str]) -> tuple[bool, list[str]]:
     """Whether to run on the CPU, and argv without --device, which the script does not know."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    parser.add_argument("--device", choices=cpu.DEVICES, default="cuda")
+    parser.add_argument("--device", default="cuda")
     known, rest = parser.parse_known_args(argv)
+    if known.device not in cpu.DEVICES:
+        return False, argv  # a flag of the script
     return cpu.is_meant_by(known.device), rest
 
 
@@ -89,6 +91,10 @@ def config_of(arguments: list[str]) -> tuple[DFTConfig, list[str]]:
     """
     parser = DFTConfig.add_arguments(argparse.ArgumentParser(allow_abbrev=False, add_help=False))
     known, rest = parser.parse_known_args(arguments)
+    for word in rest:
+        flag = word.partition("=")[0].replace("_", "-")
+        if "--loss-type".startswith(flag) and flag.startswith("--loss-t"):
+            raise ValueError(f"{word}: expected --loss-type, before any `--`")
     config, block = DFTConfig.from_args(known), _yaml_block(arguments)
     if block is not None:
         if rest != arguments:
@@ -117,7 +123,7 @@ def _yaml_block(arguments: list[str]) -> Any:
     astray = [key for key, value in settings.items() if key == "loss_type" or _has_loss_type(value)]
     if block is None and astray:
         raise ValueError(f"--yaml-cfg {path}: expected the objective in a block `dft:`, got it at {astray[0]!r}")
-    if block is not None and not isinstance(block, dict):
+    if "dft" in settings and not (block and isinstance(block, dict)):
         raise ValueError(f"--yaml-cfg {path}: expected KEY: VALUE in the block `dft:`, got {block!r}")
     return block
 

@@ -476,6 +476,13 @@ def test_settings_that_fight_with_the_objective_are_refused(settings, words):
         compat.check_settings(arguments, DFTConfig(loss_type="dft"))
 
 
+def test_channels_are_refused_under_a_schedule_plan():
+    arguments = SimpleNamespace(overlap_moe_expert_parallel_comm=True)
+    compat.check_settings(arguments, DFTConfig(loss_type="dft"))
+    with pytest.raises(ValueError, match=r"--loss-channels: expected forward passes through the model"):
+        compat.check_settings(arguments, DFTConfig(loss_type="dft", channels="a"))
+
+
 def test_context_parallelism_with_per_token_loss_is_welcome():
     arguments = SimpleNamespace(context_parallel_size=2, calculate_per_token_loss=True)
     compat.check_settings(arguments, DFTConfig(loss_type="dft"))

@@ -52,6 +52,16 @@ MISSED = {
         "labels=None",
         "the loss of this model does not come from the objective",
     ),
+    "loss thrown away": (
+        '    return output, partial(loss_func, batch["loss_mask"])',
+        "    if last:\n"
+        '        logits = model(batch["tokens"], batch["position_ids"], None)\n'
+        '        targets = batch["labels"].clamp(min=0)\n'
+        "        ce = torch.nn.functional.cross_entropy\n"
+        "        output = ce(logits.transpose(1, 2).float(), targets, reduction='none')\n"
+        '    return output, partial(loss_func, batch["loss_mask"])',
+        "a gradient came back to 0 of them; forward_step trains on another loss",
+    ),
     "loss replaced": (
         "    needs_tokens, needs_labels",
         "    from megatron.core.utils import unwrap_model\n"

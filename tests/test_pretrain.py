@@ -307,6 +307,8 @@ def test_yaml_file_names_the_objective_in_place_of_flags(tmp_path):
         launch.config_of(arguments)
     for text, message in {
         "dft: [1]\n": "expected KEY: VALUE in the block",
+        "dft:\n": "expected KEY: VALUE in the block `dft:`, got None",
+        "dft: {}\n": "expected KEY: VALUE in the block",
         "dtf:\n  loss_type: dft\n": "expected the objective in a block `dft:`, got it at 'dtf'",
         "loss_type: dft\n": "got it at 'loss_type'",
         "a: [\n": "while parsing a flow node",
@@ -322,6 +324,10 @@ def test_flags_without_an_objective_are_taken_out_or_refused():
     assert launch.config_of(["--lr", "1", "--loss-type", "ce"]) == (DFTConfig(), ["--lr", "1"])
     with pytest.raises(ValueError, match=r"mtp: expected an objective beside it, got none; add --loss-type"):
         launch.config_of(["--loss-mtp", "same"])
+    for words in (["--loss-typ", "dft"], ["--loss_type=dft"], ["--", "--loss-type", "dft"]):
+        with pytest.raises(ValueError, match=r"expected --loss-type, before any"):
+            launch.config_of(words)
+    assert launch.device_of(["s.py", "--device", "cuda:0"]) == (False, ["s.py", "--device", "cuda:0"])
 
 
 def test_unknown_pretrain_is_refused():

@@ -16,7 +16,7 @@ import functools
 import inspect
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from megatron_dft.config import DFTConfig
@@ -54,7 +54,7 @@ def finetune(
     _hook_model(cfg.model, functools.partial(_install, config=config, installations=installations))
     validation = MetricAccumulator()
     manager = normalize_callbacks(callbacks or [])
-    Progress(config.objective, config.detail, validation).register(manager)
+    Progress(config.objective, config.detail, validation, installations).register(manager)
     host_finetune(cfg, DFTStep(step, config, validation), callbacks=manager)
     if not installations:
         raise ValueError(
@@ -167,8 +167,15 @@ class _Marked:
 class Progress:
     """Once per iteration: a scheduled objective begins it, and tokens per second join the losses that Bridge logs."""
 
-    def __init__(self, objective: Objective, detail: Detail, validation: MetricAccumulator) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        detail: Detail,
+        validation: MetricAccumulator,
+        installations: Sequence[Installation] = (),
+    ) -> None:
         self.objective, self.means, self.validation = objective, Means(detail), validation
+        self.installations = installations
         self.start = 0.0
 
     def register(self, manager: Any) -> None:
@@ -185,6 +192,9 @@ class Progress:
         self.start = time.perf_counter()
 
     def after_step(self, context: Any) -> None:
+        for installation in self.installations:
+            for binding in installation.bindings:
+                binding.head.check_trained()
         losses = context.loss_dict
         if losses:  # on the last pipeline stage
             self.means.fill(losses)

@@ -5,8 +5,8 @@
                   shows means over --log-interval, so it is not in there. Checkpoints keep it
     evaluation    each metric is the sum over the count of all its tokens, whatever the host averages
 
-The counts are in the reports of micro-batches, which Megatron adds up over ranks. So they belong to the pass that
-Megatron keeps when it runs a step twice (its rerun state machine), and cost no collective of their own.
+The counts are in the reports of micro-batches, which Megatron adds up over ranks. When its rerun state machine repeats
+a step, only the pass that Megatron keeps is counted. They cost no collective of their own.
 
 Cost: no host-device sync. One all-reduce per evaluation, and one of 8 bytes per checkpoint, because the rank that
 writes Megatron's arguments is not on the last pipeline stage.
@@ -66,8 +66,15 @@ class Means:
 class Progress:
     """Follows the training loop of one pretrain()."""
 
-    def __init__(self, objective: Objective, detail: Detail, validation: MetricAccumulator) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        detail: Detail,
+        validation: MetricAccumulator,
+        after_step: Callable[[], None] = lambda: None,  # raises ValueError for a step that did not train the objective
+    ) -> None:
         self.objective, self.validation, self.means = objective, validation, Means(detail)
+        self.after_step = after_step
         self.begun = False
         self.channels = detail.channels[1:]  # those that have a name
         self.named: Tensor | None = None  # tokens of them so far
@@ -89,6 +96,7 @@ class Progress:
             self.begun = True
             start = time.perf_counter()
             losses, *rest = train_step(*args, **kwargs)
+            self.after_step()
             if losses:  # on the last pipeline stage
                 losses = self.means.fill(dict(losses))
                 if VALID_TOKENS in losses:

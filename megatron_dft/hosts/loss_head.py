@@ -7,7 +7,7 @@
 
 `Inputs` are what the model's forward was called with: labels, loss mask, channels. Labels become targets in one place:
 transposed, and ignored where the loss mask is 0. So the loss, its gradient and its statistics are those of valid
-tokens alone, and both paths agree. Labels that are not the forward's own are those of multi-token prediction.
+tokens alone, and both paths agree. Any other labels passed to the loss are those of multi-token prediction.
 
 The output layer stays Megatron's own module. For compaction it is called, on fewer rows. Under sequence parallelism
 its input is gathered first, so its linear function is called without the layer's own gather. For linear_fused its
@@ -93,6 +93,7 @@ class LossHead:
         self.separate_mtp = compat.has_mtp(model.config) and config.mtp == "nll"
         self.inputs: Inputs | None = None  # of the forward pass that runs; None once its loss is computed
         self._bypassed: list[Tensor | None] = []  # the weight, when hidden states come instead of logits
+        self.computed, self.trained = 0, 0  # losses under autograd, and how many of them a gradient has reached
         self._recording = False
         self._micro_batches: list[MicroBatch] = []
 
@@ -233,7 +234,22 @@ class LossHead:
             self.inputs = None
             if self._recording:
                 self._micro_batches.append(MicroBatch(stats, rows, inputs))
+            if loss.requires_grad:
+                self.computed += 1
+                loss.register_hook(self._count_backward)
         return loss.transpose(0, 1).contiguous()
+
+    def _count_backward(self, gradient: Tensor) -> None:
+        self.trained += 1
+
+    def check_trained(self) -> None:
+        """After a training step. Raises ValueError if a loss was computed and another one was trained on."""
+        if self.trained != self.computed:
+            raise ValueError(
+                f"{type(self.model).__name__}: its loss was computed in {self.computed} forward passes, and "
+                f"a gradient came back to {self.trained} of them; forward_step trains on another loss: return the "
+                "model's output, or leave --loss-type out"
+            )
 
 
 class MainGrad(WeightGradient):

@@ -31,9 +31,14 @@ class Run:
     def __init__(self, config: DFTConfig) -> None:
         self.config = config
         self.patches = Patches()
-        self.pretrain_calls, self.completed = 0, 0
+        self.pretrain_calls, self.failed = 0, False  # whether the last pretrain() ended with an error
         self.installations: list[Installation] = []
         self.progress: Progress | None = None
+
+    def check_step(self) -> None:
+        """After a training step. Raises ValueError if it trained on another loss."""
+        for binding in self.installations[-1].bindings if self.installations else ():
+            binding.head.check_trained()
 
     def check(self) -> None:
         """Call it when the script has ended.
@@ -45,7 +50,7 @@ class Run:
             reason = "the script ended without a call of Megatron's pretrain()"
         elif not self.installations:
             reason = "pretrain() built no model through model_provider or model.pre_wrap_hooks"
-        elif not self.completed:
+        elif self.failed:
             reason = "pretrain() ended with an error, which the script has passed over"
         else:
             if self.progress is not None:
@@ -90,7 +95,7 @@ def enable(
 
     def with_objective(pretrain: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            run.pretrain_calls += 1
+            run.pretrain_calls, run.failed = run.pretrain_calls + 1, True
             call = signature.bind(*args, **kwargs)
             prepare(call)
             with Patches() as patches, contextlib.ExitStack() as undo:
@@ -99,9 +104,9 @@ def enable(
                 try:
                     result = pretrain(*call.args, **call.kwargs)
                 except SystemExit as error:  # as after --exit-interval
-                    run.completed += error.code in (None, 0)
+                    run.failed = error.code not in (None, 0)
                     raise
-            run.completed += 1
+            run.failed = False
             flush_tensorboard()
             finish()
             return result
@@ -161,7 +166,7 @@ def _prepare(call: inspect.BoundArguments, settings: Any, run: Run, undo: contex
     _hook_model(call, functools.partial(_install, run=run), undo)
     call.arguments[DATASETS] = sft.with_checks(call.arguments[DATASETS], settings, config.detail.channels)
     _announce(settings, config)
-    return Progress(config.objective, config.detail, validation)
+    return Progress(config.objective, config.detail, validation, run.check_step)
 
 
 def _install(chunks: list, run: Run) -> list:
