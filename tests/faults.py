@@ -453,7 +453,7 @@ FAULTS = [
     Fault("channels under a schedule plan", "hosts/compat", "        if config.channels:\n", "        if False:\n",
           "hook",
           "under_a_schedule_plan"),
-    Fault("another loss is trained", "hosts/loss_head", "if self.trained != self.computed:", "if False:", "launch",
+    Fault("another loss is trained", "hosts/loss_head", "if self.computed and not self.trained:", "if False:", "launch",
           "reaches_no_model"),
     Fault("schedule plan with every label", "hosts/hook",
           'head.receive(call.arguments["labels"], call.arguments.get("loss_mask"))',

@@ -244,7 +244,7 @@ class LossHead:
 
     def check_trained(self) -> None:
         """After a training step. Raises ValueError if a loss was computed and another one was trained on."""
-        if self.trained != self.computed:
+        if self.computed and not self.trained:
             raise ValueError(
                 f"{type(self.model).__name__}: its loss was computed in {self.computed} forward passes, and "
                 f"a gradient came back to {self.trained} of them; forward_step trains on another loss: return the "
