@@ -257,11 +257,11 @@ class _Report:
             if kwargs.get("non_loss_data"):
                 return loss_func(output, **kwargs)
             micro_batch = take()
-            if head is None or micro_batch is None:
+            if head is None or micro_batch is None or (torch.is_grad_enabled() and not micro_batch.differentiable):
                 raise ValueError(
                     f"--loss-type {self.config.loss_type}: the loss of this model does not come from the objective: "
-                    "install() was not called on it, or forward_step did not call it with labels; train a model that "
-                    "computes its own loss, or leave --loss-type out"
+                    "install() was not called on it, or forward_step did not call it with labels and with gradients; "
+                    "train a model that computes its own loss, or leave --loss-type out"
                 )
             losses, *others = output if isinstance(output, tuple) else (output,)
             # LLaVA's output is its loss and, images having grown the text, a mask of the same length.

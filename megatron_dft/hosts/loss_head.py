@@ -55,6 +55,7 @@ class MicroBatch:
     stats: TokenStats  # of [n] or [s, b]
     rows: Tensor | None  # [n]
     inputs: Inputs
+    differentiable: bool = True  # whether a gradient of the loss reaches the model
 
     @property
     def shape(self) -> torch.Size:
@@ -233,7 +234,7 @@ class LossHead:
         if self.inputs is None or inputs is self.inputs:  # not of multi-token prediction, whose loss comes first
             self.inputs = None
             if self._recording:
-                self._micro_batches.append(MicroBatch(stats, rows, inputs))
+                self._micro_batches.append(MicroBatch(stats, rows, inputs, loss.requires_grad))
             if loss.requires_grad:
                 self.computed += 1
                 loss.register_hook(self._count_backward)

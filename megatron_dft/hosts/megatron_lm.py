@@ -37,8 +37,9 @@ class Run:
 
     def check_step(self) -> None:
         """After a training step. Raises ValueError if it trained on another loss."""
-        for binding in self.installations[-1].bindings if self.installations else ():
-            binding.head.check_trained()
+        for installation in self.installations:
+            for binding in installation.bindings:
+                binding.head.check_trained()
 
     def check(self) -> None:
         """Call it when the script has ended.
@@ -48,10 +49,10 @@ class Run:
         """
         if not self.pretrain_calls:
             reason = "the script ended without a call of Megatron's pretrain()"
-        elif not self.installations:
-            reason = "pretrain() built no model through model_provider or model.pre_wrap_hooks"
         elif self.failed:
             reason = "pretrain() ended with an error, which the script has passed over"
+        elif not self.installations:
+            reason = "pretrain() built no model through model_provider or model.pre_wrap_hooks"
         else:
             if self.progress is not None:
                 self.progress.check()
