@@ -29,7 +29,7 @@ class Run(Protocol):
 
 
 def main(argv: list[str]) -> None:
-    """Take out our own options, prepare the host, and run the script as __main__."""
+    """Parse our flags, patch Megatron, and run the script as __main__."""
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
         return
@@ -115,8 +115,8 @@ def _yaml_block(arguments: list[str]) -> Any:
     with open(path) as file:
         try:
             settings = yaml.safe_load(file)
-        except yaml.YAMLError as error:
-            raise ValueError(f"--yaml-cfg {path}: {error}") from None
+        except yaml.YAMLError:
+            return None  # Megatron's own reader names what is wrong
     if not isinstance(settings, dict):
         return None
     block = settings.get("dft")

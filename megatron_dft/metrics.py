@@ -131,8 +131,8 @@ class Detail:
         }
 
     def in_validation(self, name: str) -> bool:
-        """Whether a metric is reported in validation, too: not histograms, which would bury the host's results."""
-        return name not in self.names or name.startswith(CHANNEL)
+        """Whether a metric is reported in validation, too: no histograms, and of totals only those of channels."""
+        return name.startswith(CHANNEL) or ("/" not in name and not is_total(name))
 
 
 class MetricAccumulator:

@@ -208,6 +208,7 @@ def on_ranks():
     facts["loss_func", "output in a list"] = run(
         step(lambda output: [output], lambda labels, loss_mask: partial(from_list, loss_mask)), dft
     )
+    facts["closure"] = message(lambda: run(step(make=lambda labels, mask: closure(labels, torch.ones_like(mask))), dft))
     facts["unnamed wrong mask"] = message(lambda: run(step(make=all_tokens_unnamed), dft))
     facts["transposed"] = message(lambda: run(step(lambda x: x.t().contiguous(), transposed), dft))
     facts["ignored counted"] = message(lambda: run(step(make=all_tokens), dft, batches=[ignored_labels()]))
@@ -310,6 +311,7 @@ def test_loss_func_may_have_any_form(facts, name):
         ("wrong mask", ("its loss mask counts tokens that have no loss", "give both the same mask")),
         ("unnamed wrong mask", ("its loss mask counts tokens that have no loss",)),
         ("ignored counted", ("their label is -100",)),
+        ("closure", ("counts 24 tokens, and the loss_mask given to the model has", "return functools.partial")),
         ("transposed", ("the per-token loss (3, 8)", "got a loss mask of (8, 3)")),
         ("too short", ("the per-token loss (3, 8)", "got a loss mask of (3, 7)", "output from forward_step in full")),
         ("twice", ("expected one forward pass with labels, got 2",)),

@@ -62,6 +62,11 @@ MISSED = {
         '    return output, partial(loss_func, batch["loss_mask"])',
         "a gradient came back to 0 of them; forward_step trains on another loss",
     ),
+    "loss without gradients": (
+        "    output = model(",
+        "    with torch.no_grad(): output = model(",
+        "forward_step did not call it with labels and with gradients",
+    ),
     "loss replaced": (
         "    needs_tokens, needs_labels",
         "    from megatron.core.utils import unwrap_model\n"
@@ -78,7 +83,7 @@ MISSED = {
 MISSED["refusal passed over"] = (
     "    main()",
     "    try:\n        main()\n    except Exception as error:\n        print('ignored', error)",
-    "pretrain() ended with an error, which the script has passed over",
+    "pretrain() ended with an error that the script has caught",
 )
 
 
@@ -88,6 +93,8 @@ def test_objective_that_reaches_no_model_ends_the_run(host, name):
     changes = [(old, new)]
     if name == "refusal passed over":
         changes.append(MISSED["loss in forward_step"][:2])
+    if name == "loss without gradients":
+        changes.append(MISSED["loss thrown away"][:2])
     code, output = host.start(DFT, script=variant(host, name.replace(" ", "_"), *changes))
     assert code != 0 and reason in output, output[-2000:]
     assert "dft loss" not in output
@@ -98,6 +105,33 @@ def test_objective_that_reaches_no_model_ends_every_rank(host):
     run = host.begin(f"{DFT} {PP2}", script=script, ranks=2)
     run.wait()
     assert [process.exitcode for process in run.processes] == [1, 1]
+
+
+EMPTY = (
+    "    num_tokens = loss_mask.sum()\n",
+    "    num_tokens = loss_mask.sum()\n    if num_tokens == 0:\n        loss = torch.zeros((), requires_grad=True)\n",
+)
+
+
+def test_micro_batch_without_tokens_may_have_a_loss_of_its_own(host):
+    agree(host.curves(DFT, script=variant(host, "empty", EMPTY)), host.curves(DFT), 1e-6)
+
+
+LATER = (
+    'return output, partial(loss_func, batch["loss_mask"])',
+    'return FORM(output), partial(loss_func, batch["loss_mask"] if get_args().curr_iteration == 0 '
+    'else torch.ones_like(batch["loss_mask"]))',
+)
+
+
+@pytest.mark.parametrize("form", ["tensor", "list"])
+def test_mask_that_counts_tokens_without_a_loss_later_ends_the_run(host, form):
+    """At the latest when pretrain() ends; in the first micro-batch it is refused at once."""
+    changes = [(LATER[0], LATER[1].replace("FORM", "" if form == "tensor" else "(lambda x: [x] if last else x)"))]
+    if form == "list":
+        changes.append(("output.view(-1).float()", "output[0].view(-1).float()"))
+    code, output = host.start(DFT, script=variant(host, f"later_{form}", *changes))
+    assert code != 0 and "its loss mask counts tokens that have no loss" in output
 
 
 def test_channels_that_no_label_carries_end_the_run(host):

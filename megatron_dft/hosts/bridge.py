@@ -22,9 +22,9 @@ from typing import Any
 from megatron_dft.config import DFTConfig
 from megatron_dft.hosts import compat
 from megatron_dft.hosts.hook import Installation, install, with_metrics
-from megatron_dft.hosts.iterations import TOKENS_PER_SECOND, Means, as_losses, micro_batches
-from megatron_dft.hosts.loss_head import ignore_masked
-from megatron_dft.metrics import CHANNEL, VALID_TOKENS, Detail, MetricAccumulator
+from megatron_dft.hosts.iterations import TOKENS_PER_SECOND, Means, means_over_tokens, micro_batches
+from megatron_dft.hosts.loss_head import LossHead, ignore_masked
+from megatron_dft.metrics import VALID_TOKENS, Detail, MetricAccumulator
 from megatron_dft.objectives import Objective
 
 
@@ -192,9 +192,8 @@ class Progress:
         self.start = time.perf_counter()
 
     def after_step(self, context: Any) -> None:
-        for installation in self.installations:
-            for binding in installation.bindings:
-                binding.head.check_trained()
+        for head in self._heads():
+            head.check_trained()
         losses = context.loss_dict
         if losses:  # on the last pipeline stage
             self.means.fill(losses)
@@ -204,14 +203,17 @@ class Progress:
         self.objective.begin(context.state.train_state.step)
 
     def after_evaluation(self, context: Any) -> None:
-        from megatron.core import parallel_state
-
         losses = context.total_loss_dict
         if losses:
-            values = self.validation.take(parallel_state.get_data_parallel_group(with_context_parallel=True))
-            for name in [name for name in losses if name.startswith(CHANNEL) and name not in values]:
-                del losses[name]
-            losses.update(as_losses(values))
+            means = means_over_tokens(losses, self.validation)
+            losses.clear()
+            losses.update(means)
+        for head in self._heads():
+            head.check_counted()
+
+    def _heads(self) -> Iterator[LossHead]:
+        for installation in self.installations:
+            yield from (binding.head for binding in installation.bindings)
 
 
 def _hook_model(model: Any, hook: Callable[[list], list]) -> None:

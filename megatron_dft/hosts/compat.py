@@ -7,6 +7,7 @@ The checks on settings take Megatron's argparse namespace or its TransformerConf
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -218,6 +219,16 @@ def check_loss_values(count: int, settings: Any) -> None:
         )
 
 
+def check_num_tokens(num_tokens: Any, given: Tensor) -> None:
+    """Refuse a loss_func whose mask is not among its arguments, and which counts more tokens than the model's mask."""
+    counted, valid = int(num_tokens), int((given != 0).sum())
+    if counted > valid:
+        raise ValueError(
+            f"loss_func: it counts {counted} tokens, and the loss_mask given to the model has {valid}; its own mask is "
+            "not known: return functools.partial(loss_func, loss_mask, ...), as Megatron's scripts do"
+        )
+
+
 def model_with_loss(chunk: torch.nn.Module) -> Any | None:
     """The module that computes the loss, below DDP, Float16Module or LLaVA; None where this stage has none.
 
@@ -246,14 +257,15 @@ def upstream_faults(settings: Any) -> Iterator[str]:
     See the table "Faults of Megatron itself" in the README.
     """
     per_token = getattr(settings, "calculate_per_token_loss", False)
-    several = any((getattr(settings, name, 1) or 1) > 1 for name in ("data_parallel_size", "context_parallel_size"))
+    tp, pp = (getattr(settings, f"{axis}_model_parallel_size", 1) for axis in ("tensor", "pipeline"))
+    several = int(os.environ.get("WORLD_SIZE", "1")) > tp * pp  # ranks with tokens of their own
     if has_mtp(settings) and per_token and several:
         yield (
             "multi-token prediction: Megatron divides the loss of its heads by each rank's own token count, so their "
             "gradient depends on the layout, and logs `mtp_1 loss` as a mean over ranks "
             "(github.com/NVIDIA/Megatron-LM/issues/7452, number 3); the main loss is not affected"
         )
-    experts, tp = getattr(settings, "num_experts", None), getattr(settings, "tensor_model_parallel_size", 1)
+    experts = getattr(settings, "num_experts", None) or getattr(settings, "num_moe_experts", None)
     balancing = getattr(settings, "moe_router_load_balancing_type", "none")
     if experts and tp > 1 and per_token and balancing not in ("none", ["none"]):
         yield (

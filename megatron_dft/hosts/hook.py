@@ -117,13 +117,12 @@ def with_metrics(
     """
     if not config.enabled:
         return forward_step
-    report, signature = _Report(config, micro_batches, validation), inspect.signature(forward_step)
+    report = _Report(config, micro_batches, validation)
 
     @functools.wraps(forward_step)
     def wrapped(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
         # (data_iterator, model), and in Bridge (state, data_iterator, model).
-        given = signature.bind(*args, **kwargs).arguments
-        head = head_of(given["model"] if "model" in given else args[1])
+        head = head_of(next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.nn.Module)), None))
         if head is not None:
             head.start()
         output, loss_func = forward_step(*args, **kwargs)
@@ -236,7 +235,7 @@ def _build_schedule_plan(host: Callable[..., Any], head: LossHead, *args: Any, *
 
 
 class _Report:
-    """The loss_func of a host, with our metrics in its report."""
+    """Wraps loss_func: checks its mask, and adds our metrics to its report."""
 
     def __init__(
         self, config: DFTConfig, micro_batches: Callable[[], int] | None, validation: MetricAccumulator | None
@@ -250,7 +249,7 @@ class _Report:
     def of(
         self, loss_func: Callable[..., Any], head: LossHead | None, take: Callable[[], MicroBatch | None]
     ) -> Callable[..., Any]:
-        """`take` returns the statistics of the micro-batch."""
+        """The same loss_func, reporting our metrics; `take` returns the statistics of the micro-batch."""
 
         @functools.wraps(loss_func)
         def wrapped(output: Any, **kwargs: Any) -> Any:
@@ -269,16 +268,30 @@ class _Report:
                 mask = others[0]
             else:
                 mask = compat.loss_mask_of(loss_func, micro_batch.inputs.loss_mask, micro_batch.shape.numel())
-            ignored = self._ignored(micro_batch, mask)
+            _check_shape("loss mask", mask, micro_batch.shape)
+            without_loss = _counted_without_loss(micro_batch, mask)
+            head.note_counted(without_loss)
+            first = not (self.checked or (mask.is_cuda and torch.cuda.is_current_stream_capturing()))
+            if first:
+                self._check_labels(micro_batch)
+                head.check_counted()
             if isinstance(losses, Tensor):  # in a list or a dict it is left as it is
-                losses = self._masked(micro_batch, losses, mask, ignored)
+                _check_shape("output", losses, micro_batch.shape)
+                # A masked token contributes nothing, even where its NLL is inf or NaN.
+                losses = losses.masked_fill(mask.reshape(losses.shape) == 0.0, 0.0)
+                losses = losses.masked_fill(without_loss.reshape(losses.shape), math.nan)
                 output = (losses, *others) if isinstance(output, tuple) else losses
             *values, report = loss_func(output, **kwargs)
             compat.check_loss_values(len(values), head.model.config)
+            if first and len(values) > 1 and mask is micro_batch.inputs.loss_mask:
+                compat.check_num_tokens(values[1], mask)
+            self.checked = self.checked or first
             ours = self._pairs(micro_batch, mask, values[1] if len(values) > 1 else mask.sum())
-            if self.validation is not None and not torch.is_grad_enabled():
-                pairs = {name: x for name, x in {**report, **ours}.items() if isinstance(x, Tensor) and x.numel() == 2}
-                self.validation.add(pairs)
+            if not torch.is_grad_enabled():
+                if self.validation is not None:
+                    both = {**report, **ours}.items()
+                    self.validation.add({name: x for name, x in both if isinstance(x, Tensor) and x.numel() == 2})
+                ours = {name: pair for name, pair in ours.items() if not is_total(name)}
             return *values, {**report, **ours}
 
         return wrapped
@@ -301,36 +314,23 @@ class _Report:
         pairs[VALID_TOKENS] = torch.as_tensor(num_tokens, dtype=torch.float64, device=mask.device).detach().expand(2)
         return {name: _as_total(pair, share) if is_total(name) else pair for name, pair in pairs.items()}
 
-    def _ignored(self, micro_batch: MicroBatch, mask: Tensor) -> Tensor:
-        """Tokens, [b, s], that have no loss: masked for the model, or labelled -100.
-
-        Refuses a loss mask that is not that of these tokens. Its values are compared in the first micro-batch.
-        """
-        _check_shape("loss mask", mask, micro_batch.shape)
-        labels, given, named = micro_batch.inputs.labels, micro_batch.inputs.loss_mask, self.config.channels
-        ignored = labels == IGNORE_INDEX
-        if given is not None:
-            ignored = ignored | (given.reshape(labels.shape) == 0)
-        if self.checked or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return ignored
-        self.checked = True
-        if named and (labels >> SHIFT > 0).any():
+    def _check_labels(self, micro_batch: MicroBatch) -> None:
+        """Refuse channels that have no name, in the first micro-batch."""
+        named, number = self.config.channels, micro_batch.inputs.labels >> SHIFT
+        if named and (number > 0).any():
             raise ValueError(
-                f"--loss-channels {named}: the labels carry channel number {int((labels >> SHIFT).max())}, which has "
-                "no name; name every channel of the data"
+                f"--loss-channels {named}: the labels carry channel number {int(number.max())}, which has no name; "
+                "name every channel of the data"
             )
-        if ((mask.reshape(labels.shape) != 0) & ignored).any():
-            raise ValueError(
-                "loss_func: its loss mask counts tokens that have no loss, because their label is -100 or the "
-                "loss_mask given to the model leaves them out; give both the same mask, 0 where the label is -100"
-            )
-        return ignored
 
-    def _masked(self, micro_batch: MicroBatch, losses: Tensor, mask: Tensor, ignored: Tensor) -> Tensor:
-        """A masked token contributes nothing, even where its NLL is inf or NaN; one without a loss is never counted."""
-        _check_shape("output", losses, micro_batch.shape)
-        mask, ignored = mask.reshape(losses.shape) == 0.0, ignored.reshape(losses.shape)
-        return losses.masked_fill(mask, 0.0).masked_fill(ignored & ~mask, math.nan)
+
+def _counted_without_loss(micro_batch: MicroBatch, mask: Tensor) -> Tensor:
+    """Tokens, [b, s], that the loss mask counts although they have no loss: masked for the model, or labelled -100."""
+    labels, given = micro_batch.inputs.labels, micro_batch.inputs.loss_mask
+    ignored = labels == IGNORE_INDEX
+    if given is not None:
+        ignored = ignored | (given.reshape(labels.shape) == 0)
+    return (mask.reshape(labels.shape) != 0) & ignored
 
 
 def _check_shape(what: str, x: Tensor, shape: torch.Size) -> None:

@@ -1,6 +1,6 @@
 """What Megatron-LM's training loop needs once per iteration, evaluation and checkpoint.
 
-    iteration     a scheduled objective begins it; `valid tokens per second` joins the losses that are logged
+    iteration     sets that of a scheduled objective; `valid tokens per second` joins the losses that are logged
     total         `valid tokens total`, since the training began: to TensorBoard and Weights & Biases. The console
                   shows means over --log-interval, so it is not in there. Checkpoints keep it
     evaluation    each metric is the sum over the count of all its tokens, whatever the host averages
@@ -8,15 +8,15 @@
 The counts are in the reports of micro-batches, which Megatron adds up over ranks. When its rerun state machine repeats
 a step, only the pass that Megatron keeps is counted. They cost no collective of their own.
 
-Cost: no host-device sync. One all-reduce per evaluation, and one of 8 bytes per checkpoint, because the rank that
-writes Megatron's arguments is not on the last pipeline stage.
+Cost per iteration: no host-device sync, but for the writers, which read what they log. One all-reduce per evaluation,
+and one of 8 bytes per checkpoint, because the rank that writes Megatron's arguments is not on the last pipeline stage.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -71,10 +71,11 @@ class Progress:
         objective: Objective,
         detail: Detail,
         validation: MetricAccumulator,
-        after_step: Callable[[], None] = lambda: None,  # raises ValueError for a step that did not train the objective
+        check_step: Callable[[], None],  # raises ValueError for a step that did not train the objective
+        check_masks: Callable[[], None],  # raises ValueError if a loss mask counted a token without a loss
     ) -> None:
         self.objective, self.validation, self.means = objective, validation, Means(detail)
-        self.after_step = after_step
+        self.check_step, self.check_masks = check_step, check_masks
         self.begun = False
         self.channels = detail.channels[1:]  # those that have a name
         self.named: Tensor | None = None  # tokens of them so far
@@ -96,7 +97,7 @@ class Progress:
             self.begun = True
             start = time.perf_counter()
             losses, *rest = train_step(*args, **kwargs)
-            self.after_step()
+            self.check_step()
             if losses:  # on the last pipeline stage
                 losses = self.means.fill(dict(losses))
                 if VALID_TOKENS in losses:
@@ -106,7 +107,7 @@ class Progress:
 
         return wrapped
 
-    def check(self) -> None:
+    def check_channels(self) -> None:
         """Raises ValueError if channels are configured and no label of the run carried one."""
         if self.named is not None and not self.named:
             raise ValueError(
@@ -140,7 +141,6 @@ class Progress:
                 writer.log({TOKENS_TOTAL: self.total}, iteration)
 
     def _evaluate(self, evaluate: Callable[..., Any]) -> Callable[..., Any]:
-        from megatron.core import parallel_state
         from megatron.training import get_args
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -148,9 +148,8 @@ class Progress:
                 self.objective.begin(getattr(get_args(), "iteration", 0))
             losses, *rest = evaluate(*args, **kwargs)
             if losses:
-                values = self.validation.take(parallel_state.get_data_parallel_group(with_context_parallel=True))
-                missing = [name for name in losses if name.startswith(CHANNEL) and name not in values]
-                losses = {name: x for name, x in losses.items() if name not in missing} | as_losses(values)
+                losses = means_over_tokens(losses, self.validation)
+            self.check_masks()
             return losses, *rest
 
         return wrapped
@@ -159,6 +158,7 @@ class Progress:
         from megatron.training import get_args
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
+            self.check_masks()
             run = get_args()
             device = torch.device("cuda", torch.cuda.current_device())
             before = torch.tensor(getattr(run, TOTAL, 0), dtype=torch.float64, device=device)
@@ -170,9 +170,13 @@ class Progress:
         return wrapped
 
 
-def as_losses(values: dict[str, float]) -> dict[str, Tensor]:
-    """Numbers in the form in which a host logs its losses."""
-    return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+def means_over_tokens(losses: Mapping[str, Tensor], validation: MetricAccumulator) -> dict[str, Tensor]:
+    """The losses of an evaluation, as a host has averaged them -> sums over counts of all its tokens. Collective."""
+    from megatron.core import parallel_state
+
+    values = validation.take(parallel_state.get_data_parallel_group(with_context_parallel=True))
+    kept = {name: x for name, x in losses.items() if name in values or not name.startswith(CHANNEL)}
+    return kept | {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
 
 
 def _check_checkpoint_args(check_checkpoint_args: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,8 +6,8 @@
                                                                                       not materialized (linear_fused)
 
 `Inputs` are what the model's forward was called with: labels, loss mask, channels. Labels become targets in one place:
-transposed, and ignored where the loss mask is 0. So the loss, its gradient and its statistics are those of valid
-tokens alone, and both paths agree. Any other labels passed to the loss are those of multi-token prediction.
+transposed, and ignored where the loss mask is 0. Loss, gradient and statistics cover valid tokens only, in
+both paths. Any other labels passed to the loss are those of multi-token prediction.
 
 The output layer stays Megatron's own module. For compaction it is called, on fewer rows. Under sequence parallelism
 its input is gathered first, so its linear function is called without the layer's own gather. For linear_fused its
@@ -95,6 +95,7 @@ class LossHead:
         self.inputs: Inputs | None = None  # of the forward pass that runs; None once its loss is computed
         self._bypassed: list[Tensor | None] = []  # the weight, when hidden states come instead of logits
         self.computed, self.trained = 0, 0  # losses under autograd, and how many of them a gradient has reached
+        self.counted: Tensor | None = None  # whether a loss mask counted a token without a loss
         self._recording = False
         self._micro_batches: list[MicroBatch] = []
 
@@ -153,7 +154,7 @@ class LossHead:
         if self.split is not None and not compat.has_mtp(self.model.config):
             raise ValueError(
                 "--loss-linear-fused: expected hidden states, got logits that were computed already; call the model, "
-                "model(...), not model.forward(...), which passes by its hooks"
+                "model(...), not model.forward(...), which skips its hooks"
             )
         compat.check_width(self.model, logits)
         inputs = self._inputs_of(labels)
@@ -242,6 +243,19 @@ class LossHead:
 
     def _count_backward(self, gradient: Tensor) -> None:
         self.trained += 1
+
+    def note_counted(self, without_loss: Tensor) -> None:
+        """Remember whether a loss mask counted a token that has no loss; on the device."""
+        any_token = without_loss.any()
+        self.counted = any_token if self.counted is None else self.counted | any_token
+
+    def check_counted(self) -> None:
+        """One host-device sync. Raises ValueError if a loss mask counted a token that has no loss."""
+        if self.counted is not None and self.counted:
+            raise ValueError(
+                "loss_func: its loss mask counts tokens that have no loss, because their label is -100 or the "
+                "loss_mask given to the model leaves them out; give both the same mask, 0 where the label is -100"
+            )
 
     def check_trained(self) -> None:
         """After a training step. Raises ValueError if a loss was computed and another one was trained on."""

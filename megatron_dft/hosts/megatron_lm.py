@@ -11,13 +11,14 @@ import contextlib
 import functools
 import inspect
 from argparse import ArgumentParser
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from megatron_dft.config import DFTConfig
 from megatron_dft.hosts import compat, sft
 from megatron_dft.hosts.hook import Installation, install, with_metrics
 from megatron_dft.hosts.iterations import Progress, micro_batches
+from megatron_dft.hosts.loss_head import LossHead
 from megatron_dft.hosts.patches import TRAINING, Patches
 from megatron_dft.metrics import MetricAccumulator
 
@@ -25,42 +26,55 @@ DATASETS = "train_valid_test_dataset_provider"
 PRETRAIN = f"{TRAINING}:pretrain"
 
 
+NEVER_CALLED = (
+    "the script ended without a call of Megatron's pretrain(); with a training loop of your own call "
+    "megatron_dft.install() in it, and start it without this launcher"
+)
+
+
 class Run:
-    """One script with an objective: what is replaced for it, and what the loss was bound on."""
+    """One script with an objective: what is replaced for it, and whether its last pretrain() trained with it."""
 
     def __init__(self, config: DFTConfig) -> None:
         self.config = config
         self.patches = Patches()
-        self.pretrain_calls, self.failed = 0, False  # whether the last pretrain() ended with an error
-        self.installations: list[Installation] = []
-        self.progress: Progress | None = None
+        self.failure = NEVER_CALLED  # why the objective is not trained with; empty after a pretrain() that did
+        self.installations: list[Installation] = []  # of the pretrain() that runs
+
+    def heads(self) -> Iterator[LossHead]:
+        """The losses on this rank."""
+        for installation in self.installations:
+            yield from (binding.head for binding in installation.bindings)
 
     def check_step(self) -> None:
         """After a training step. Raises ValueError if it trained on another loss."""
-        for installation in self.installations:
-            for binding in installation.bindings:
-                binding.head.check_trained()
+        for head in self.heads():
+            head.check_trained()
+
+    def check_masks(self) -> None:
+        """Raises ValueError if a loss mask counted a token without a loss. One host-device sync."""
+        for head in self.heads():
+            head.check_counted()
+
+    def begin(self) -> None:
+        """Before a pretrain()."""
+        self.failure = "pretrain() ended with an error that the script has caught"
+
+    def end(self, progress: Progress) -> None:
+        """After it. Raises ValueError if it did not train with the objective."""
+        if not self.installations:
+            raise ValueError(
+                f"--loss-type {self.config.loss_type}: pretrain() built no model through model_provider or "
+                "model.pre_wrap_hooks, so the objective was not applied; build the model through one of them"
+            )
+        self.check_masks()
+        progress.check_channels()
+        self.failure = ""
 
     def check(self) -> None:
-        """Call it when the script has ended.
-
-        Raises:
-            ValueError: if the objective never reached a model, with the reason.
-        """
-        if not self.pretrain_calls:
-            reason = "the script ended without a call of Megatron's pretrain()"
-        elif self.failed:
-            reason = "pretrain() ended with an error, which the script has passed over"
-        elif not self.installations:
-            reason = "pretrain() built no model through model_provider or model.pre_wrap_hooks"
-        else:
-            if self.progress is not None:
-                self.progress.check()
-            return
-        raise ValueError(
-            f"--loss-type {self.config.loss_type}: the objective was never applied, because {reason}; start a training "
-            "loop of your own without this launcher, and call megatron_dft.install() in it"
-        )
+        """When the script has ended. Raises ValueError, with the reason, if it did not train with the objective."""
+        if self.failure:
+            raise ValueError(f"--loss-type {self.config.loss_type}: the objective was not applied: {self.failure}")
 
 
 def enable(
@@ -96,18 +110,20 @@ def enable(
 
     def with_objective(pretrain: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            run.pretrain_calls, run.failed = run.pretrain_calls + 1, True
+            run.begin()
             call = signature.bind(*args, **kwargs)
             prepare(call)
             with Patches() as patches, contextlib.ExitStack() as undo:
-                run.progress = _prepare(call, _settings(call), run, undo)
-                run.progress.follow(patches)
+                undo.callback(run.installations.clear)
+                progress = _prepare(call, _settings(call), run, undo)
+                progress.follow(patches)
                 try:
                     result = pretrain(*call.args, **call.kwargs)
                 except SystemExit as error:  # as after --exit-interval
-                    run.failed = error.code not in (None, 0)
+                    if error.code in (None, 0):
+                        run.end(progress)
                     raise
-            run.failed = False
+                run.end(progress)
             flush_tensorboard()
             finish()
             return result
@@ -167,7 +183,7 @@ def _prepare(call: inspect.BoundArguments, settings: Any, run: Run, undo: contex
     _hook_model(call, functools.partial(_install, run=run), undo)
     call.arguments[DATASETS] = sft.with_checks(call.arguments[DATASETS], settings, config.detail.channels)
     _announce(settings, config)
-    return Progress(config.objective, config.detail, validation, run.check_step)
+    return Progress(config.objective, config.detail, validation, run.check_step, run.check_masks)
 
 
 def _install(chunks: list, run: Run) -> list:

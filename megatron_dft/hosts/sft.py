@@ -103,8 +103,8 @@ def _refuse_damage(settings: Any, error: Exception | None) -> None:
     for path in filter(os.path.isfile, data_paths(settings)):
         if reason := damage(path):
             raise ValueError(
-                f"{reason}; expected lines that all train, got one that cannot; python -m megatron_dft.data names all "
-                "of them and writes a file without them"
+                f"{reason}, so nothing in this line can be trained on; python -m megatron_dft.data names all such "
+                "lines and writes a file without them"
             ) from error
 
 
@@ -219,7 +219,7 @@ def _by_megatron(host: Any, conversation: Conversation) -> Encoded | ValueError:
 
 
 class ChannelDataset(torch.utils.data.Dataset):
-    """Megatron's data set for --sft, with channels on its labels; it answers for everything else of the data set."""
+    """Megatron's data set for --sft, with channels on its labels. Delegates all other attributes."""
 
     def __init__(self, dataset: Any, names: tuple[str, ...]) -> None:
         self.dataset = dataset
@@ -258,7 +258,8 @@ def _parts(provided: Any) -> Iterator[Any]:
 def _replaced(provided: Any, replace: Callable[[Any], Any]) -> Any:
     """The same lists and blends, of replaced data sets."""
     if isinstance(provided, (list, tuple)):
-        return type(provided)(_replaced(item, replace) for item in provided)
+        items = [_replaced(item, replace) for item in provided]
+        return provided._make(items) if hasattr(provided, "_make") else type(provided)(items)  # a namedtuple
     if hasattr(provided, "datasets"):
         provided.datasets = _replaced(provided.datasets, replace)
         return provided
