@@ -262,8 +262,8 @@ def test_the_log_says_once_what_is_different(host):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ("--no-loss-compact-masked-tokens", "masked tokens pass through the output layer, as asked for\n"),
-        ("--loss-linear-fused", "masked tokens skip the output layer; it is computed with the loss, 8192 words at"),
+        ("--no-loss-compact-masked-tokens", "masked tokens pass through the output layer, as requested\n"),
+        ("--loss-linear-fused", "masked tokens skip the output layer; it is computed with the loss, 8192 columns at"),
     ],
 )
 def test_the_log_says_what_the_output_layer_is_spared(host, flags, said):

@@ -40,7 +40,7 @@ def check_pretrain(signature: inspect.Signature) -> None:
 
 
 def check_settings(settings: Any, config: DFTConfig) -> None:
-    """Refuse, before a model is built, what the objective would silently fight with."""
+    """Raise ValueError for settings that are incompatible with a custom loss; before a model is built."""
     refuse_label_smoothing(getattr(settings, "label_smoothing", 0.0) or 0.0)
     for name, description in OTHER_LOSSES.items():
         if getattr(settings, name, None):
@@ -111,7 +111,7 @@ def check_model(model: Any, config: DFTConfig) -> None:
 
 
 def compacts(model: Any, config: DFTConfig) -> bool:
-    """Whether masked tokens skip the output layer of this model; refused where that was asked for and cannot be."""
+    """Whether masked tokens skip the output layer of this model; refused where that is requested and not possible."""
     obstacle = compaction_obstacle(model)
     if config.compact_masked_tokens and obstacle:
         raise ValueError(
@@ -131,18 +131,18 @@ def compaction_obstacle(model: Any) -> str | None:
 
 
 def describe_output_layer(model: Any, config: DFTConfig) -> str:
-    """For the log: what the output layer of this model is spared."""
+    """For the log: whether masked tokens skip the output layer of this model, and why."""
     chunk = config.split().vocab_chunk
-    way = f"; it is computed with the loss, {chunk} words at a time" if config.linear_fused else ""
+    way = f"; it is computed with the loss, {chunk} columns at a time" if config.linear_fused else ""
     if compacts(model, config):
         return f"masked tokens skip the output layer{way}"
-    asked = config.compact_masked_tokens is False
-    reason = "as asked for" if asked else f"because of {compaction_obstacle(model)}"
+    requested = config.compact_masked_tokens is False
+    reason = "as requested" if requested else f"because of {compaction_obstacle(model)}"
     return f"masked tokens pass through the output layer, {reason}{way}"
 
 
 def check_forward(model: Any, given: Mapping[str, Any]) -> None:
-    """Refuse arguments of a forward pass with labels that want the place that the loss has taken."""
+    """Refuse forward arguments that conflict with a loss computed from hidden states."""
     if given.get(OUTPUT_PROCESSOR) is not None:
         raise ValueError(
             f"{OUTPUT_PROCESSOR}: expected none beside a loss that starts at the hidden states, got one; pass "
@@ -309,7 +309,7 @@ def _obstacle(model: Any) -> str | None:
 
 
 def _plain_forwards(column_parallel_linear: Any) -> tuple[Any, ...]:
-    """Of ColumnParallelLinear, and of the subclass on Megatron's dev branch that calls it unless asked for a loss."""
+    """Of ColumnParallelLinear, and of the subclass on Megatron's dev branch, which calls it for logits."""
     try:
         from megatron.core.transformer.linear_cross_entropy import LinearCrossEntropyModule
     except ImportError:

@@ -1,8 +1,8 @@
 """The two places where a Megatron host meets the loss.
 
     model        LanguageModule.compute_language_model_loss(labels, logits) -> per-token loss, bound on the instances
-                 (`install`). Every Megatron model, version and native cross-entropy fusion goes through it. It returns
-                 the NLL and sends back the objective's gradient: `lm loss`, perplexity and NaN checks keep their
+                 (`install`). Every Megatron model, version and native cross-entropy fusion goes through it. Forward
+                 returns the NLL, backward the objective's gradient: `lm loss`, perplexity and NaN checks keep their
                  meaning. A loss that starts at the hidden states is the `output_processor` of GPTModel.forward; a
                  model without one (HybridModel) has its output layer bypassed for one call.
     loss_func    what forward_step returns beside the output (`with_metrics`). Its report gains the metrics, and every
@@ -12,7 +12,7 @@ The statistics of a micro-batch stay in the `LossHead` of its model until forwar
 takes them. Under interleaved schedules several micro-batches are in flight; each loss_func holds its own.
 
 Nothing is patched on a class or a module, so other models in the process (a reference model, an RL policy) keep the
-stock cross entropy. Left out: how a host is reached; see `megatron_lm`.
+stock cross entropy. How each host calls this is in `megatron_lm`, `bridge` and `nemo`.
 """
 
 from __future__ import annotations
@@ -108,12 +108,12 @@ def with_metrics(
         micro_batches: called during training, returns the number of micro-batches of an iteration on all data- and
             context-parallel ranks together. Each total (`valid tokens`, tokens by channel) is reported with its inverse
             as the count. None: totals are not reported.
-        validation: receives the pairs of each micro-batch that is evaluated, for a host whose own average is not one
-            over tokens.
+        validation: receives the pairs of each micro-batch in evaluation, for hosts that do not average validation over
+            tokens.
 
     Raises:
-        ValueError: for a callback that cannot be found. In the first micro-batch: if the loss of the model was not
-            bound by install(), or the loss mask does not fit it.
+        ValueError: for a callback that cannot be found. In a training step: if the loss of the model was not bound by
+            install(), or the loss mask does not fit it; the values of the mask are checked in the first micro-batch.
     """
     if not config.enabled:
         return forward_step

@@ -6,8 +6,8 @@
                                                                                       not materialized (linear_fused)
 
 `Inputs` are what the model's forward was called with: labels, loss mask, channels. Labels become targets in one place:
-transposed, and ignored where the loss mask is 0. Loss, gradient and statistics cover valid tokens only, in
-both paths. Any other labels passed to the loss are those of multi-token prediction.
+transposed, and ignored where the loss mask is 0. Loss, gradient and statistics cover valid tokens only, in both paths.
+Any other labels passed to the loss are those of multi-token prediction.
 
 The output layer stays Megatron's own module. For compaction it is called, on fewer rows. Under sequence parallelism
 its input is gathered first, so its linear function is called without the layer's own gather. For linear_fused its

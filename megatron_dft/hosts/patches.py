@@ -1,8 +1,9 @@
 """Every function of Megatron that is replaced, why, and which official seam is missing.
 
 `Patches` applies them and undoes them. Nothing else in this package assigns to an attribute of a module or class of
-Megatron. A function is replaced in every module that holds it under any name, because scripts and packages re-export
-functions (`megatron.training.pretrain` is `megatron.training.training.pretrain`).
+Megatron; `cpu.py` changes the default of one argument (`allow_no_cuda`) in place. A function is replaced in every module
+that holds it under any name, because scripts and packages re-export functions (`megatron.training.pretrain` is
+`megatron.training.training.pretrain`).
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ REGISTRY = (
     Patch(
         "megatron.core.transformer.multi_token_prediction:is_inference_column_parallel_linear",
         EMULATION,
-        "answers no",
+        "returns False",
         "it compares with classes that exist with Transformer Engine only",
         "0.19 - dev",
     ),
@@ -102,7 +103,7 @@ REGISTRY = (
     Patch(
         "megatron.training.initialize:_warmup_jit_function",
         EMULATION,
-        "does nothing: it would draw from the only random stream, as much as the layout asks for",
+        "is disabled: it would draw random numbers from the only stream, a number that depends on the layout",
         "cannot be turned off",
     ),
     Patch(
@@ -114,7 +115,7 @@ REGISTRY = (
     Patch(
         "megatron.bridge.training.initialize:_warmup_jit_function",
         f"{EMULATION}, Bridge",
-        "does nothing, as above",
+        "is disabled, as above",
         "cannot be turned off",
         "Bridge 0.6",
     ),
@@ -135,7 +136,7 @@ REGISTRY = (
     Patch(
         "megatron.core.datasets.utils:compile_helpers",
         EMULATION,
-        "does nothing where a compiled helpers_cpp is installed",
+        "is disabled where a compiled helpers_cpp is installed",
         "a checkout always calls make",
     ),
     Patch(
@@ -226,7 +227,7 @@ class Patches:
 
 def table() -> str:
     """The registry as Markdown, for CONTRIBUTING.md."""
-    rows = ["| replaced | when | what it does then | missing seam | Megatron |", "|---|---|---|---|---|"]
+    rows = ["| replaced | when | replacement | missing seam | Megatron |", "|---|---|---|---|---|"]
     for patch in REGISTRY:
         name = patch.target.replace(":", ".").replace("__", r"\_\_")
         rows.append(f"| {name} | {patch.when} | {patch.why} | {patch.missing_seam} | {patch.versions} |")
