@@ -1,8 +1,8 @@
 """Every function of Megatron that is replaced, why, and which official seam is missing.
 
 `Patches` applies them and undoes them. Nothing else in this package assigns to an attribute of a module or class of
-Megatron; `cpu.py` changes the default of one argument (`allow_no_cuda`) in place. A function is replaced in every module
-that holds it under any name, because scripts and packages re-export functions (`megatron.training.pretrain` is
+Megatron; `cpu.py` changes the default of one argument (`allow_no_cuda`) in place. A function is replaced in every
+module that holds it under any name, because scripts and packages re-export functions (`megatron.training.pretrain` is
 `megatron.training.training.pretrain`).
 """
 
