@@ -122,6 +122,8 @@ class DFTCallback(Callback, io.IOMixin):
         """Log means over all tokens of the batch, on the ranks that NeMo logs from."""
         if not self.config.enabled:
             return
+        for head in self._heads():
+            head.check_trained()
         prefix = "val " if step.forward_only else ""
         pairs, detail = self._over_all_ranks(), self.config.detail
         details = torch.stack([pairs.pop(name) for name in detail.names]) if detail.names else torch.empty(0, 2)
