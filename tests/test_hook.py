@@ -406,11 +406,13 @@ def test_masked_token_contributes_nothing_whatever_its_loss(own_mask):
     stats = TokenStats(-nll.t(), torch.ones(3, 1, dtype=torch.bool), loss=(prob * nll).t(), gate=prob.t())
     micro_batch = MicroBatch(stats, None, Inputs(torch.zeros(1, 3, dtype=torch.int64), None, None))
     result = ((nll, mask), torch.ones(1, 3)) if own_mask else (nll, mask)
-    head = SimpleNamespace(model=SimpleNamespace(config=None))
+    counted = []
+    head = SimpleNamespace(model=SimpleNamespace(config=None), note_counted=counted.append, check_counted=lambda: None)
     report = hook._Report(DFTConfig("dft"), None, None)
     func = report.of(partial(loss_func_of_either, result[1]), head, lambda: micro_batch)
     loss, tokens, report = func(result[0])
     assert (loss.item(), tokens.item()) == (0.5, 1)
+    assert [without_loss.any().item() for without_loss in counted] == [False]
     assert report["dft prob"].tolist() == pytest.approx([math.exp(-0.5), 1.0])
     assert report["dft loss"].tolist() == pytest.approx([0.5 * math.exp(-0.5), 1.0])
 
