@@ -18,7 +18,6 @@ import functools
 import importlib.util
 import json
 import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -110,11 +109,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
 def _one_rank_alone() -> None:
     """What torchrun would have set."""
     if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # any free port: no other rank looks for it
 
 
 if __name__ == "__main__":

@@ -1,8 +1,37 @@
-"""Where there is no GPU, Triton kernels run in Triton's interpreter, which has to be said before triton is imported."""
+"""Fixtures of several test modules. Where there is no GPU, Triton kernels run in Triton's interpreter."""
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory, request):
+    """Runs of a module, which share a folder."""
+    from host_runs import Host
+
+    return Host(tmp_path_factory.mktemp(request.module.__name__))
+
+
+@pytest.fixture(scope="session")
+def chat(tmp_path_factory):
+    """Runs on packed conversations."""
+    pytest.importorskip("megatron.training")
+    pytest.importorskip("tensorboard")
+    from chat_runs import ChatHost
+
+    return ChatHost(tmp_path_factory.mktemp("chat"))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(chat):
+    """Flags to load the weights that every layout starts from, so that initialisation per stage does not matter."""
+    from chat_runs import CHAT_STEPS
+
+    path = chat.folder / "checkpoint"
+    chat.curves(f"{chat.sft} --save {path} --save-interval {CHAT_STEPS}")
+    return f"--load {path} --finetune"

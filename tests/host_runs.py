@@ -1,36 +1,29 @@
 """Run training scripts through Megatron's own pretrain() on real CPU ranks, a second or two each.
 
-Importing Megatron takes longer than a small run. So ranks are forked from a server process that imports it once, and
-otherwise start as torchrun starts them: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment.
+Ranks are forked (`ranks`) and otherwise start as torchrun starts them: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT
+in the environment, and the store of an agent.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
-import multiprocessing
 import os
 import re
 import runpy
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
 
 import pytest
 from demo import read_curves
+from ranks import FORK, ROOT, Rendezvous
 
-ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "pretrain_gpt.py"
 SCRIPT = ROOT / "tests" / "training_script.py"
 BRIDGE = ROOT / "tests" / "bridge_recipe.py"  # which has none of its own: --recipe bridge_recipe:tiny
 UNTIMED = re.compile("lm loss|dft |channel/|grad-norm|learning-rate|mtp|valid tokens(?! per)")
-FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["host_preload"])
-
-# The server finds modules to preload here; it passes over those that it does not find.
-os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def megatron_has(path: str, text: str) -> bool:
@@ -81,11 +74,9 @@ class Run:
         self, folder: Path, script: Path, words: list[str], ranks: int, alone: bool, environment: dict[str, str]
     ) -> None:
         self.folder = folder
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
+        self.rendezvous = Rendezvous()
         size = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-        environment = environment | size | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = environment | size | self.rendezvous.environment
         self.processes = [
             FORK.Process(target=_rank, args=(str(rank), environment, folder, script, words, alone))
             for rank in range(ranks)

@@ -1,9 +1,14 @@
-"""Run a function on real ranks: spawned processes, gloo, a FileStore in a temporary folder (no ports)."""
+"""Real ranks for the whole pytest run: processes over gloo, forked from one server that has imported what they need.
+
+Importing torch and Megatron takes longer than most tests. The fork server imports both once and becomes a CPU rank of
+Megatron (`rank_preload`); each rank is a fresh fork of it, so nothing is left over from one launch to the next.
+"""
 
 from __future__ import annotations
 
 import faulthandler
 import importlib.util
+import multiprocessing
 import os
 import signal
 import tempfile
@@ -18,8 +23,30 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ROOT = Path(__file__).resolve().parent.parent
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["rank_preload"])
+# The server finds modules to preload here; it passes over those that it does not find.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 needs_megatron = pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="needs megatron-core")
+
+
+class Rendezvous:
+    """A store to which ranks connect, as they do to that of torchrun: its port is bound before anybody is told it."""
+
+    def __init__(self) -> None:
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(self.store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 300.0) -> list[Any]:
@@ -31,7 +58,11 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         context = mp.start_processes(
-            _rank, (world_size, folder, function, args, timeout), nprocs=world_size, join=False, start_method="spawn"
+            _rank,
+            (world_size, folder, dict(os.environ), function, args, timeout),
+            nprocs=world_size,
+            join=False,
+            start_method="forkserver",
         )
         started, deadline = False, time.monotonic() + 300.0  # to import everything, on a busy machine
         try:
@@ -51,7 +82,16 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
         return [torch.load(folder / f"{rank}.result", weights_only=False) for rank in range(world_size)]
 
 
-def _rank(rank: int, world_size: int, folder: Path, function: Callable[..., Any], args: tuple, timeout: float) -> None:
+def _rank(
+    rank: int,
+    world_size: int,
+    folder: Path,
+    environment: dict[str, str],
+    function: Callable[..., Any],
+    args: tuple,
+    timeout: float,
+) -> None:
+    os.environ.update(environment)  # the server has that of its start
     with open(folder / f"{rank}.stack", "w") as stack:
         faulthandler.register(signal.SIGUSR1, file=stack)
         torch.set_num_threads(1)
@@ -70,3 +110,17 @@ def megatron_cross_entropy() -> Callable[[Tensor, Tensor], Tensor]:
 
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=dist.get_world_size())
     return vocab_parallel_cross_entropy
+
+
+class Collectives(TorchDispatchMode):
+    """Records name and input shape of each collective that really runs, and lets it run."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            tensors = [x for x in torch.utils._pytree.tree_leaves(args[:2]) if isinstance(x, torch.Tensor)]
+            self.seen.append((function.__name__.split(".")[0], tuple(tensors[-1].shape)))
+        return function(*args, **(kwargs or {}))
+
+    def __enter__(self):
+        self.seen = []
+        return super().__enter__()

@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-from test_pretrain import checkpoint, host  # noqa: F401  (fixtures)
 
 from megatron_dft import advise
 
@@ -14,14 +13,14 @@ pytest.importorskip("matplotlib")
 LINES = 12
 
 
-def run(host, checkpoint, name, *words, ranks=1):  # noqa: F811
+def run(chat, checkpoint, name, *words, ranks=1):
     """The advice of one run, started as a user starts it, and what it printed."""
-    out = host.folder / name
+    out = chat.folder / name
     command = [sys.executable, "-m", "megatron_dft.advise"]
     if ranks > 1:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         command += ["-m", "megatron_dft.advise"]
-    command += ["examples/pretrain_gpt.py", "--device", "cpu", *host.sft.split(), *checkpoint.split(), *words]
+    command += ["examples/pretrain_gpt.py", "--device", "cpu", *chat.sft.split(), *checkpoint.split(), *words]
     command += ["--loss-type", "dft", "--loss-channels", "addition,subtraction", "--global-batch-size", "4"]
     command += ["--advise-batches", str(LINES // 4), "--advise-out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
@@ -30,33 +29,33 @@ def run(host, checkpoint, name, *words, ranks=1):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def one(host, checkpoint):  # noqa: F811
+def one(chat, checkpoint):
     """Of one rank."""
-    return run(host, checkpoint, "one")
+    return run(chat, checkpoint, "one")
 
 
 @pytest.mark.host
-def test_the_survey_is_what_the_first_step_of_training_would_report(host, checkpoint, one):  # noqa: F811
+def test_the_survey_is_what_the_first_step_of_training_would_report(chat, checkpoint, one):
     result, shown, out = one
     shortened = "--lr 1e-9 --train-iters 1"
     for loss_type in ("dft", "deft"):
-        curves = host.curves(f"{host.sft} {checkpoint} --loss-type {loss_type} {shortened} --global-batch-size {LINES}")
+        curves = chat.curves(f"{chat.sft} {checkpoint} --loss-type {loss_type} {shortened} --global-batch-size {LINES}")
         assert result["mean_p"] == pytest.approx(curves["dft prob"][0], rel=1e-5)
         assert result["nll"] == pytest.approx(curves["lm loss"][0], rel=1e-5)
         assert result["objectives"][loss_type]["gate_mass"] == pytest.approx(curves["dft gate"][0], rel=1e-5)
         assert result["objectives"][loss_type]["loss"] == pytest.approx(curves["dft loss"][0], rel=1e-5)
     expected = {"other": "shopping", "addition": "addition", "subtraction": "subtraction"}
     for name, topic in expected.items():
-        assert result["channels"][name]["tokens"] == host.tokens_of(topic, LINES)
+        assert result["channels"][name]["tokens"] == chat.tokens_of(topic, LINES)
     assert f"--loss-type {result['advice']['objective']}" in shown and (out / "advice.txt").read_text() in shown
     assert (out / "advice.png").stat().st_size > 20_000
-    assert not list(host.folder.glob("one/*.pt"))
+    assert not list(chat.folder.glob("one/*.pt"))
 
 
 @pytest.mark.host
-def test_the_layout_changes_nothing(host, checkpoint, one):  # noqa: F811
+def test_the_layout_changes_nothing(chat, checkpoint, one):
     layout = ("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2")
-    many, _, _ = run(host, checkpoint, "many", *layout, ranks=4)
+    many, _, _ = run(chat, checkpoint, "many", *layout, ranks=4)
     result, _, _ = one
     assert many["tokens"] == result["tokens"]
     assert many["histogram"] == pytest.approx(result["histogram"])

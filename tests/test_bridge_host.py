@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from host_flags import CP2, DP, MODEL, MODELS, PER_TOKEN, PP2, SP, TP2, training
 from host_runs import BRIDGE, ROOT, Host, agree
-from test_layouts import CP2, DP, MODEL, MODELS, PER_TOKEN, PP2, SP, TP2, training
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch.distributed.checkpoint import FileSystemReader

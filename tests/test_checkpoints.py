@@ -4,8 +4,8 @@ import re
 import signal
 
 import pytest
-from host_runs import Host, agree
-from test_layouts import CP2, MODEL, MODELS, PER_TOKEN, PP2, TP2
+from host_flags import CP2, MODEL, MODELS, PER_TOKEN, PP2, TP2
+from host_runs import agree
 
 pytest.importorskip("megatron.training")
 pytest.importorskip("tensorboard")
@@ -17,11 +17,6 @@ RUN = (
     f"{MODEL} {MODELS['dense']} {PER_TOKEN} --train-iters {STEPS} --save-interval {SAVED} --lr 1e-2 "
     "--global-batch-size 8 --micro-batch-size 2 "
 )
-
-
-@pytest.fixture(scope="module")
-def host(tmp_path_factory):
-    return Host(tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.fixture(scope="module")

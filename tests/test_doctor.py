@@ -11,8 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from host_runs import EXAMPLE, FORK, ROOT
-from test_pretrain import MOCK, MODEL
+from chat_runs import CHAT_MOCK, CHAT_MODEL
+from host_runs import EXAMPLE
+from ranks import FORK, ROOT, Rendezvous
 
 from megatron_dft import doctor
 from megatron_dft.hosts import preflight
@@ -25,12 +26,10 @@ class Asked:
 
     def __init__(self, folder, words, ranks=(), size=0, nodes=False, change=None, **environment):
         self.folder = folder
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
+        self.rendezvous = Rendezvous()
         self.processes = {}
         for rank in ranks or (None,):
-            own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size or len(ranks)), **LO}
+            own = self.rendezvous.environment | {"WORLD_SIZE": str(size or len(ranks)), **LO}
             local = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"} if nodes else {"LOCAL_RANK": str(rank)}
             own |= {"RANK": str(rank), "LOCAL_WORLD_SIZE": str(len(ranks)), **local}
             args = (rank, folder, words if ranks == () or isinstance(words, list) else words[rank], change)
@@ -63,6 +62,11 @@ def _doctor(rank, folder, words, change, environment):
     doctor.main(words)
 
 
+def opened_by_rank_0(port):
+    """Without a launcher's store; `port` is a socket that holds the port."""
+    return {"MASTER_PORT": str(port.getsockname()[1]), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+
+
 def troubles(output):
     return re.findall(r"^  trouble  (.*)$", output, re.M)
 
@@ -89,7 +93,7 @@ def test_a_clean_run_has_no_trouble_and_nothing_to_note(tmp_path):
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
     (checkpoint / "latest_checkpointed_iteration.txt").write_text("3")
-    flags = f"{MOCK} --loss-type dft --loss-true-vocab-size 120 --calculate-per-token-loss --save-interval 3 "
+    flags = f"{CHAT_MOCK} --loss-type dft --loss-true-vocab-size 120 --calculate-per-token-loss --save-interval 3 "
     flags += f"--tensor-model-parallel-size 2 --sequence-parallel --load {checkpoint} --save {checkpoint}"
     code, output = asked(tmp_path, flags, words=["--world-size", "4"])
     assert code == 0, output
@@ -103,7 +107,7 @@ def test_a_clean_run_has_no_trouble_and_nothing_to_note(tmp_path):
 ARGUMENTS = {
     "sizes": (
         12,
-        MOCK + "--tensor-model-parallel-size 3 --pipeline-model-parallel-size 4 --context-parallel-size 2 "
+        CHAT_MOCK + "--tensor-model-parallel-size 3 --pipeline-model-parallel-size 4 --context-parallel-size 2 "
         "--calculate-per-token-loss --expert-model-parallel-size 7 --num-experts 5 --sequence-parallel "
         "--group-query-attention --num-query-groups 2 --ffn-hidden-size 64",
         [
@@ -119,7 +123,7 @@ ARGUMENTS = {
     ),
     "batch, heads and virtual stages": (
         8,
-        MOCK + "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --num-attention-heads 5 "
+        CHAT_MOCK + "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --num-attention-heads 5 "
         "--expert-model-parallel-size 2",
         [
             r"layout: expected --num-experts beside --expert-model-parallel-size 2, got none",
@@ -130,7 +134,7 @@ ARGUMENTS = {
     ),
     "context parallelism and vocabulary": (
         4,
-        MOCK + "--context-parallel-size 4 --seq-length 252 --loss-type dft --loss-true-vocab-size 119",
+        CHAT_MOCK + "--context-parallel-size 4 --seq-length 252 --loss-type dft --loss-true-vocab-size 119",
         [
             r"layout: expected --seq-length to be a multiple of 8 \(2 x context 4\), got 252",
             r"objective: .*expected --calculate-per-token-loss with --context-parallel-size 4",
@@ -139,17 +143,17 @@ ARGUMENTS = {
     ),
     "a vocabulary that is not divided": (
         2,
-        MOCK + "--tensor-model-parallel-size 2 --padded-vocab-size 119",
+        CHAT_MOCK + "--tensor-model-parallel-size 2 --padded-vocab-size 119",
         [
             r"layout: expected --padded-vocab-size to be a multiple of 2 .*, got 119",
             r"vocabulary: expected --padded-vocab-size of 120 or more, got 119",
         ],
     ),
-    "Megatron's parser": (1, MOCK + "--num-layers two", [r"arguments: .*--num-layers: invalid int value: 'two'"]),
-    "no CPU": (1, MOCK + "--fp8-format hybrid", [r"arguments: --device cpu: expected a run without CUDA kernels"]),
+    "Megatron's parser": (1, CHAT_MOCK + "--num-layers two", [r"arguments: .*--num-layers: invalid int value: 'two'"]),
+    "no CPU": (1, CHAT_MOCK + "--fp8-format hybrid", [r"arguments: --device cpu: expected a run without CUDA kernels"]),
     "Megatron's arguments, and files": (
         1,
-        MODEL + "--tokenizer-type SFTTokenizer --tokenizer-model /nowhere/tokenizer --data-path 0.3 {x} 0.7 {x}/b "
+        CHAT_MODEL + "--tokenizer-type SFTTokenizer --tokenizer-model /nowhere/tokenizer --data-path 0.3 {x} 0.7 {x}/b "
         "--save {x}/chat.jsonl/out --load {x} --exit-on-missing-checkpoint",
         [
             r"validation: AssertionError at: assert args.save_interval is not None",
@@ -162,7 +166,7 @@ ARGUMENTS = {
     ),
     "Megatron's model, objective and conversations": (
         1,
-        MODEL + "--sft --tokenizer-type NullTokenizer --vocab-size 120 --train-data-path {x}/chat.jsonl "
+        CHAT_MODEL + "--sft --tokenizer-type NullTokenizer --vocab-size 120 --train-data-path {x}/chat.jsonl "
         "--valid-data-path {x}/none.jsonl --recompute-granularity full --loss-type dtf",
         [
             r"validation: .*recompute_method",
@@ -212,7 +216,7 @@ NOTES = {
 @pytest.mark.host
 @pytest.mark.parametrize("flags", NOTES)
 def test_what_is_worth_knowing_is_noted(flags, tmp_path):
-    _, output = asked(tmp_path, f"{MOCK} --loss-type dft {flags.format(x=tmp_path)}")
+    _, output = asked(tmp_path, f"{CHAT_MOCK} --loss-type dft {flags.format(x=tmp_path)}")
     for pattern in NOTES[flags]:
         assert re.search(f"^  note     {pattern}", output, re.M), (pattern, output)
 
@@ -228,7 +232,7 @@ def test_a_yaml_file_is_read_as_megatron_reads_it(tmp_path):
 @pytest.mark.host
 def test_nodes_that_agree_and_nodes_that_differ(tmp_path):
     pytest.importorskip("megatron.training")
-    same = [str(EXAMPLE), "--device", "cpu", *MOCK.split(), "--loss-type", "dft"]
+    same = [str(EXAMPLE), "--device", "cpu", *CHAT_MOCK.split(), "--loss-type", "dft"]
     codes, outputs = Asked(tmp_path, same, ranks=(0, 1), nodes=True).wait()
     assert codes == [0, 0], outputs
     assert all("ok       nodes: 2 agree" in output and "ranks" in output for output in outputs)
@@ -304,13 +308,17 @@ def test_missing_ranks_are_named_within_the_timeout(tmp_path):
 
 
 def test_a_first_rank_that_is_missing_is_trouble(tmp_path):
-    codes, (output,) = Asked(tmp_path, ["--timeout", "1", "--device", "cpu"], ranks=(1,), size=2).wait(30.0)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))  # and does not listen
+        environment = opened_by_rank_0(silent)
+        words = ["--timeout", "1", "--device", "cpu"]
+        codes, (output,) = Asked(tmp_path, words, ranks=(1,), size=2, **environment).wait(30.0)
     assert codes == [1] and "expected rank 0 to answer within 1 s at 127.0.0.1:" in output
 
 
 def test_a_port_that_is_taken_is_trouble(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        environment = {"MASTER_PORT": str(taken.getsockname()[1])}
+        environment = opened_by_rank_0(taken)
         codes, (output,) = Asked(tmp_path, ["--device", "cpu"], ranks=(0,), size=2, **environment).wait(30.0)
     assert codes == [1] and "expected a free port for rank 0" in output
 

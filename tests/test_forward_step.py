@@ -10,7 +10,18 @@ from functools import partial
 import pytest
 import torch
 from ranks import run_ranks
-from test_hook import BATCH, SEQUENCE, WAYS, batch, dft_line, forward, gpt, loss_func, same, start
+from tiny_models import (
+    BATCH,
+    SEQUENCE,
+    WAYS,
+    batch,
+    dft_line,
+    forward,
+    gpt,
+    loss_func,
+    same,
+    start,
+)
 
 from megatron_dft import DFTConfig, install
 from megatron_dft.channels import with_channels

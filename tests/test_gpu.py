@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from formulas import example
-from test_vocab_parallel import floor
+from kernel_cases import floor
 
 from megatron_dft import linear_dft_loss, parse_objective, vocab_parallel_dft_loss
 
@@ -246,7 +246,7 @@ def test_micro_batch_of_a_host_does_not_synchronize_after_the_first(megatron, mt
     """Model, loss, metrics in full with channels; without the one host-device sync that compaction costs."""
     from functools import partial
 
-    from test_hook import BATCH, SEQUENCE, batch, gpt, loss_func
+    from tiny_models import BATCH, SEQUENCE, batch, gpt, loss_func
 
     from megatron_dft import DFTConfig, install
     from megatron_dft.channels import with_channels

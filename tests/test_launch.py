@@ -4,8 +4,8 @@ import subprocess
 import sys
 
 import pytest
-from host_runs import ROOT, SCRIPT, Host, agree
-from test_layouts import CP2, DP, MODEL, MODELS, PER_TOKEN, PP2, TP2, training
+from host_flags import CP2, DP, MODEL, MODELS, PER_TOKEN, PP2, TP2, training
+from host_runs import ROOT, SCRIPT, agree
 
 pytestmark = pytest.mark.host
 pytest.importorskip("megatron.training")
@@ -14,11 +14,6 @@ pytest.importorskip("tensorboard")
 FLAGS = f"{MODEL} {MODELS['dense']} {training(3, 1e-3, 8)} --micro-batch-size 1 "
 DFT = f"{FLAGS} {PER_TOKEN} --loss-type dft "
 IMPORT = "from megatron.training import argument_utils, arguments, get_args, pretrain\n"
-
-
-@pytest.fixture(scope="module")
-def host(tmp_path_factory):
-    return Host(tmp_path_factory.mktemp("launch"))
 
 
 def variant(host, name, *changes):

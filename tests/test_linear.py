@@ -8,8 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from formulas import FORMULAS, example, loss_and_gradient
-from ranks import run_ranks
-from test_tensor_parallel import Collectives
+from ranks import Collectives, run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dft import linear_dft_loss, vocab_parallel_dft_loss

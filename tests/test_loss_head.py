@@ -7,8 +7,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ranks import run_ranks
-from test_hook import BATCH, SEQUENCE, VOCAB, WAYS, batch, forward, gpt, gradients, same, start, transformer_config
-from test_models import hybrid
+from tiny_models import (
+    BATCH,
+    SEQUENCE,
+    VOCAB,
+    WAYS,
+    batch,
+    forward,
+    gpt,
+    gradients,
+    hybrid,
+    same,
+    start,
+    transformer_config,
+)
 
 from megatron_dft import DFTConfig, install
 from megatron_dft.hosts import compat

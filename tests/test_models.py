@@ -7,29 +7,26 @@ from functools import partial
 import pytest
 import torch
 from ranks import run_ranks
-from test_hook import BATCH, SEQUENCE, VOCAB, WAYS, batch, dft_line, forward, gpt, same, start, transformer_config
+from tiny_models import (
+    BATCH,
+    SEQUENCE,
+    VOCAB,
+    WAYS,
+    batch,
+    dft_line,
+    forward,
+    gpt,
+    hybrid,
+    same,
+    start,
+    transformer_config,
+)
 
 from megatron_dft import DFTConfig, install
 
 pytest.importorskip("megatron.core")
 
 IMAGE_LENGTH, IMAGE_TOKEN = 5, -200
-
-
-def hybrid(**settings):
-    """Attention and MLP layers of a hybrid stack; Mamba layers need CUDA kernels."""
-    from hybrid_stack import stack
-    from megatron.core.models.hybrid.hybrid_model import HybridModel
-
-    return HybridModel(
-        transformer_config(num_layers=4, **settings),
-        stack,
-        VOCAB,
-        SEQUENCE,
-        hybrid_layer_pattern="*-*-",
-        position_embedding_type="rope",
-        share_embeddings_and_output_weights=False,
-    )
 
 
 def llava():

@@ -4,17 +4,16 @@ import csv
 import dataclasses
 import inspect
 import os
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from ranks import ROOT, Rendezvous
 
 from megatron_dft import DFTConfig
 
-ROOT = Path(__file__).resolve().parent.parent
 METRICS = ["dft loss", "dft prob", "dft gate", "dft accuracy"]
 
 
@@ -62,11 +61,8 @@ class Runs:
         return self.known[words]
 
     def start(self, words, ranks):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        out = self.path(words)
-        here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
+        rendezvous, out = Rendezvous(), self.path(words)
+        here = rendezvous.environment | {"WORLD_SIZE": str(ranks)}
         here |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "NEMO_HOME": str(self.folder / "home")}
         command = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "nemo_training.py"), str(out), *words]
         outputs = [self.folder / f"{out.name}.{rank}.txt" for rank in range(ranks)]

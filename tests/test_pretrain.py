@@ -10,81 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from demo import read_curves
-from host_runs import EXAMPLE, HAS_HYBRID, ROOT, UNTIMED, Host, agree
+from chat_runs import CHAT_MOCK, CHAT_STEPS, split_at_system
+from host_runs import EXAMPLE, HAS_HYBRID, agree
 
 from megatron_dft import DFTConfig, launch
 from megatron_dft.hosts import compat, megatron_lm
-
-STEPS = 3
-MODEL = (
-    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 256 --max-position-embeddings 256 "
-    "--position-embedding-type rope --normalization RMSNorm --disable-bias-linear --attention-dropout 0 "
-    "--hidden-dropout 0 --make-vocab-size-divisible-by 64 "  # 128 at TP 1 and 2
-    f"--train-iters {STEPS} --lr 1e-2 --lr-decay-style constant --global-batch-size 6 --micro-batch-size 1 "
-    "--clip-grad 1.0 --eval-iters 1 --eval-interval 100 --log-interval 1 --tensorboard-log-interval 1 --num-workers 0 "
-)
-MOCK = MODEL + "--mock-data --tokenizer-type NullTokenizer --vocab-size 120 "
-
-
-class ChatHost(Host):
-    """Runs of the example on packed conversations, all from one checkpoint."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        make_data = str(ROOT / "examples" / "make_chat_data.py")
-        # Lines of 240 tokens leave room for the padding that context parallelism adds to each conversation.
-        subprocess.run([sys.executable, make_data, str(folder / "chat"), "--seq-length", "240"], check=True)
-        chat = folder / "chat"
-        self.sft = MODEL + (
-            "--sft --tokenizer-type SFTTokenizer --sft-tokenizer-prompt-format nemotron-nano-v2 "
-            "--no-create-attention-mask-in-dataloader --calculate-per-token-loss "
-            f"--tokenizer-model {chat / 'tokenizer'} --train-data-path {chat / 'noisy_train.jsonl'} "
-            f"--valid-data-path {chat / 'valid.jsonl'} --data-cache-path {folder / 'cache'} "
-        )
-
-    def tokens_of(self, channel: str, lines: int) -> int:
-        """How many tokens of a channel train in the first lines of the training data."""
-        from megatron.core.tokenizers.text.libraries.sft_tokenizer import SFTTokenizer
-
-        chat = self.folder / "chat"
-        tokenizer = SFTTokenizer(str(chat / "tokenizer"), "nemotron-nano-v2")
-        count = 0
-        for line in map(json.loads, (chat / "noisy_train.jsonl").read_text().splitlines()[:lines]):
-            for name, conversation in zip(line["channels"], split_at_system(line["messages"]), strict=True):
-                _, target = tokenizer.tokenize_conversation(conversation, True, False)
-                count += int((target != -100).sum()) * (name == channel)
-        return count
-
-    def begin(self, flags, *, script=EXAMPLE, **kwargs):
-        return super().begin(flags, script=script, **kwargs)
-
-    def torchrun(self, flags: str, ranks: int, script: Path) -> tuple[dict[str, list[float]], str]:
-        """Curves and output of a run that is started as a user starts it."""
-        logs = self.folder / f"torchrun{len(list(self.folder.glob('torchrun*')))}"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command += ["-m", "megatron_dft.launch", str(script), *flags.split(), "--tensorboard-dir", str(logs)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        run = subprocess.run(
-            [*command, "--device", "cpu"], capture_output=True, text=True, timeout=240, env=environment, check=False
-        )
-        assert run.returncode == 0, run.stdout + run.stderr
-        return {t: x for t, x in read_curves(logs).items() if UNTIMED.search(t)}, run.stdout + run.stderr
-
-
-@pytest.fixture(scope="module")
-def host(tmp_path_factory):
-    pytest.importorskip("megatron.training")
-    pytest.importorskip("tensorboard")
-    return ChatHost(tmp_path_factory.mktemp("host"))
-
-
-@pytest.fixture(scope="module")
-def checkpoint(host):
-    """Weights that every layout starts from, so that per-stage initialisation does not matter."""
-    path = host.folder / "checkpoint"
-    host.curves(f"{host.sft} --save {path} --save-interval {STEPS}")
-    return f"--load {path} --finetune"
 
 
 def megatron_has_pretrain():
@@ -92,16 +22,16 @@ def megatron_has_pretrain():
 
 
 @pytest.mark.host
-def test_without_loss_type_every_number_is_bit_for_bit_the_scripts_own(host):
-    script_alone = host.curves(MOCK, alone=True)
-    assert host.curves(MOCK) == script_alone
+def test_without_loss_type_every_number_is_bit_for_bit_the_scripts_own(chat):
+    script_alone = chat.curves(CHAT_MOCK, alone=True)
+    assert chat.curves(CHAT_MOCK) == script_alone
     assert not any(tag.startswith("dft") for tag in script_alone)
 
 
 @pytest.mark.host
-def test_nll_is_megatrons_own_run(host, checkpoint):
-    stock = host.curves(f"{host.sft} {checkpoint}")
-    ours = host.curves(f"{host.sft} {checkpoint} --loss-type nll")
+def test_nll_is_megatrons_own_run(chat, checkpoint):
+    stock = chat.curves(f"{chat.sft} {checkpoint}")
+    ours = chat.curves(f"{chat.sft} {checkpoint} --loss-type nll")
     # With --sft Megatron validates with a mean of means of micro-batches and ranks.
     stock = {tag: x for tag, x in stock.items() if "validation" not in tag}
     agree({tag: ours[tag] for tag in stock}, stock, 1e-5)
@@ -119,9 +49,9 @@ def test_nll_is_megatrons_own_run(host, checkpoint):
         (2, "--use-distributed-optimizer"),
     ],
 )
-def test_layouts_agree_with_one_rank(host, checkpoint, ranks, layout):
-    one = host.curves(f"{host.sft} {checkpoint} --loss-type dft")
-    many = host.curves(f"{host.sft} {checkpoint} --loss-type dft {layout}", ranks=ranks)
+def test_layouts_agree_with_one_rank(chat, checkpoint, ranks, layout):
+    one = chat.curves(f"{chat.sft} {checkpoint} --loss-type dft")
+    many = chat.curves(f"{chat.sft} {checkpoint} --loss-type dft {layout}", ranks=ranks)
     agree(many, one, 2e-5)
 
 
@@ -134,9 +64,9 @@ def test_layouts_agree_with_one_rank(host, checkpoint, ranks, layout):
         (2, "--loss-linear-fused --loss-vocab-chunk 50 --context-parallel-size 2"),
     ],
 )
-def test_skipping_masked_tokens_and_chunks_change_no_curve(host, checkpoint, ranks, flags):
-    one = host.curves(f"{host.sft} {checkpoint} --loss-type dft")
-    other = host.curves(f"{host.sft} {checkpoint} --loss-type dft {flags}", ranks=ranks)
+def test_skipping_masked_tokens_and_chunks_change_no_curve(chat, checkpoint, ranks, flags):
+    one = chat.curves(f"{chat.sft} {checkpoint} --loss-type dft")
+    other = chat.curves(f"{chat.sft} {checkpoint} --loss-type dft {flags}", ranks=ranks)
     agree(other, one, 2e-5 if ranks > 1 else 2e-6)
 
 
@@ -150,15 +80,15 @@ def test_skipping_masked_tokens_and_chunks_change_no_curve(host, checkpoint, ran
         (2, "--pipeline-model-parallel-size 2 --no-loss-compact-masked-tokens"),
     ],
 )
-def test_hybrid_model_on_packed_conversations_agrees_with_one_rank(host, ranks, layout):
-    script = host.folder / "pretrain_hybrid.py"
+def test_hybrid_model_on_packed_conversations_agrees_with_one_rank(chat, ranks, layout):
+    script = chat.folder / "pretrain_hybrid.py"
     script.write_text(EXAMPLE.read_text().replace("gpt_config_from_args", "hybrid_config_from_args"))
     pattern = "--hybrid-layer-pattern *-*- --spec hybrid_stack stack"
-    common = host.sft.replace("--num-layers 2", f"{pattern} --untie-embeddings-and-output-weights") + "--loss-type dft "
-    path = host.folder / "hybrid"
-    host.curves(f"{common} --save {path} --save-interval {STEPS}", script=script)
+    common = chat.sft.replace("--num-layers 2", f"{pattern} --untie-embeddings-and-output-weights") + "--loss-type dft "
+    path = chat.folder / "hybrid"
+    chat.curves(f"{common} --save {path} --save-interval {CHAT_STEPS}", script=script)
     common += f"--load {path} --finetune "
-    agree(host.curves(common + layout, ranks=ranks, script=script), host.curves(common, script=script), 2e-5)
+    agree(chat.curves(common + layout, ranks=ranks, script=script), chat.curves(common, script=script), 2e-5)
 
 
 DETAILS = "--loss-type dft --loss-metrics full --loss-channels addition,subtraction"
@@ -175,17 +105,17 @@ DETAILS = "--loss-type dft --loss-metrics full --loss-channels addition,subtract
         (1, "--no-loss-compact-masked-tokens --micro-batch-size 3"),
     ],
 )
-def test_histograms_and_channels_agree_with_one_rank(host, checkpoint, ranks, layout):
-    one = host.curves(f"{host.sft} {checkpoint} {DETAILS}")
-    many = host.curves(f"{host.sft} {checkpoint} {DETAILS} {layout}", ranks=ranks)
+def test_histograms_and_channels_agree_with_one_rank(chat, checkpoint, ranks, layout):
+    one = chat.curves(f"{chat.sft} {checkpoint} {DETAILS}")
+    many = chat.curves(f"{chat.sft} {checkpoint} {DETAILS} {layout}", ranks=ranks)
     agree(many, one, 2e-5)
 
 
 @pytest.mark.host
-def test_channels_are_those_of_the_conversations(host, checkpoint):
+def test_channels_are_those_of_the_conversations(chat, checkpoint):
     """Two packed lines to a batch, one for each rank."""
-    flags = f"{host.sft} {checkpoint} {DETAILS} --global-batch-size 2 --train-iters 6"
-    curves = host.curves(flags, ranks=2)
+    flags = f"{chat.sft} {checkpoint} {DETAILS} --global-batch-size 2 --train-iters 6"
+    curves = chat.curves(flags, ranks=2)
     assert sum("/0." in tag for tag in curves) == 2 * 2 * 10  # as iterations and as samples
     channels = ("other", "addition", "subtraction")
     counts = {name: curves[f"channel/{name} tokens"] for name in channels}
@@ -194,39 +124,33 @@ def test_channels_are_those_of_the_conversations(host, checkpoint):
         for what, mean in {"nll": "lm loss", "loss": "dft loss", "prob": "dft prob"}.items():
             weighted = sum(curves[f"channel/{name} {what}"][step] * counts[name][step] for name in channels)
             assert weighted / valid == pytest.approx(curves[mean][step], rel=1e-5)
-    assert sum(curves["channel/other tokens"]) == host.tokens_of("shopping", 12)
-    assert sum(curves["channel/addition tokens"]) == host.tokens_of("addition", 12)
+    assert sum(curves["channel/other tokens"]) == chat.tokens_of("shopping", 12)
+    assert sum(curves["channel/addition tokens"]) == chat.tokens_of("addition", 12)
 
 
 @pytest.mark.host
-def test_packed_conversations_train_as_they_do_unpacked(host, checkpoint):
+def test_packed_conversations_train_as_they_do_unpacked(chat, checkpoint):
     """Two conversations to a line, and the same ones in lines of their own: one batch of all of them."""
-    lines = (host.folder / "chat" / "noisy_train.jsonl").read_text().splitlines()
+    lines = (chat.folder / "chat" / "noisy_train.jsonl").read_text().splitlines()
     packed = [json.loads(line)["messages"] for line in lines]
     packed = [line for line in packed if sum(message["role"] == "system" for message in line) > 1][:4]
     conversations = [part for line in packed for part in split_at_system(line)]
     gradient = {}
     for name, data in {"packed": packed, "unpacked": conversations}.items():
-        path = host.folder / f"{name}.jsonl"
+        path = chat.folder / f"{name}.jsonl"
         path.write_text("".join(json.dumps({"messages": line}) + "\n" for line in data))
-        flags = host.sft.replace(str(host.folder / "chat" / "noisy_train.jsonl"), str(path))
-        curves = host.curves(f"{flags} {checkpoint} --loss-type dft --global-batch-size {len(data)} --train-iters 1")
+        flags = chat.sft.replace(str(chat.folder / "chat" / "noisy_train.jsonl"), str(path))
+        curves = chat.curves(f"{flags} {checkpoint} --loss-type dft --global-batch-size {len(data)} --train-iters 1")
         gradient[name] = [curves[tag] for tag in ("lm loss", "dft loss", "dft prob", "valid tokens", "grad-norm")]
     assert len(conversations) > len(packed)
     for ours, theirs in zip(gradient["packed"], gradient["unpacked"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
 
 
-def split_at_system(messages):
-    """The conversations of a packed line, each of which begins with a system message."""
-    starts = [i for i, message in enumerate(messages) if message["role"] == "system"]
-    return [messages[i:j] for i, j in zip(starts, [*starts[1:], None], strict=True)]
-
-
 @pytest.mark.host
-def test_dft_lets_less_gradient_through_and_reports_the_nll(host, checkpoint):
-    stock = host.curves(f"{host.sft} {checkpoint}")
-    dft = host.curves(f"{host.sft} {checkpoint} --loss-type dft")
+def test_dft_lets_less_gradient_through_and_reports_the_nll(chat, checkpoint):
+    stock = chat.curves(f"{chat.sft} {checkpoint}")
+    dft = chat.curves(f"{chat.sft} {checkpoint} --loss-type dft")
     assert dft["lm loss"][0] == pytest.approx(stock["lm loss"][0], rel=1e-6)
     assert dft["dft loss"][0] < 0.5 * dft["lm loss"][0]
     assert dft["grad-norm"][0] < 0.5 * stock["grad-norm"][0]
@@ -234,23 +158,23 @@ def test_dft_lets_less_gradient_through_and_reports_the_nll(host, checkpoint):
 
 
 @pytest.mark.host
-def test_entropy_is_reported_where_it_is_computed(host, checkpoint):
-    two = host.curves(f"{host.sft} {checkpoint} --loss-type entropy --bf16 --tensor-model-parallel-size 2", ranks=2)
+def test_entropy_is_reported_where_it_is_computed(chat, checkpoint):
+    two = chat.curves(f"{chat.sft} {checkpoint} --loss-type entropy --bf16 --tensor-model-parallel-size 2", ranks=2)
     assert two["dft entropy"][0] > 0.0
     assert "dft entropy validation" in two
 
 
 @pytest.mark.host
-def test_settings_are_refused_before_the_model_is_built(host):
-    code, output = host.start(f"{MOCK} --loss-type dft --context-parallel-size 2", ranks=2)
+def test_settings_are_refused_before_the_model_is_built(chat):
+    code, output = chat.start(f"{CHAT_MOCK} --loss-type dft --context-parallel-size 2", ranks=2)
     assert code != 0
     assert "expected --calculate-per-token-loss with --context-parallel-size 2" in output
     assert "number of parameters" not in output
 
 
 @pytest.mark.host
-def test_the_log_says_once_what_is_different(host):
-    run = host.begin(f"{MOCK} --loss-type dft --tensor-model-parallel-size 2", ranks=2)
+def test_the_log_says_once_what_is_different(chat):
+    run = chat.begin(f"{CHAT_MOCK} --loss-type dft --tensor-model-parallel-size 2", ranks=2)
     assert run.wait() == 0
     said = "> megatron_dft: objective dft replaces the cross entropy; `lm loss` stays the NLL; backend torch"
     assert run.output().count(said) == 1
@@ -266,15 +190,15 @@ def test_the_log_says_once_what_is_different(host):
         ("--loss-linear-fused", "masked tokens skip the output layer; it is computed with the loss, 8192 columns at"),
     ],
 )
-def test_the_log_says_what_the_output_layer_is_spared(host, flags, said):
-    _, output = host.start(f"{MOCK} --loss-type dft {flags} --pipeline-model-parallel-size 2", ranks=2)
+def test_the_log_says_what_the_output_layer_is_spared(chat, flags, said):
+    _, output = chat.start(f"{CHAT_MOCK} --loss-type dft {flags} --pipeline-model-parallel-size 2", ranks=2)
     assert output.count("> megatron_dft: " + said) == 1
 
 
 @pytest.mark.host
-def test_torchrun_starts_the_same_run(host, checkpoint):
-    flags = f"{host.sft} {checkpoint} --loss-type dft --tensor-model-parallel-size 2"
-    assert host.torchrun(flags, 2, EXAMPLE)[0] == host.curves(flags, ranks=2)
+def test_torchrun_starts_the_same_run(chat, checkpoint):
+    flags = f"{chat.sft} {checkpoint} --loss-type dft --tensor-model-parallel-size 2"
+    assert chat.torchrun(flags, 2, EXAMPLE)[0] == chat.curves(flags, ranks=2)
 
 
 @pytest.mark.host
@@ -362,11 +286,11 @@ def test_the_launcher_explains_itself_and_names_a_missing_script():
 
 @pytest.mark.host
 @pytest.mark.skipif("MEGATRON_LM" not in os.environ, reason="MEGATRON_LM does not name a Megatron-LM checkout")
-def test_pretrain_gpt_of_a_megatron_lm_checkout_gives_the_same_run(host, checkpoint):
+def test_pretrain_gpt_of_a_megatron_lm_checkout_gives_the_same_run(chat, checkpoint):
     checkout = Path(os.environ["MEGATRON_LM"])
-    flags = f"{host.sft} {checkpoint} --loss-type dft --tensor-model-parallel-size 2"
-    theirs, output = host.torchrun(flags, 2, checkout / "pretrain_gpt.py")
-    ours = host.curves(flags, ranks=2)
+    flags = f"{chat.sft} {checkpoint} --loss-type dft --tensor-model-parallel-size 2"
+    theirs, output = chat.torchrun(flags, 2, checkout / "pretrain_gpt.py")
+    ours = chat.curves(flags, ranks=2)
     assert str(checkout / "megatron" / "core") in output  # of its warnings: not the wheel's Megatron
     assert {"lm loss", "dft loss", "dft prob", "grad-norm"} <= set(theirs)
     agree(theirs, {tag: ours[tag] for tag in theirs}, 1e-6)  # 0.19.0 does not validate after the last step
@@ -374,12 +298,12 @@ def test_pretrain_gpt_of_a_megatron_lm_checkout_gives_the_same_run(host, checkpo
 
 @pytest.mark.host
 @pytest.mark.skipif("MEGATRON_LM" not in os.environ, reason="MEGATRON_LM does not name a Megatron-LM checkout")
-def test_pretrain_hybrid_of_a_megatron_lm_checkout_takes_the_loss(host):
+def test_pretrain_hybrid_of_a_megatron_lm_checkout_takes_the_loss(chat):
     """Attention and MLP layers; Mamba layers need CUDA kernels."""
     script = Path(os.environ["MEGATRON_LM"]) / "pretrain_hybrid.py"
-    flags = MOCK.replace("--num-layers 2", "--hybrid-layer-pattern *-*- --spec hybrid_stack stack")
-    runs = {loss: host.torchrun(f"{flags} --loss-type {loss}", 1, script)[0] for loss in ("ce", "nll", "dft")}
+    flags = CHAT_MOCK.replace("--num-layers 2", "--hybrid-layer-pattern *-*- --spec hybrid_stack stack")
+    runs = {loss: chat.torchrun(f"{flags} --loss-type {loss}", 1, script)[0] for loss in ("ce", "nll", "dft")}
     agree({tag: runs["nll"][tag] for tag in runs["ce"]}, runs["ce"])
     assert runs["dft"]["lm loss"][0] == pytest.approx(runs["ce"]["lm loss"][0], rel=1e-6)
-    split = host.torchrun(f"{flags} --loss-type dft --tensor-model-parallel-size 2", 2, script)[0]
+    split = chat.torchrun(f"{flags} --loss-type dft --tensor-model-parallel-size 2", 2, script)[0]
     agree(split, runs["dft"], 2e-5)

@@ -5,7 +5,16 @@ from functools import partial
 import pytest
 import torch
 from ranks import run_ranks
-from test_hook import BATCH, SEQUENCE, VOCAB, batch, dft_line, loss_func, same, transformer_config
+from tiny_models import (
+    BATCH,
+    SEQUENCE,
+    VOCAB,
+    batch,
+    dft_line,
+    loss_func,
+    same,
+    transformer_config,
+)
 
 from megatron_dft import DFTConfig, install
 from megatron_dft.hosts import hook

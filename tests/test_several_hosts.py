@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+from host_flags import DP, PP2, TP2
 from host_runs import Host, agree
+from launch_script_runs import LAUNCH, RUN, SAVED, STEPS, curves_in, environment, script_in, steps_in
 from namespaces import Network, why_not
-from test_launch_scripts import LAUNCH, RUN, SAVED, STEPS, curves_in, environment, script_in, steps_in
-from test_layouts import DP, PP2, TP2
 
 pytest.importorskip("megatron.training")
 pytest.importorskip("tensorboard")

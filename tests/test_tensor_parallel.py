@@ -10,8 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from formulas import FORMULAS, example, loss_and_gradient, token
-from ranks import megatron_cross_entropy, needs_megatron, run_ranks
-from torch.utils._python_dispatch import TorchDispatchMode
+from ranks import Collectives, megatron_cross_entropy, needs_megatron, run_ranks
 
 from megatron_dft import parse_objective, vocab_parallel_dft_loss, vocab_stats
 from megatron_dft.stats import row_names
@@ -20,20 +19,6 @@ TOLERANCE = {"rtol": 0.0, "atol": 1e-12}
 EXACT = {"rtol": 0.0, "atol": 0.0, "equal_nan": True}
 VOCAB = 48  # 48, 24 and 12 words per rank
 SIZES = [None, 35, 20]  # 35 empties the last of 4 shards, 20 the last of 2 and two of 4
-
-
-class Collectives(TorchDispatchMode):
-    """Records name and input shape of each collective that really runs, and lets it run."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "c10d":
-            tensors = [x for x in torch.utils._pytree.tree_leaves(args[:2]) if isinstance(x, torch.Tensor)]
-            self.seen.append((function.__name__.split(".")[0], tuple(tensors[-1].shape)))
-        return function(*args, **(kwargs or {}))
-
-    def __enter__(self):
-        self.seen = []
-        return super().__enter__()
 
 
 def make_case(true_vocab_size):

@@ -17,8 +17,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from formulas import FORMULAS, example, loss_and_gradient, token
+from kernel_cases import EXACT, LAYOUTS, assert_any_split_merges, assert_saving_changes_nothing, floor
 from ranks import run_ranks
-from test_vocab_parallel import LAYOUTS, assert_any_split_merges, assert_saving_changes_nothing, floor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dft import DFTConfig, objectives, parse_objective, vocab_parallel_dft_loss, vocab_stats
@@ -30,7 +30,6 @@ triton_kernels = pytest.importorskip("megatron_dft.triton_kernels")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = DEVICE == "cpu"
-EXACT = {"rtol": 0.0, "atol": 0.0, "equal_nan": True}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PRESENT = [torch.float32, torch.bfloat16]
 SCHEDULES = ["dft:start=2,ramp=4", "deft:start=0,ramp=8", "cayley:start=2,ramp=4"]

@@ -5,8 +5,8 @@ table go.
 """
 
 import pytest
-from host_runs import Host, agree
-from test_layouts import CP2, MODEL, MODELS, PER_TOKEN, SP, TP2, training
+from host_flags import CP2, MODEL, MODELS, PER_TOKEN, SP, TP2, training
+from host_runs import agree
 
 from megatron_dft.hosts import compat
 
@@ -16,11 +16,6 @@ pytest.importorskip("tensorboard")
 
 COMMON = f"{MODEL} {training(2, 1e-3, 8)} --micro-batch-size 1 {PER_TOKEN} "
 MTP = f"{COMMON} {MODELS['mtp']} "
-
-
-@pytest.fixture(scope="module")
-def host(tmp_path_factory):
-    return Host(tmp_path_factory.mktemp("upstream"))
 
 
 def test_heads_of_multi_token_prediction_depend_on_the_layout(host):

@@ -6,30 +6,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from formulas import FORMULAS, example, loss_and_gradient, token
-from torch.utils.checkpoint import checkpoint
+from kernel_cases import (
+    EXACT,
+    LAYOUTS,
+    assert_any_split_merges,
+    assert_same,
+    assert_saving_changes_nothing,
+    floor,
+    run,
+)
 
 from megatron_dft import parse_objective, reference, token_loss, vocab_parallel_dft_loss, vocab_stats
-from megatron_dft.objectives import DFT
-from megatron_dft.stats import COLLISION, ENTROPY, VocabShard
 
-EXACT = {"rtol": 0.0, "atol": 0.0, "equal_nan": True}
-TOLERANCE = {"rtol": 0.0, "atol": 1e-12}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-ALL = frozenset({ENTROPY, COLLISION})
 INF, NAN = math.inf, math.nan
-
-
-def run(logits, target, upstream, layout=lambda x: x, **options):
-    """Loss and gradient; the logits are the output of another operation, `layout`, as a model's are."""
-    leaf = logits.clone().requires_grad_()
-    loss = vocab_parallel_dft_loss(layout(leaf * 1), target, **options)
-    loss.backward(upstream.to(loss.dtype))
-    return loss.detach(), leaf.grad
-
-
-def assert_same(actual, expected, tolerance=TOLERANCE):
-    for ours, theirs in zip(actual, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, **tolerance)
 
 
 @pytest.mark.parametrize("specification", FORMULAS)
@@ -76,16 +66,6 @@ def test_any_leading_shape(shape, inplace):
         assert_same((loss.view(-1), gradient.view(-1, 11)), loss_and_gradient("cayley:floor=0.5", *flat))
 
 
-LAYOUTS = {
-    "row stride": lambda x: F.pad(x, (0, 5))[..., :-5],
-    "token stride": lambda x: torch.stack([x, x], 1)[:, 1],
-    "[b, s] transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-    "columns first": lambda x: x.movedim(-1, 0).contiguous().movedim(0, -1),
-    "every second column": lambda x: x.repeat_interleave(2, -1)[..., ::2],
-    "offset": lambda x: F.pad(x.flatten(), (3, 0))[3:].view(x.shape),
-}
-
-
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(6, 4), (6, 1)])  # b = 1 has strides of its own
@@ -95,14 +75,6 @@ def test_any_strides(shape, layout, inplace):
     transposed = target.t().contiguous().t()  # labels are [b, s] in Megatron
     actual = run(logits, transposed, upstream, LAYOUTS[layout], inplace_backward=inplace)
     assert_same(actual, expected, {"rtol": 0.0, "atol": 1e-15})
-
-
-def floor(logits, target, upstream):
-    """A few roundings of fp32, for the loss [...] and for gradient's two terms, softmax and one-hot [..., V]."""
-    t, eps = token(logits.double(), target), torch.finfo(torch.float32).eps
-    coefficient = (t.p * upstream * t.valid)[..., None].abs() * (2.0 + t.l[..., None])
-    size = t.softmax * (2.0 - t.softmax.log()) + F.one_hot(target.clamp(min=0), logits.shape[-1])
-    return 4 * eps * (1.0 + t.l), 2 * eps * coefficient * size
 
 
 # Vocabularies: a few words; a prime; one that takes several chunks of rows and whose sums are long.
@@ -318,24 +290,6 @@ def test_the_loss_owns_its_memory(value, shape):
     assert loss.untyped_storage().nbytes() == loss.numel() * loss.element_size()
 
 
-def assert_saving_changes_nothing(function, logits, upstream, expected):
-    """The function of logits under saved-tensor hooks, and under both kinds of activation recomputation."""
-
-    def saved_on_cpu(x):
-        with torch.autograd.graph.save_on_cpu():
-            return function(x)
-
-    for use in (
-        saved_on_cpu,
-        lambda x: checkpoint(function, x, use_reentrant=False),
-        lambda x: checkpoint(function, x, use_reentrant=True),
-    ):
-        leaf = logits.clone().requires_grad_()
-        loss = use(leaf)
-        loss.backward(upstream)
-        assert_same((loss.detach().cpu(), leaf.grad.cpu()), expected, EXACT)
-
-
 @pytest.mark.parametrize("inplace", [False, True])
 def test_checkpointing_and_saved_tensor_hooks_change_nothing(inplace):
     logits, target, upstream = example()
@@ -344,30 +298,6 @@ def test_checkpointing_and_saved_tensor_hooks_change_nothing(inplace):
         return vocab_parallel_dft_loss(x * 1, target, inplace_backward=inplace)
 
     assert_saving_changes_nothing(function, logits, upstream, run(logits, target, upstream))
-
-
-def assert_any_split_merges(kernels, case, width, empty, apart, tolerance):
-    """The functions of a backend on shards of a vocabulary of 9 words and 7 columns of padding."""
-    logits, target, upstream = case
-    target = target % 9
-    logits += torch.linspace(0.0, apart, 16).to(logits)
-    logits[::2] = logits[::2].flip(1)
-    shards = [VocabShard(start, min(max(9 - start, 0), width), 9) for start in range(0, 16, width)]
-    parts = [logits[:, s.start : s.start + width] for s in shards]
-    if empty is not None and width < 16:
-        parts[empty].fill_(-INF)
-        target = torch.where(target // width == empty, 8, target)
-    sums = [kernels.shard_stats(x, target, -100, s, ALL) for x, s in zip(parts, shards, strict=True)]
-    loss, saved, stats = kernels.merge(torch.stack(sums), target, -100, 9, DFT(), ALL, "objective")
-    t = token(logits[:, :9].double(), target)
-    actual = [x.double() for x in (stats.nll, stats.entropy, stats.collision, loss)]
-    assert_same(actual, (t.l, t.H, t.C, t.p * t.l), {"rtol": tolerance, "atol": tolerance})
-
-    _, expected = loss_and_gradient("dft", logits, target, upstream, 9)
-    gradient = torch.full_like(logits, NAN)
-    for x, s in zip(parts, shards, strict=True):
-        kernels.shard_gradient(x, target, saved, upstream, s, gradient[:, s.start : s.start + width])
-    assert_same((gradient.double(),), (expected,), {"rtol": 0.0, "atol": tolerance})
 
 
 # Shards of 4 and padding from 9 on: the third holds one word, the fourth none. Whole: no split at all.

@@ -1,0 +1,125 @@
+"""Tiny Megatron models with the same weights on every call, their input, and what tests compute with both."""
+
+import torch
+
+SEQUENCE, BATCH, VOCAB = 8, 3, 64  # s != b, so that a swapped [s, b] and [b, s] shows
+
+# How the loss may be computed, with equal results: masked tokens dropped before the output layer (the default) or not,
+# and the output layer in chunks or not.
+WAYS = {
+    "dropped": {},
+    "not dropped": {"compact_masked_tokens": False},
+    "out of place": {"inplace_backward": False},
+    "chunks": {"linear_fused": True, "vocab_chunk": 7},
+    "chunks, not dropped": {"linear_fused": True, "vocab_chunk": 1000, "compact_masked_tokens": False},
+    "chunks, kept": {"linear_fused": True, "vocab_chunk": 10, "keep_chunks": 2},
+}
+
+
+def start():
+    from megatron_dft.hosts import cpu
+
+    cpu.enable()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=torch.distributed.get_world_size())
+    model_parallel_cuda_manual_seed(1)
+
+
+def transformer_config(**settings):
+    """Tiny, and without the kernels that only CUDA has."""
+    from megatron.core.transformer import TransformerConfig
+
+    tiny = {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2}
+    return TransformerConfig(
+        **{"tensor_model_parallel_size": torch.distributed.get_world_size(), **tiny, **settings},
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        use_cpu_initialization=True,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        bias_activation_fusion=False,
+    )
+
+
+def gpt(**settings):
+    """A tiny GPTModel with the same weights on every call."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
+
+    parallel_output, tied = settings.pop("parallel_output", True), settings.pop("tied", False)
+    config = transformer_config(**settings)
+    torch.manual_seed(1)
+    spec = get_gpt_layer_local_spec()
+    mtp = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False) if config.mtp_num_layers else None
+    model = GPTModel(
+        config,
+        spec,
+        VOCAB,
+        SEQUENCE,
+        parallel_output=parallel_output,
+        share_embeddings_and_output_weights=tied,
+        mtp_block_spec=mtp,
+        position_embedding_type="rope",
+    )
+    with torch.no_grad():
+        (model.shared_embedding_or_output_weight() if tied else model.output_layer.weight).mul_(
+            40.0
+        )  # probabilities far from uniform, so that gates differ
+    return model
+
+
+def hybrid(**settings):
+    """Attention and MLP layers of a hybrid stack; Mamba layers need CUDA kernels."""
+    from hybrid_stack import stack
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+    return HybridModel(
+        transformer_config(num_layers=4, **settings),
+        stack,
+        VOCAB,
+        SEQUENCE,
+        hybrid_layer_pattern="*-*-",
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=False,
+    )
+
+
+def batch(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(VOCAB, (BATCH, SEQUENCE), generator=generator)
+    labels = torch.randint(VOCAB, (BATCH, SEQUENCE), generator=generator)
+    loss_mask = (torch.rand(BATCH, SEQUENCE, generator=generator) < 0.6).float()
+    return tokens, labels, loss_mask
+
+
+def forward(model, tokens, labels, loss_mask):
+    positions = torch.arange(SEQUENCE).expand(BATCH, -1)
+    causal = torch.ones(1, 1, SEQUENCE, SEQUENCE).triu(1).bool()
+    return model(tokens, positions, causal, labels=labels, loss_mask=loss_mask)
+
+
+def loss_func(loss_mask, output):
+    """What every Megatron script does: sum, count, report."""
+    loss = (output.view(-1).float() * loss_mask.view(-1)).sum()
+    tokens = loss_mask.sum().int()
+    return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens.float()])}
+
+
+def dft_line(ce):
+    """What users write by hand on top of Megatron's loss."""
+    return ce * torch.exp(-ce).detach()
+
+
+def gradients(model, transform=lambda loss: loss, **replaced):
+    tokens, labels, loss_mask = batch()
+    labels, loss_mask = replaced.get("labels", labels), replaced.get("loss_mask", loss_mask)
+    output = forward(model, tokens, labels, loss_mask)
+    upstream = torch.linspace(0.5, 1.5, BATCH * SEQUENCE).view(BATCH, SEQUENCE)
+    (transform(output) * loss_mask * upstream).sum().backward()
+    return output.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def same(ours, theirs, tolerance):
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
