@@ -35,7 +35,7 @@ def one(chat, checkpoint):
 
 
 @pytest.mark.host
-def test_the_survey_is_what_the_first_step_of_training_would_report(chat, checkpoint, one):
+def test_advise_matches_metrics_of_first_training_step(chat, checkpoint, one):
     result, shown, out = one
     shortened = "--lr 1e-9 --train-iters 1"
     for loss_type in ("dft", "deft"):
@@ -53,7 +53,7 @@ def test_the_survey_is_what_the_first_step_of_training_would_report(chat, checkp
 
 
 @pytest.mark.host
-def test_the_layout_changes_nothing(chat, checkpoint, one):
+def test_advise_under_tp_and_pp_matches_one_rank(chat, checkpoint, one):
     layout = ("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2")
     many, _, _ = run(chat, checkpoint, "many", *layout, ranks=4)
     result, _, _ = one
@@ -73,18 +73,18 @@ def test_the_layout_changes_nothing(chat, checkpoint, one):
         (["x.py", "--full-validation"], "--full-validation: expected --advise-batches"),
     ],
 )
-def test_what_cannot_be_done_is_said_in_one_line(words, expected, monkeypatch):
+def test_advise_rejects_invalid_arguments(words, expected, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(SystemExit, match=f"megatron_dft.advise: {expected}"):
         advise.main(words)
 
 
-def test_what_is_not_installed_is_said_before_anything_is_loaded(monkeypatch):
+def test_advise_reports_missing_matplotlib_before_reading_script(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="expected matplotlib, for the picture, got none; pip install"):
         advise.main(["x.py"])
 
 
-def test_the_command_explains_itself(capsys):
+def test_advise_without_arguments_prints_usage(capsys):
     advise.main([])
     assert "--advise-batches N" in capsys.readouterr().out

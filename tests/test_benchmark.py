@@ -38,7 +38,7 @@ def rows(tmp_path_factory):
         return list(csv.DictReader(file))
 
 
-def test_every_combination_is_measured_and_says_under_which_conditions(rows):
+def test_benchmark_measures_every_combination_and_records_conditions(rows):
     timed = [row for row in rows if not row["note"] and not row["hidden"]]
     names = ["ours: dft", "ours: dft, out of place", "ours: deft", "Megatron unfused", "F.cross_entropy"]
     expected = {(name, vocab, masked) for name in names for vocab in ("512", "272") for masked in ("0.0", "0.5")}
@@ -54,7 +54,7 @@ def test_every_combination_is_measured_and_says_under_which_conditions(rows):
         assert float(row["share_of_floor"]) == pytest.approx(floor / moved, rel=0.05, abs=2e-3)
 
 
-def test_output_layer_and_loss_are_measured_together(rows):
+def test_benchmark_measures_output_layer_with_loss(rows):
     heads = [row for row in rows if row["hidden"]]
     ours = {"masked tokens dropped", "masked tokens dropped, in chunks", "in chunks", "all the logits"}
     names = {f"ours: {way}" for way in ours} | {"Megatron: output layer, unfused", "F.linear_cross_entropy"}
@@ -65,14 +65,14 @@ def test_output_layer_and_loss_are_measured_together(rows):
         assert float(row["total_ms"]) > 0.0 and float(row["gradient_error"]) < 1e-4
 
 
-def test_collectives_are_counted_on_eight_ranks(rows):
+def test_benchmark_counts_collectives_on_eight_ranks(rows):
     sent = {row["implementation"]: (row["collectives"], row["sent_bytes_per_token"]) for row in rows}
     assert sent["ours: dft"] == ("1", "12.0") and sent["ours: deft"] == ("1", "16.0")
     assert sent["Megatron unfused"] == ("3", "12.0")
     assert sent["F.cross_entropy"][0] == ""
 
 
-def test_a_rival_that_is_wrong_or_missing_gets_a_row_that_says_so(rows):
+def test_benchmark_notes_wrong_and_missing_baselines(rows):
     notes = {row["implementation"]: row["note"] for row in rows if row["note"]}
     assert set(notes) == {
         "a wrong rival",
@@ -86,7 +86,7 @@ def test_a_rival_that_is_wrong_or_missing_gets_a_row_that_says_so(rows):
     assert all(float(row["gradient_error"]) < 0.05 for row in rows if not row["note"])
 
 
-def test_nothing_is_timed_when_ours_is_wrong(tmp_path):
+def test_benchmark_times_nothing_if_correctness_gate_fails(tmp_path):
     wrong = "right = rivals.ours('dft')()\n"
     wrong += "rivals.IMPLEMENTATIONS['ours: dft'] = lambda: lambda x, t, group: right(x, t, group) * 1.01"
     out = run(wrong, "--only", "ours: dft", "--out", tmp_path / "none.csv")
@@ -103,7 +103,7 @@ def report():
     return report
 
 
-def test_the_readme_shows_what_was_measured():
+def test_readme_matches_benchmark_results():
     written = report()
     text = (ROOT / "README.md").read_text()
     assert written.section() in text, "run: python tools/report.py"
@@ -112,7 +112,7 @@ def test_the_readme_shows_what_was_measured():
         assert path.name in text and (path.with_suffix(".png").exists() or not pictured)
 
 
-def test_a_table_has_winners_losers_and_the_missing(rows):
+def test_report_table_lists_times_ratios_and_missing_baselines(rows):
     written = report()
     text = written.part(rows, written.RESULTS / "some.csv")
     assert "| Megatron unfused | " in text
@@ -132,6 +132,6 @@ def test_a_table_has_winners_losers_and_the_missing(rows):
     assert "TP = 8, projected" in written.part(gpu, written.RESULTS / "some.csv")
 
 
-def test_the_projection_is_the_stated_model():
+def test_report_tp8_projection_matches_formula():
     row = {"collectives": "3", "sent_bytes_per_token": "12.0", "tokens": "8192", "total_ms": "1.0"}
     assert report().projected(row) == f"{1.0 + 0.060 + 12 * 8192 * 7 / 400e9 * 1e3:.2f}"

@@ -64,7 +64,7 @@ def calls(wire, place, implementation, part="loss"):
     return {(row["group"], row["collective"]): (int(row["calls"]), int(row["bytes"])) for row in found}
 
 
-def test_every_layout_has_every_implementation_once(files):
+def test_benchmark_layouts_has_one_row_per_layout_and_implementation(files):
     rows, _ = files
     found = [(row["tp"], row["sp"], row["pp"], row["cp"], row["dp"], row["implementation"]) for row in rows]
     assert len(found) == len(set(found)) == len(PLACES) * len(benchmark_layouts.IMPLEMENTATIONS)
@@ -74,21 +74,21 @@ def test_every_layout_has_every_implementation_once(files):
         assert row["valid"] == str(task().valid())
 
 
-def test_losses_and_gradients_agree(files):
+def test_benchmark_layouts_losses_and_grad_norms_agree(files):
     rows, _ = files
     assert disagreements(rows) == []
     assert len({row["grad_norm"][:6] for row in rows}) > 8  # the objectives do differ
 
 
 @pytest.mark.parametrize("key", ["loss", "grad_norm"])
-def test_a_layout_that_disagrees_is_named(files, key):
+def test_disagreements_names_implementation_and_quantity(files, key):
     rows = [dict(row) for row in files[0]]
     rows[-1][key] = str(float(rows[-1][key]) * 1.001)
     (found,) = disagreements(rows)
     assert rows[-1]["implementation"] in found and f"expected a {key} of" in found
 
 
-def test_what_the_loss_sends_is_counted(files):
+def test_benchmark_layouts_counts_collectives_of_loss(files):
     """By hand: fp32; of hidden states n H numbers, of a loss a few for each of n tokens."""
     _, wire = files
     n = SAMPLES * SEQUENCE
@@ -115,7 +115,7 @@ def test_what_the_loss_sends_is_counted(files):
         assert not any(calls(wire, place, way) for way in WAYS)
 
 
-def test_what_the_rest_sends_is_counted(files):
+def test_benchmark_layouts_counts_collectives_outside_loss(files):
     _, wire = files
     of_hidden = SAMPLES * SEQUENCE * HIDDEN * 4
     found = calls(wire, "pp", "Megatron", "rest")
@@ -124,7 +124,7 @@ def test_what_the_rest_sends_is_counted(files):
     assert not any(row["part"] == "rest" and row["implementation"] != "Megatron" for row in wire)
 
 
-def test_the_table_has_every_layout_and_way(files):
+def test_report_table_has_every_layout_and_variant(files):
     rows, _ = files
     text = report.layouts_part(rows, report.RESULTS / "some-layouts.csv")
     assert "| layout | Megatron, ms | its loss stage | ours | ours, masked tokens dropped |" in text
@@ -145,30 +145,30 @@ def valid_of_micro_batches():
     return [sum(masks[i : i + MICRO_BATCH]) for i in range(0, SAMPLES, MICRO_BATCH)]
 
 
-def test_samples_are_uneven_and_a_micro_batch_has_none():
+def test_task_micro_batches_have_distinct_valid_counts_and_one_zero():
     counts = valid_of_micro_batches()
     assert 0 in counts and len(set(counts)) == len(counts)
 
 
 @pytest.mark.parametrize("text", ["", "tp", "pp2tp2", "tp2 ", "ep2"])
-def test_a_layout_that_means_nothing_is_refused(text):
+def test_layout_parse_rejects_invalid_text(text):
     with pytest.raises(ValueError, match="layout: expected tp"):
         Layout.parse(text)
 
 
 @pytest.mark.parametrize("flags", ["--steps 1", "--only nobody"])
-def test_a_measurement_of_nothing_is_refused(flags, capsys):
+def test_benchmark_layouts_rejects_invalid_flags(flags, capsys):
     with pytest.raises(SystemExit):
         benchmark_layouts.arguments(flags.split())
     assert f"{flags.split()[0]}: expected" in capsys.readouterr().err
 
 
-def test_ranks_that_cannot_be_divided_are_refused():
+def test_layout_dp_rejects_indivisible_world_size():
     with pytest.raises(ValueError, match="expected a multiple of 6 ranks, got 8"):
         Layout(tp=3, pp=2).dp(8)
 
 
-def test_the_usual_layouts_of_four_ranks():
+def test_usual_layouts_of_four_ranks():
     names = {(x.tp, x.pp, x.cp) for x in usual_layouts(4, task())}
     pairs = {(2, 1, 1), (1, 2, 1), (1, 1, 2)}
     assert names == pairs | {(1, 1, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2), (1, 1, 4)}  # two heads, two layers

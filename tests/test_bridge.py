@@ -40,7 +40,7 @@ def write(folder, text):
     return str(folder / "recipe.yaml")
 
 
-def test_the_command_line_wins_over_the_file(tmp_path):
+def test_bridge_overrides_take_precedence_over_yaml(tmp_path):
     file = write(
         tmp_path, "recipe: a\ndft: {loss_type: dft, vocab_chunk: 64, linear_fused: true}\nmodel: {seq_length: 1e-2}\n"
     )
@@ -52,7 +52,7 @@ def test_the_command_line_wins_over_the_file(tmp_path):
     assert bridge.requested("b", file, [])[0] == "b"
 
 
-def test_settings_of_the_objective_are_read_from_the_command_line_alone():
+def test_bridge_reads_dft_settings_from_argv():
     words = [
         "dft.loss_type=dft:start=2,ramp=3",
         "dft.linear_fused=true",
@@ -64,12 +64,12 @@ def test_settings_of_the_objective_are_read_from_the_command_line_alone():
     assert (sections, overrides) == ({}, [])
 
 
-def test_references_are_left_to_bridge(tmp_path):
+def test_bridge_leaves_yaml_references_unresolved(tmp_path):
     file = write(tmp_path, "recipe: a\ndataset: {seq_length: '${model.seq_length}'}")
     assert bridge.requested(None, file, [])[2] == {"dataset": {"seq_length": "${model.seq_length}"}}
 
 
-def test_without_an_objective_nothing_is_changed(tmp_path):
+def test_bridge_without_loss_type_disables_dft(tmp_path):
     assert not bridge.requested(None, write(tmp_path, "recipe: a\ndft:\nmodel: {}"), [])[1].enabled
 
 
@@ -86,12 +86,12 @@ def test_without_an_objective_nothing_is_changed(tmp_path):
         ("dft: nll", [], "expected sections .* of KEY: VALUE"),
     ],
 )
-def test_what_cannot_be_is_an_error(tmp_path, text, words, message):
+def test_bridge_rejects_invalid_settings(tmp_path, text, words, message):
     with pytest.raises(ValueError, match=message):
         bridge.requested("a", write(tmp_path, text), words)
 
 
-def test_a_recipe_and_its_file_have_to_be_there():
+def test_bridge_requires_recipe_and_existing_file():
     with pytest.raises(ValueError, match="expected the name of a recipe, got none"):
         bridge.requested(None, None, [])
     with pytest.raises(ValueError, match=r"expected a YAML file, got .*nowhere\.yaml"):
@@ -111,7 +111,7 @@ def test_a_recipe_and_its_file_have_to_be_there():
         ),
     ],
 )
-def test_keys_that_do_not_exist_are_errors_with_the_nearest_name(given, message):
+def test_check_keys_rejects_unknown_keys(given, message):
     with pytest.raises(ValueError, match=message):
         bridge.check_keys(given, Settings())
 
@@ -124,11 +124,11 @@ def test_keys_that_do_not_exist_are_errors_with_the_nearest_name(given, message)
         {"model": {"_target_": "a.B"}},
     ],
 )
-def test_keys_that_exist_pass(given):
+def test_check_keys_accepts_existing_keys(given):
     bridge.check_keys(given, Settings())
 
 
-def test_the_command_explains_itself_and_ends_with_one_line():
+def test_bridge_prints_usage_and_one_line_errors():
     command = [sys.executable, "-m", "megatron_dft.bridge"]
     usage = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
     assert all(option in usage for option in ("--recipe", "--config-file", "--step", "--device", "--dry-run"))
@@ -137,7 +137,7 @@ def test_the_command_explains_itself_and_ends_with_one_line():
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_ready_recipes_say_what_they_are(path):
+def test_example_recipes_set_dft_and_per_token_loss(path):
     name, config, sections, _ = bridge.requested(None, str(path), [])
     assert name.endswith(("_sft_config", "_peft_config")) and config.loss_type == "dft"
     assert "calculate_per_token_loss" in sections["model"] and "dft" not in sections
@@ -150,7 +150,7 @@ def batches(*masks):
     return iter([{"labels": labels, "loss_mask": torch.tensor([mask]), "tokens": labels} for mask in masks])
 
 
-def test_masked_labels_are_ignored_and_the_batch_is_left_alone():
+def test_dft_step_sets_masked_labels_to_ignore_index_in_copy():
     seen = []
 
     def forward_step(state, data_iterator, model, return_schedule_plan=False):
@@ -175,11 +175,11 @@ def test_masked_labels_are_ignored_and_the_batch_is_left_alone():
         {"labels": torch.zeros(1, 4), "loss_mask": torch.zeros(1, 2)},
     ],
 )
-def test_batches_without_a_mask_of_their_labels_pass_as_they_are(batch):
+def test_dft_step_passes_batch_without_matching_mask_unchanged(batch):
     step = DFTStep(lambda data_iterator, model: (next(data_iterator), None), DFTConfig("dft"))
     assert step(iter([batch]), None)[0] == batch
 
 
-def test_a_stage_without_data_has_nothing_to_mark():
+def test_dft_step_accepts_stage_without_data():
     step = DFTStep(lambda data_iterator, model: (data_iterator, None), DFTConfig("dft"))
     assert step(None, None) == (None, None)

@@ -47,7 +47,7 @@ def finetune(host, words, recipe="tiny", **kwargs):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_nll_is_bridges_own_loss(host, layout):
+def test_nll_matches_bridge_loss(host, layout):
     _, words, ranks = LAYOUTS[layout]
     stock = finetune(host, words, ranks=ranks)
     ours = finetune(host, f"{words} dft.loss_type=nll", ranks=ranks)
@@ -57,7 +57,7 @@ def test_nll_is_bridges_own_loss(host, layout):
 
 @pytest.mark.parametrize("objective", ["dft", "dft:start=1,ramp=2", "cayley"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_an_objective_trains_as_it_does_in_megatron_lm(host, layout, objective):
+def test_objective_matches_megatron_lm_training(host, layout, objective):
     flags, words, ranks = LAYOUTS[layout]
     theirs = host.curves(
         f"{LM} {flags} {training(3, 1e-3, 8)} --load {host.folder / 'base'} --finetune --loss-type {objective}",
@@ -69,7 +69,7 @@ def test_an_objective_trains_as_it_does_in_megatron_lm(host, layout, objective):
 
 
 @pytest.mark.parametrize("objective", ["nll", "dft"])
-def test_multi_token_prediction_leaves_masked_tokens_out(host, objective):
+def test_mtp_excludes_masked_tokens(host, objective):
     """Bridge passes no mask to the model, Megatron-LM does; masked tokens skip the output layer in both."""
     common = f"{MODEL} {MODELS['mtp']} {PER_TOKEN} --micro-batch-size 2 "
     base = host.folder / "mtp"
@@ -84,7 +84,7 @@ def test_multi_token_prediction_leaves_masked_tokens_out(host, objective):
 
 
 @pytest.mark.parametrize("layout", ["one rank", "PP", "CP"])
-def test_histograms_and_channels_are_those_of_megatron_lm(host, layout):
+def test_histograms_and_channels_match_megatron_lm(host, layout):
     """Every third sample has no channel, or one of two."""
     flags, words, ranks = LAYOUTS[layout]
     theirs = host.curves(
@@ -99,17 +99,17 @@ def test_histograms_and_channels_are_those_of_megatron_lm(host, layout):
     agree(ours, theirs, 1e-6)
 
 
-def test_without_an_objective_it_is_bridge_alone(host):
+def test_bridge_without_loss_type_matches_bridge_alone(host):
     alone = host.curves(f"checkpoint.pretrained_checkpoint={host.folder / 'base'}", script=BRIDGE, alone=True)
     assert finetune(host, "") == alone
 
 
 @pytest.mark.parametrize("way", ["dft.compact_masked_tokens=false", "dft.linear_fused=true dft.vocab_chunk=5"])
-def test_skipping_masked_tokens_and_chunks_change_no_curve(host, way):
+def test_compaction_and_linear_fused_leave_curves_unchanged(host, way):
     agree(finetune(host, f"dft.loss_type=dft {way}"), finetune(host, "dft.loss_type=dft"), 2e-6)
 
 
-def test_context_parallelism_gets_the_settings_it_needs(host):
+def test_context_parallel_sets_required_settings(host):
     words = "dft.loss_type=dft model.context_parallel_size=2"
     run = host.begin(
         f"--recipe bridge_recipe:tiny checkpoint.pretrained_checkpoint={host.folder / 'base'} {words} "
@@ -123,11 +123,11 @@ def test_context_parallelism_gets_the_settings_it_needs(host):
     agree(run.curves(), finetune(host, words, ranks=2))
 
 
-def test_vlm_step_fits_too(host):
+def test_vlm_step_matches_default_step(host):
     agree(finetune(host, "--step vlm_step dft.loss_type=dft"), finetune(host, "dft.loss_type=dft"), 1e-6)
 
 
-def test_callbacks_see_the_metrics_of_steps_and_evaluations(host):
+def test_callbacks_receive_metrics_of_steps_and_evaluations(host):
     run = host.begin(
         f"dft checkpoint.pretrained_checkpoint={host.folder / 'base'} validation.eval_interval=2",
         script=BRIDGE,
@@ -140,7 +140,7 @@ def test_callbacks_see_the_metrics_of_steps_and_evaluations(host):
     agree(run.curves(), finetune(host, "validation.eval_interval=2 dft.loss_type=dft"))
 
 
-def test_metrics_reach_weights_and_biases(host):
+def test_metrics_are_logged_to_wandb(host):
     datastore = pytest.importorskip("wandb.sdk.internal.datastore")
     from wandb.proto.wandb_internal_pb2 import Record
 
@@ -159,20 +159,20 @@ def test_metrics_reach_weights_and_biases(host):
 
 
 class TestAdapters:
-    def test_nll_is_bridges_own_loss(self, host):
+    def test_nll_matches_bridge_loss(self, host):
         for layout in ("one rank", "TP"):
             _, words, ranks = LAYOUTS[layout]
             stock = finetune(host, words, "tiny_lora", ranks=ranks)
             ours = finetune(host, f"{words} dft.loss_type=nll", "tiny_lora", ranks=ranks)
             agree({tag: ours[tag] for tag in stock}, stock, 1e-6)
 
-    def test_an_objective_trains_them(self, host):
+    def test_objective_trains_adapters(self, host):
         full, adapters = finetune(host, "dft.loss_type=dft"), finetune(host, "dft.loss_type=dft", "tiny_lora")
         assert set(full) == set(adapters)
         assert adapters["dft loss"][0] == pytest.approx(full["dft loss"][0], rel=1e-5)  # B starts as zero
         assert adapters["grad-norm"][0] != full["grad-norm"][0] and adapters["lm loss"][2] != full["lm loss"][2]
 
-    def test_one_on_the_output_layer_keeps_masked_tokens(self, host):
+    def test_adapter_on_output_layer_disables_compaction(self, host):
         run = host.begin(
             f"--recipe bridge_recipe:tiny_lora checkpoint.pretrained_checkpoint={host.folder / 'base'} "
             "peft.target_modules=[linear_qkv,output_layer] dft.loss_type=dft",
@@ -187,14 +187,14 @@ class TestCheckpoints:
     RAMP = "dft.loss_type=dft:start=2,ramp=3 "
 
     @pytest.mark.parametrize("recipe", ["tiny", "tiny_lora"])
-    def test_a_run_goes_on_exactly(self, host, recipe):
+    def test_resumed_run_matches_uninterrupted_run(self, host, recipe):
         folder = host.folder / f"whole-{recipe}"
         whole = finetune(host, f"{self.RUN} {self.RAMP} checkpoint.save={folder}", recipe)
         rest = finetune(host, f"{self.RUN} {self.RAMP} checkpoint.load={folder} checkpoint.ckpt_step=3", recipe)
         assert rest == {tag: values[3:] if len(values) == 6 else values for tag, values in whole.items()}
 
     @pytest.mark.parametrize("recipe", ["tiny", "tiny_lora"])
-    def test_nothing_of_ours_is_stored(self, host, recipe):
+    def test_checkpoint_contains_no_dft_config_or_state(self, host, recipe):
         ours, stock = host.folder / f"whole-{recipe}", host.folder / f"stock-{recipe}"
         finetune(host, f"{self.RUN} {self.RAMP} checkpoint.save={ours}", recipe)
         finetune(host, f"{self.RUN} checkpoint.save={stock}", recipe)
@@ -203,7 +203,7 @@ class TestCheckpoints:
         keys = [set(FileSystemReader(f / "iter_0000006").read_metadata().state_dict_metadata) for f in (ours, stock)]
         assert keys[0] == keys[1]
 
-    def test_bridge_alone_goes_on_from_one(self, host):
+    def test_bridge_alone_resumes_from_checkpoint(self, host):
         ours = host.folder / "whole-tiny"
         finetune(host, f"{self.RUN} {self.RAMP} checkpoint.save={ours}")
         alone = host.curves(f"{self.RUN} checkpoint.load={ours} checkpoint.ckpt_step=3", script=BRIDGE, alone=True)
@@ -225,13 +225,13 @@ class TestCheckpoints:
         ("--recipe llama32_1b_stf_config", "did you mean 'llama32_1b_sft_config'"),
     ],
 )
-def test_what_bridge_would_pass_over_is_an_error(host, words, message):
+def test_bridge_rejects_unknown_and_incompatible_settings(host, words, message):
     base = f"checkpoint.pretrained_checkpoint={host.folder / 'base'}"
     run = host.begin(f"--recipe bridge_recipe:tiny {base} dft.loss_type=dft {words}", script=BRIDGE)
     assert run.wait() == 1 and "\nmegatron_dft.bridge: " in "\n" + run.output() and message in run.output()
 
 
-def test_a_model_of_hugging_face_comes_back_as_one(host):
+def test_hugging_face_export_matches_validation_nll(host):
     """Weights from Hugging Face, fine-tuned with DFT, exported: its NLL there is what Bridge logged at the end."""
     folder, saved, exported = (host.folder / name for name in ("hf", "hf-trained", "hf-exported"))
     torch.manual_seed(0)
@@ -335,12 +335,12 @@ READY = {  # ranks, and some of the final configuration
 }
 
 
-def test_every_ready_recipe_is_tried():
+def test_every_example_recipe_is_tested():
     assert set(READY) == {path.stem for path in (ROOT / "examples" / "conf").glob("*.yaml")}
 
 
 @pytest.mark.parametrize("name", READY)
-def test_a_ready_recipe_builds_its_final_configuration(hub, name):
+def test_example_recipe_builds_final_config(hub, name):
     """With Transformer Engine, as on GPUs, for as many ranks as it is meant for."""
     ranks, expected = READY[name]
     environment = os.environ | {"HF_HOME": str(hub), "HF_HUB_OFFLINE": "1", "WORLD_SIZE": str(ranks), "RANK": "0"}

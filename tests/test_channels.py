@@ -6,7 +6,7 @@ import torch
 from megatron_dft.channels import channel_names, split_channels, with_channels
 
 
-def test_labels_and_channels_come_back():
+def test_labels_and_channels_round_trip():
     labels = torch.tensor([[0, 5, -100], [2**31 - 1, 7, -100]])
     channel = torch.tensor([[0, 1, 2], [3, 1000, 5]])
     back, numbers = split_channels(with_channels(labels, channel), 1001)
@@ -14,7 +14,7 @@ def test_labels_and_channels_come_back():
     assert numbers.tolist() == [[0, 1, 0], [3, 1000, 0]]  # a label that is ignored has none
 
 
-def test_labels_without_channels_are_as_they_were():
+def test_labels_without_channels_are_unchanged():
     labels = torch.tensor([3, -100, 0])
     assert torch.equal(with_channels(labels, 0), labels)
     back, channel = split_channels(labels, 3)
@@ -28,11 +28,11 @@ def test_label_out_of_range_stays_out_of_range():
     assert torch.equal(back, labels) and not channel.any()
 
 
-def test_labels_have_to_be_wide_enough():
+def test_with_channels_rejects_int32_labels():
     with pytest.raises(ValueError, match=r"labels: expected int64 token ids, got torch.int32"):
         with_channels(torch.zeros(2, dtype=torch.int32), 1)
 
 
-def test_names_have_numbers():
+def test_channel_names_puts_other_first():
     assert channel_names(None) == ()
     assert channel_names("maths, code") == ("other", "maths", "code")

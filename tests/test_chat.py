@@ -32,7 +32,7 @@ def trained_texts(encoded, tok):
 
 @pytest.mark.parametrize("name", TALKS)
 @pytest.mark.parametrize("template", CLOSING, ids=["chatml", "marked", "headers", "thinking", "instruct"])
-def test_replies_and_what_closes_them_train_and_nothing_else(template, name):
+def test_chat_format_trains_only_on_replies_and_closing_tokens(template, name):
     messages = TALKS[name]
     tok = tokenizer(template)
     (encoded,) = ChatFormat(tok, "chat").encode([messages])
@@ -53,7 +53,7 @@ def test_replies_and_what_closes_them_train_and_nothing_else(template, name):
     assert all(target in (-100, token) for target, token in zip(encoded.targets(), encoded.ids, strict=True))
 
 
-def test_a_template_that_closes_the_last_reply_only():
+def test_chat_format_supports_template_that_closes_last_reply_only():
     last = "{% if loop.last and m['role'] == 'assistant' %}{{ '</s>' }}{% endif %}"
     tok = tokenizer("{% for m in messages %}{{ m['content'] }}" + last + "{{ '\\n' }}{% endfor %}")
     (encoded,) = ChatFormat(tok, "chat").encode([talk("one", "yes", "two", "yes")])
@@ -61,20 +61,20 @@ def test_a_template_that_closes_the_last_reply_only():
     assert trained_texts(encoded, tok) == ["yes", "yes</s>"]
 
 
-def test_an_empty_system_message_is_not_shown():
+def test_chat_format_omits_empty_system_message():
     for template in (CHATML, MARKED, INSTRUCT):
         assert encode(template, talk("one", "two", system="")) == encode(template, talk("one", "two"))
     assert encode(CHATML, talk("one", "two", system=" ")) != encode(CHATML, talk("one", "two"))
 
 
-def test_one_conversation_that_is_refused_spoils_no_other():
+def test_encode_rejects_one_conversation_without_affecting_others():
     chat = ChatFormat(tokenizer(INSTRUCT), "chat")
     first, refused, last = chat.encode([TALKS["turns"], TALKS["system"], TALKS["one turn"]])
     assert isinstance(refused, ValueError)
     assert [first, last] == chat.encode([TALKS["turns"], TALKS["one turn"]])
 
 
-def test_a_token_across_the_edge_of_a_turn_trains():
+def test_chat_format_trains_on_token_across_turn_boundary():
     """The space before a word is part of its token, wherever the prompt ends."""
     tok = tokenizer(
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}{% if add_generation_prompt "
@@ -84,14 +84,14 @@ def test_a_token_across_the_edge_of_a_turn_trains():
     assert trained_texts(encoded, tok) == [" two"]
 
 
-def test_a_template_that_rewrites_the_prompt_or_hides_the_reply_is_refused():
+def test_chat_format_rejects_template_that_changes_prompt_or_content():
     counts = "{{ messages | length }}" + CHATML
     assert "message 1: the chat template writes what comes before it differently" in str(encode(counts, talk("a", "b")))
     shouts = CHATML.replace("m['content']", "m['content'] | upper")
     assert "message 1: the chat template does not show its content" in str(encode(shouts, talk("a", "b")))
 
 
-def test_completions_train_with_the_end_of_the_text():
+def test_completion_format_trains_on_end_of_text():
     tok = tokenizer(None)
     encoded = encode(None, talk("one and ", "two"), form="completion")
     assert tok.decode(encoded.ids) == "one and two</s>" and trained_texts(encoded, tok) == [" two</s>"]
@@ -99,7 +99,7 @@ def test_completions_train_with_the_end_of_the_text():
     assert tok.decode(open_end.ids) == "onetwothree" and trained_texts(open_end, tok) == ["two"]
 
 
-def test_a_tokenizer_that_begins_texts_with_a_token_does_so_for_completions():
+def test_completion_format_adds_bos_once():
     from tokenizers import processors
 
     tok = tokenizer(None)
@@ -108,7 +108,7 @@ def test_a_tokenizer_that_begins_texts_with_a_token_does_so_for_completions():
     assert tok.decode(encoded.ids) == "<s>onetwo</s>" and encoded.ids.count(1) == 1
 
 
-def test_a_tokenizer_that_cuts_and_pads_does_neither_here():
+def test_chat_format_ignores_tokenizer_truncation_and_padding():
     tok = tokenizer()
     expected = encode(CHATML, TALKS["turns"])
     tok.backend_tokenizer.enable_truncation(5)
@@ -116,7 +116,7 @@ def test_a_tokenizer_that_cuts_and_pads_does_neither_here():
     assert ChatFormat(tok, "chat").encode([TALKS["turns"]]) == [expected]
 
 
-def test_padding_is_never_a_target():
+def test_pad_id_is_never_target():
     assert ChatFormat(tokenizer(), "chat").pad_id == 0
     as_eos = {"pad_token": "<|im_end|>", "eos_token": "<|im_end|>"}
     assert ChatFormat(tokenizer(CHATML, **as_eos), "chat").pad_id == 1  # <s>
@@ -125,7 +125,7 @@ def test_padding_is_never_a_target():
         _ = ChatFormat(tokenizer(CHATML, **as_eos, bos_token=None), "chat").pad_id
 
 
-def test_what_cannot_be_used_is_refused():
+def test_chat_format_rejects_invalid_format_template_or_tokenizer():
     with pytest.raises(ValueError, match="format: expected one of chat, completion, got 'alpaca'"):
         ChatFormat(tokenizer(), "alpaca")
     with pytest.raises(ValueError, match="expected a chat template, got none"):
@@ -134,6 +134,6 @@ def test_what_cannot_be_used_is_refused():
         ChatFormat(object(), "chat")
 
 
-def test_a_conversation_without_a_reply_has_no_token_that_trains():
+def test_conversation_without_reply_has_no_trained_tokens():
     assert encode(CHATML, talk("one")).trained == 0
     assert Encoded([1, 2, 3], []).targets() == [-100] * 3

@@ -36,7 +36,7 @@ def loaded(folder):
     return f"--load {folder} --ckpt-step {SAVED} "
 
 
-def test_a_killed_run_goes_on_exactly(host, whole):
+def test_killed_run_resumes_exactly(host, whole):
     flags = f"{RUN} {TP2} --loss-type {RAMP} --save {host.folder / 'killed'} "
     killed = host.begin(flags, ranks=2, DIE_IN_ITERATION=str(CRASH))
     assert killed.wait() == -signal.SIGKILL
@@ -46,13 +46,13 @@ def test_a_killed_run_goes_on_exactly(host, whole):
 
 
 @pytest.mark.parametrize(("layout", "ranks"), [("", 1), (PP2, 2), (TP2 + PP2, 4), (CP2, 2)])
-def test_a_run_goes_on_in_another_layout(host, whole, layout, ranks):
+def test_checkpoint_resumes_in_another_layout(host, whole, layout, ranks):
     curves, folder = whole
     agree(host.curves(f"{RUN} {layout} --loss-type {RAMP} {loaded(folder)}", ranks=ranks), rest(curves))
 
 
 @pytest.mark.parametrize(("first", "then"), [("nll", "dft"), ("dft", "nll"), ("ce", "dft"), ("dft", "ce")])
-def test_a_run_goes_on_with_another_objective(host, first, then):
+def test_checkpoint_resumes_with_another_objective(host, first, then):
     folder = host.folder / first
     before = host.curves(f"{RUN} --loss-type {first} --save {folder}")
     after = host.curves(f"{RUN} --loss-type {then} {loaded(folder)}")
@@ -63,7 +63,7 @@ def test_a_run_goes_on_with_another_objective(host, first, then):
         assert after["valid tokens total"][0] == counted + after["valid tokens"][0]
 
 
-def test_a_schedule_is_nll_then_a_blend_then_its_objective(host, whole):
+def test_schedule_starts_with_nll_and_ramps_to_objective(host, whole):
     curves, _ = whole
     assert curves["dft blend"] == [0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     nll = host.curves(f"{RUN} {TP2} --loss-type nll", ranks=2)
@@ -73,19 +73,19 @@ def test_a_schedule_is_nll_then_a_blend_then_its_objective(host, whole):
     assert 0.0 < curves["dft gate"][3] < 1.0
 
 
-def test_evaluation_alone_takes_the_schedule_from_the_checkpoint(host, whole):
+def test_skip_train_restores_schedule_from_checkpoint(host, whole):
     code, output = host.start(f"{RUN} --loss-type {RAMP} {loaded(whole[1])} --skip-train")
     assert code == 0, output
     assert "dft blend value: 5.000000E-01" in output
 
 
-def test_a_fine_tuning_start_counts_from_zero(host, whole):
+def test_finetune_resets_token_count_and_schedule(host, whole):
     curves = host.curves(f"{RUN} --loss-type {RAMP} {loaded(whole[1])} --finetune --exit-interval 3")
     assert curves["valid tokens total"][0] == curves["valid tokens"][0]
     assert curves["dft blend"] == [0.0, 0.0, 0.25]
 
 
-def test_log_and_checkpoint_name_the_objective(host, whole):
+def test_log_and_checkpoint_record_objective(host, whole):
     from megatron.core.dist_checkpointing import load_common_state_dict
 
     saved = load_common_state_dict(str(whole[1] / f"iter_{STEPS:07d}"))["args"]

@@ -45,7 +45,7 @@ def results(out):
     return json.loads((out / "results.json").read_text())
 
 
-def test_every_figure_is_drawn_and_on_the_page(out):
+def test_report_contains_every_figure(out):
     text = (out / "report.md").read_text()
     assert set(re.findall(r"\]\(figures/(\S+)\)", text)) == set(report.FIGURES)
     for name in report.FIGURES:
@@ -53,7 +53,7 @@ def test_every_figure_is_drawn_and_on_the_page(out):
         assert data.startswith(b"\x89PNG") and 2000 < len(data) < 120_000, name
 
 
-def test_every_combination_was_run_and_the_conditions_are_named(results):
+def test_results_contain_every_combination_and_conditions(results):
     settings = results["settings"]
     expected = {(*task, o, 1.0, s) for task in TASKS for o in settings["objectives"] for s in range(2)}
     expected |= {(*task, o, 3.0, s) for task in TASKS for o in ("nll", "dft") for s in range(2)}
@@ -63,7 +63,7 @@ def test_every_combination_was_run_and_the_conditions_are_named(results):
     assert all(results["facts"][key] for key in ("device", "date", "commit", "torch", "megatron_dft", "seconds"))
 
 
-def test_the_priors_are_what_they_are_called(results):
+def test_priors_have_mean_p_in_stated_range(results):
     assert len(results["priors"]) == 6
     for row in results["priors"]:
         low, high = {"strong": (0.5, 1.0), "middle": (0.1, 0.5), "weak": (0.0, 0.1)}[row["prior"]]
@@ -72,7 +72,7 @@ def test_the_priors_are_what_they_are_called(results):
         assert row["prior"] == "weak" or 0.5 * row["p"] < row["p of noisy targets"] < 0.8 * row["p"]
 
 
-def test_objectives_of_a_seed_start_from_the_same_weights(results):
+def test_objectives_start_from_same_weights_per_seed(results):
     first = {}
     for run in results["runs"]:
         if run["factor"] == 1.0:
@@ -83,7 +83,7 @@ def test_objectives_of_a_seed_start_from_the_same_weights(results):
     assert first["strong", "clean", 0][0]["train nll"] != first["strong", "clean", 1][0]["train nll"]
 
 
-def test_dft_and_prob_are_the_same_run_and_nll_is_another(results):
+def test_dft_and_prob_runs_are_equal_and_nll_differs(results):
     assert len(results["same"]) == 12
     assert max(max(row["weights"], row["curves"]) for row in results["same"]) <= 1e-6
     for task in TASKS:
@@ -94,14 +94,14 @@ def test_dft_and_prob_are_the_same_run_and_nll_is_another(results):
         assert last["dft"] == last["prob"] != last["nll"]
 
 
-def test_a_difference_between_dft_and_prob_is_seen():
+def test_same_returns_weight_and_curve_differences():
     point = {"train nll": 1.0, "train objective": 0.3}
     weights = {"dft": torch.zeros(3), "prob": torch.tensor([0.0, 0.0, -0.5])}
     found = tool.same(weights, {"dft": [point], "prob": [{**point, "train nll": 1.25, "train objective": 0.9}]}, {})
     assert found == {"weights": 0.5, "curves": 0.25}  # the objective's own value may differ
 
 
-def test_gradient_shares_sum_to_one_and_nll_listens_to_rare_targets(results):
+def test_gradient_shares_sum_to_one_and_nll_favors_low_p(results):
     for task in TASKS:
         for name in results["settings"]["objectives"]:
             for run in report.pick(results, *task, name):
@@ -112,7 +112,7 @@ def test_gradient_shares_sum_to_one_and_nll_listens_to_rare_targets(results):
     assert nll > 2 * dft
 
 
-def test_shares_are_those_of_the_bins_of_p():
+def test_gradient_share_is_binned_by_p():
     p = torch.tensor([0.05, 0.55, 0.55, 1.0], dtype=torch.float64)
     collision = p**2 + (1 - p) ** 2  # of two answers; the gradient's norm for nll is then sqrt(2) (1-p)
     stats = tool.TokenStats(p.log(), torch.ones(4, dtype=torch.bool), collision=collision)
@@ -121,7 +121,7 @@ def test_shares_are_those_of_the_bins_of_p():
 
 
 @pytest.mark.parametrize("name", ["nll", "dft", "prob", "tsallis:q=0.5", "deft", "cayley", "focal", "entropy", "luffy"])
-def test_the_norm_of_a_tokens_gradient_is_exact(name):
+def test_token_gradient_norm_matches_autograd(name):
     generator = torch.Generator().manual_seed(1)
     logits = 3.0 * torch.randn(20, 7, generator=generator, dtype=torch.float64)
     logits[0, 0] = 12.0
@@ -139,7 +139,7 @@ def tiny(prior="middle", targets="noisy"):
     return tool.Model(TINY.words, TINY.width), tool.make_task(TINY, world, 0, prior, targets)
 
 
-def test_gradient_variance_is_its_definition():
+def test_gradient_variance_matches_definition():
     model, task = tiny()
     rows = torch.arange(len(task.train[0]))
     whole = tool.replace(task, batches=rows.expand(2, -1))
@@ -156,7 +156,7 @@ def test_gradient_variance_is_its_definition():
     assert tool.gradient_variance(model, single, parse_objective("nll"), len(rows)) == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_world_is_as_described():
+def test_make_world_satisfies_documented_properties():
     world = tool.make_world(tool.Settings(), 0)
     a, b, c = world.answers
     assert not ((a == b) | (a == c) | (b == c)).any()
@@ -171,7 +171,7 @@ def test_the_world_is_as_described():
     assert torch.equal(clean.train[1], a[world.train]) and not torch.equal(noisy.train[1], a[world.train])
 
 
-def test_a_schedule_moves_on():
+def test_fine_tune_advances_schedule():
     model, task = tiny()
     base = {key: value.clone() for key, value in model.state_dict().items()}
     names = ("nll", "dft", "dft:start=1000", "dft:start=0")
@@ -181,12 +181,12 @@ def test_a_schedule_moves_on():
     assert all(len(points) == 3 for points in runs.values())
 
 
-def test_a_base_without_its_prior_is_an_error(tmp_path):
+def test_base_job_raises_without_expected_prior(tmp_path):
     with pytest.raises(RuntimeError, match=r"seed 0: expected a strong prior, a mean p between 0.5 and 1.0, got 0.1"):
         tool.base_job(TINY, 0, tmp_path / "base.pt")
 
 
-def test_objectives_are_split_at_the_right_commas():
+def test_split_objectives_keeps_commas_of_parameters():
     assert tool.split_objectives("nll,threshold:lo=0.1,base=prob,deft,nll") == (
         "nll",
         "threshold:lo=0.1,base=prob",
@@ -225,7 +225,7 @@ def verdict(claim, results):
 WINS = {("strong", "noisy", "dft"): 0.6, ("weak", "clean", "nll"): 0.6, ("weak", "noisy", "nll"): 0.6}
 
 
-def test_what_wins_is_reproduced_and_what_loses_or_ties_is_not():
+def test_verdict_requires_significant_difference():
     assert [verdict(i, made_up(WINS)) for i in (1, 2)] == ["reproduced"] * 2
     assert [verdict(i, made_up({})) for i in (1, 2)] == ["not reproduced"] * 2
     assert verdict(1, made_up({("strong", "noisy", "dft"): 0.4})) == "not reproduced"
@@ -233,14 +233,14 @@ def test_what_wins_is_reproduced_and_what_loses_or_ties_is_not():
     assert verdict(2, made_up({**WINS, ("weak", "noisy", "nll"): 0.5})) == "not reproduced"
 
 
-def test_a_verdict_does_not_hang_on_the_learning_rate():
+def test_verdict_uses_best_learning_rate_of_each_objective():
     assert verdict(1, made_up({**WINS, ("strong", "noisy", "nll", 3.0): 0.6})) == "not reproduced"
     assert verdict(1, made_up({**WINS, ("strong", "noisy", "nll", 3.0): 0.55})) == "reproduced"
     assert report.best_factor(made_up(WINS), "strong", "noisy", "nll") == 1.0  # of equal ones the smaller
     assert report.best_factor(made_up({("weak", "clean", "nll", 3.0): 0.6}), "weak", "clean", "nll") == 3.0
 
 
-def test_equal_runs_and_a_rising_nll_are_told():
+def test_verdict_detects_equal_runs_and_rising_nll():
     assert verdict(3, made_up({})) == "reproduced"
     assert verdict(3, made_up({}, apart=1e-3)) == "not reproduced"
     assert verdict(4, made_up({})) == "reproduced"
@@ -249,7 +249,7 @@ def test_equal_runs_and_a_rising_nll_are_told():
     assert verdict(4, made_up({}, dft_rise=0.1)) == "not reproduced"
 
 
-def test_between_is_between_both_ends():
+def test_between_requires_difference_from_both_ends():
     inside = {**WINS, ("strong", "noisy", "deft"): 0.55}
     inside |= {("weak", targets, "deft"): 0.55 for targets in report.TARGETS}
     assert verdict(5, made_up(inside)) == "reproduced"
@@ -264,7 +264,7 @@ def test_between_is_between_both_ends():
     assert report.between(high, low, shifted) == "nll and dft do not differ"
 
 
-def test_a_claim_about_an_objective_that_was_left_out_is_not_tested():
+def test_verdict_is_not_tested_without_objective():
     results = made_up(WINS)
     results["settings"]["objectives"] = ("nll", "dft")
     assert [row["verdict"] for row in report.verdicts(results)] == [
@@ -279,7 +279,7 @@ def test_a_claim_about_an_objective_that_was_left_out_is_not_tested():
 # ---- What is committed ------------------------------------------------------------------------------------------
 
 
-def test_the_page_and_the_verdicts_are_those_of_the_numbers(out, results):
+def test_docs_page_and_verdicts_match_results(out, results):
     places = report.Places(out / "results.json", out / "report.md", out / "figures")
     committed = json.loads(report.DOCS.numbers.read_text())
     for numbers, where in ((results, places), (committed, report.DOCS)):

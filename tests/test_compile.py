@@ -41,7 +41,7 @@ def both(function, *case):
 
 @pytest.mark.parametrize("value", ["objective", "nll"])
 @pytest.mark.parametrize("specification", SPECIFICATIONS)
-def test_a_compiled_function_has_the_same_bits(specification, value, backend):
+def test_compiled_loss_is_bitwise_equal_to_eager(specification, value, backend):
     objective = parse_objective(specification)
     objective.begin(4)
 
@@ -53,7 +53,7 @@ def test_a_compiled_function_has_the_same_bits(specification, value, backend):
     assert eager[1].abs().max() > 0.0
 
 
-def test_options_are_those_of_the_call(backend):
+def test_compiled_loss_uses_options_of_each_call(backend):
     """Specifications, objects and other options, one after the other through the same function, and once more."""
 
     def function(logits, target, objective, size, ignored):
@@ -73,7 +73,7 @@ def test_options_are_those_of_the_call(backend):
     assert len(seen) == 4
 
 
-def test_equal_objectives_share_a_name_and_scheduled_ones_do_not():
+def test_name_of_returns_one_name_for_equal_unscheduled_objectives():
     count = len(compiled._OBJECTS)
     names = {compiled.name_of(parse_objective("tsallis:q=0.125")) for _ in range(3)}
     assert len(names) == 1 and len(compiled._OBJECTS) == count + 1
@@ -81,7 +81,7 @@ def test_equal_objectives_share_a_name_and_scheduled_ones_do_not():
     assert len({compiled.name_of(objective) for objective in scheduled * 2}) == 2
 
 
-def test_a_schedule_moves_on_in_the_compiled_graph(backend):
+def test_compiled_loss_follows_schedule(backend):
     objective = parse_objective("dft:start=0,ramp=4")
 
     def function(logits, target):
@@ -97,7 +97,7 @@ def test_a_schedule_moves_on_in_the_compiled_graph(backend):
 
 
 @pytest.mark.parametrize("shape", [(6,), (2, 3), (0,)])
-def test_the_operators_keep_pytorchs_rules(shape, backend):
+def test_loss_operator_passes_opcheck(shape, backend):
     """Schema, fake tensors, autograd registration, and dynamic shapes."""
     logits, target, _ = (x.to(DEVICE) for x in example(*shape))
     if not target.numel():
@@ -106,7 +106,7 @@ def test_the_operators_keep_pytorchs_rules(shape, backend):
     torch.library.opcheck(compiled.loss_operator, arguments)
 
 
-def test_a_wrong_shape_is_refused_when_the_graph_is_made(backend):
+def test_compiled_loss_rejects_wrong_shape_at_compile_time(backend):
     compiled = torch.compile(lambda x, t: vocab_parallel_dft_loss(x, t, backend=backend), backend="aot_eager")
     with pytest.raises(Exception, match=r"target: expected shape \(4, 2\)"):
         compiled(torch.zeros(4, 2, 5, device=DEVICE), torch.zeros(2, 4, dtype=torch.int64, device=DEVICE))

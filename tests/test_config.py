@@ -30,7 +30,7 @@ def parse(*words):
 
 
 @pytest.mark.parametrize("name", [f.name for f in fields(DFTConfig)])
-def test_each_field_has_a_flag_a_key_and_a_help_text(name):
+def test_config_field_has_flag_key_and_help(name):
     words, value = FLAGS[name]
     settings = {"linear_fused": "--loss-linear-fused" in words, "loss_type": "nll"} | {name: value}
     words = words if name == "loss_type" else [*words, "--loss-type", "nll"]
@@ -42,28 +42,28 @@ def test_each_field_has_a_flag_a_key_and_a_help_text(name):
     assert action.help.endswith(".") and action.default == getattr(DFTConfig(), name)
 
 
-def test_without_flags_nothing_is_changed():
+def test_config_without_flags_is_disabled():
     assert parse() == DFTConfig() == DFTConfig.from_mapping({}) == DFTConfig.from_args(argparse.Namespace())
     assert not DFTConfig().enabled
     assert DFTConfig(loss_type="nll").enabled  # our cross entropy, not the host's
 
 
-def test_the_help_can_be_printed_and_names_every_objective():
+def test_help_lists_every_objective():
     text = DFTConfig.add_arguments(argparse.ArgumentParser()).format_help()
     assert "megatron_dft" in text and all(name in text for name in OBJECTIVES)
 
 
-def test_a_namespace_of_the_host_may_lack_fields():
+def test_from_args_ignores_missing_and_foreign_fields():
     args = argparse.Namespace(loss_type="dft", backend="nccl", mtp=3)  # the last two are not ours
     assert DFTConfig.from_args(args) == DFTConfig(loss_type="dft")
 
 
 @pytest.mark.parametrize("loss_type", OBJECTIVES)
-def test_every_objective_can_be_configured(loss_type):
+def test_config_accepts_every_objective(loss_type):
     assert DFTConfig(loss_type=loss_type).objective == OBJECTIVES[loss_type]()
 
 
-def test_a_host_reports_the_nll_and_is_given_every_setting():
+def test_options_report_nll_and_pass_every_setting():
     group = object()
     config = DFTConfig(loss_type="tsallis:q=2", true_vocab_size=7, backend="torch", inplace_backward=False)
     options = config.options(group)
@@ -99,30 +99,30 @@ def test_a_host_reports_the_nll_and_is_given_every_setting():
         ({"loss_type": "dft", "linear_fused": True, "keep_chunks": -1}, "keep_chunks: expected 0 or more, got -1"),
     ],
 )
-def test_wrong_settings_are_refused(settings, message):
+def test_from_mapping_rejects_invalid_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         DFTConfig.from_mapping(settings)
 
 
 @pytest.mark.parametrize("words", [["--loss-mtp", "none"], ["--loss-true-vocab-size", "x"], ["--loss-backend", "nccl"]])
-def test_wrong_flags_are_refused(words, capsys):
+def test_parser_rejects_invalid_flags(words, capsys):
     with pytest.raises(SystemExit):
         parse(*words)
     assert words[0] in capsys.readouterr().err
 
 
-def test_the_flag_of_a_choice_that_is_ours_by_default_goes_both_ways():
+def test_compact_masked_tokens_flag_defaults_to_none():
     both = ([], ["--loss-compact-masked-tokens"])
     assert [parse("--loss-type", "dft", *words).compact_masked_tokens for words in both] == [None, True]
 
 
-def test_loss_and_report_share_one_objective():
+def test_options_share_objective_instance_of_config():
     config = DFTConfig(loss_type="dft:start=2")
     config.objective.begin(1)
     assert config.options().objective is config.objective
 
 
-def test_a_function_is_loaded_by_name():
+def test_load_function_resolves_module_and_name():
     assert load_function("json:dumps", "--recipe")({}) == "{}"
     with pytest.raises(ValueError, match=r"--recipe: json has no function 'dmps'; did you mean 'dumps'"):
         load_function("json:dmps", "--recipe")
@@ -134,12 +134,12 @@ def test_a_function_is_loaded_by_name():
 
 
 @pytest.mark.parametrize("name", [name for name in FLAGS if name not in ("loss_type", "vocab_chunk", "keep_chunks")])
-def test_setting_without_an_objective_is_refused(name):
+def test_config_rejects_setting_without_loss_type(name):
     with pytest.raises(ValueError, match=f"dft: {name}: expected an objective beside it, got none; add --loss-type"):
         DFTConfig(**{name: FLAGS[name][1]})
 
 
-def test_what_is_reported_is_part_of_the_configuration():
+def test_config_derives_detail_from_metrics_and_channels():
     assert DFTConfig("dft").detail.names == ()
     assert DFTConfig("dft").options().needs == frozenset()
     config = DFTConfig("dft", metrics="full", channels="maths, code")

@@ -89,7 +89,7 @@ def expected(case):
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_attention_is_its_formula(case):
+def test_attention_matches_formula(case):
     *tensors, upstream = case.tensors()
     ours = output_and_gradients(
         lambda *qkv: attention(*qkv, cu_seqlens=case.cu_seqlens(), softmax_scale=case.scale), tensors, upstream
@@ -97,7 +97,7 @@ def test_attention_is_its_formula(case):
     torch.testing.assert_close(ours, expected(case), **TOLERANCE)
 
 
-def test_dropout_drops_weights_and_keeps_their_mean():
+def test_attention_dropout_zeroes_weights_and_keeps_mean():
     query = key = torch.zeros(512, 1, 1, 4)
     torch.manual_seed(0)
     out = attention(query, key, torch.ones_like(key), dropout=0.25)
@@ -107,7 +107,7 @@ def test_dropout_drops_weights_and_keeps_their_mean():
 
 @pytest.mark.parametrize("cp_size", [1, 2, 4])
 @pytest.mark.parametrize("documents", [(16,), (8, 24, 16)])
-def test_each_document_is_cut_into_a_front_and_a_back_chunk_per_rank(documents, cp_size):
+def test_partition_gives_each_rank_front_and_back_chunk_of_documents(documents, cp_size):
     ends = torch.tensor((0, *documents, 0)).cumsum(0).to(torch.int32)
     for rank in range(cp_size):
         ours = partition(ends, sum(documents), cp_size, rank)
@@ -122,7 +122,7 @@ def test_each_document_is_cut_into_a_front_and_a_back_chunk_per_rank(documents, 
         ([4, 16], 1, "expected cumulative lengths from 0 to 16, got 4 to 16"),
     ],
 )
-def test_documents_that_cannot_be_cut_are_refused(ends, cp_size, message):
+def test_partition_rejects_invalid_document_lengths(ends, cp_size, message):
     with pytest.raises(ValueError, match=message):
         partition(torch.tensor(ends), 16, cp_size, 0)
 
@@ -153,14 +153,14 @@ def four_ranks():
 
 @pytest.mark.parametrize("cp_size", [2, 4])
 @pytest.mark.parametrize("name", CASES)
-def test_ranks_that_share_a_sequence_come_to_the_same_output_and_gradients(four_ranks, name, cp_size):
+def test_context_parallel_attention_matches_one_rank(four_ranks, name, cp_size):
     wanted = expected(CASES[name])
     for rank, results in enumerate(four_ranks):
         mine = held(CASES[name].documents, cp_size, rank % cp_size)
         torch.testing.assert_close(results[name, cp_size], [x[mine] for x in wanted], **TOLERANCE)
 
 
-def test_arguments_are_completed_with_what_the_user_left_out():
+def test_complete_arguments_adds_missing_cpu_flags():
     given = ["--num-layers", "2", "--distributed-backend", "gloo", "--no-rope-fusion", "--transformer-impl=local"]
     completed = cpu.complete_arguments(given)
     assert completed[: len(given)] == given
@@ -185,7 +185,7 @@ def test_arguments_are_completed_with_what_the_user_left_out():
         ("--lr 1e-3 --use-flash-attn", "expected a run without CUDA kernels, got --use-flash-attn"),
     ],
 )
-def test_flags_that_only_a_gpu_can_serve_are_refused(flags, message):
+def test_complete_arguments_rejects_gpu_only_flags(flags, message):
     with pytest.raises(ValueError, match=message):
         cpu.complete_arguments(flags.split())
 
@@ -290,7 +290,7 @@ def megatron():
 @pytest.mark.host
 @pytest.mark.parametrize("cp_size", [1, 2])
 @pytest.mark.parametrize("name", CASES)
-def test_megatrons_attention_takes_packed_documents_and_context_parallelism(megatron, name, cp_size):
+def test_megatron_attention_supports_packing_and_context_parallelism(megatron, name, cp_size):
     wanted = expected(CASES[name])[0]
     for rank, results in enumerate(megatron):
         mine = held(CASES[name].documents, cp_size, rank if cp_size > 1 else 0)
@@ -298,7 +298,7 @@ def test_megatrons_attention_takes_packed_documents_and_context_parallelism(mega
 
 
 @pytest.mark.host
-def test_layer_scaling_cancels_out_as_in_megatrons_own(megatron):
+def test_query_key_layer_scaling_leaves_attention_unchanged(megatron):
     wanted = expected(CASES["causal"])[0]
     for rank, results in enumerate(megatron):
         torch.testing.assert_close(results["layer scaling"], wanted[held((16,), 2, rank)], **TOLERANCE)
@@ -309,19 +309,19 @@ def test_layer_scaling_cancels_out_as_in_megatrons_own(megatron):
     ("description", "message"),
     [("mask", "the mask no_mask"), ("window", "a sliding window"), ("bias", "an attention bias")],
 )
-def test_other_attention_is_refused(megatron, description, message):
+def test_megatron_attention_rejects_mask_window_and_bias(megatron, description, message):
     refusal = megatron[0]["refused", description]
     assert f"expected plain causal attention with packed sequences or context parallelism, got {message};" in refusal
 
 
 @pytest.mark.host
-def test_norms_are_marked_for_sequence_parallelism_and_the_configuration_is_left_alone(megatron):
+def test_norm_marks_sequence_parallel_parameters_and_keeps_config(megatron):
     assert megatron[0]["norm"] == [True, True]
     assert megatron[0]["config"] is True
 
 
 @pytest.mark.host
-def test_each_region_has_its_own_random_stream_that_a_seed_restores(megatron):
+def test_rng_tracker_fork_has_own_stream_restored_by_seed(megatron):
     first, second, again = megatron[0]["draws"]
     assert not torch.equal(first, second)
     assert torch.equal(first, again)
@@ -330,11 +330,11 @@ def test_each_region_has_its_own_random_stream_that_a_seed_restores(megatron):
 
 
 @pytest.mark.host
-def test_a_cuda_device_means_the_cpu(megatron):
+def test_cuda_device_maps_to_cpu(megatron):
     assert megatron[0]["devices"] == {"cpu"}
     assert megatron[0]["type"] == ["torch.cuda.BFloat16Tensor", torch.float64]
 
 
 @pytest.mark.host
-def test_a_tensor_that_gloo_still_sends_outlives_its_deallocation(megatron):
+def test_deallocate_output_tensor_keeps_memory_for_gloo_send(megatron):
     assert megatron[0]["sent"] == [1, True, [0.0, 1.0, 2.0, 3.0]]

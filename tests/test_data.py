@@ -87,7 +87,7 @@ def wanted(records, stem):
 
 
 @pytest.mark.parametrize("packing", ["best-fit", "first-fit", "none"])
-def test_each_good_line_comes_out_once_and_each_bad_one_is_named(folder, packing, capsys):
+def test_data_packs_each_valid_line_once_and_reports_each_invalid_line(folder, packing, capsys):
     lines, report = prepare(folder, "law", "--seq-length", "96", "--packing", packing)
     assert conversations(lines) == wanted(GOOD, "law")
     assert all(line["messages"][0]["role"] == "system" for line in lines)
@@ -105,7 +105,7 @@ def test_each_good_line_comes_out_once_and_each_bad_one_is_named(folder, packing
 
 
 @pytest.mark.parametrize("flags", ["", "--context-parallel-size 4", "--packing first-fit --open-lines 3"])
-def test_no_line_is_longer_than_it_may_be_and_numbers_add_up(folder, flags):
+def test_packed_lines_fit_seq_length_and_report_adds_up(folder, flags):
     lines, report = prepare(folder, "long", "--seq-length", "96", *flags.split())
     tok = tokenizer()
     multiple = 8 if "context" in flags else 1
@@ -133,7 +133,7 @@ def split(messages):
     return parts
 
 
-def test_long_conversations_are_cut_when_asked_and_dropped_when_nothing_is_left_of_their_replies(folder, tmp_path):
+def test_too_long_truncate_drops_conversations_without_trained_tokens(folder, tmp_path):
     records = [talk("one", "yes " * 200), talk("yes " * 200, "one"), talk("one", "two")]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps({"messages": x}) + "\n" for x in records))
     tokenizer().save_pretrained(tmp_path / "tokenizer")
@@ -143,7 +143,7 @@ def test_long_conversations_are_cut_when_asked_and_dropped_when_nothing_is_left_
     assert report["length"]["max"] == 64 and report["packing_efficiency"] <= 1.0
 
 
-def test_bytes_that_are_no_text_cost_one_line(tmp_path):
+def test_data_rejects_only_lines_with_invalid_utf8(tmp_path):
     tokenizer().save_pretrained(tmp_path / "tokenizer")
     good = json.dumps(GOOD[0]).encode()
     (tmp_path / "x.jsonl").write_bytes(
@@ -154,13 +154,13 @@ def test_bytes_that_are_no_text_cost_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("flag", ["--seq-length", "--open-lines", "--context-parallel-size"])
-def test_numbers_are_positive(folder, flag, capsys):
+def test_data_flags_require_positive_numbers(folder, flag, capsys):
     with pytest.raises(SystemExit):
         data.main([str(folder / "law.jsonl"), "--tokenizer", str(folder / "tokenizer"), flag, "0"])
     assert f"{flag}: expected 1 or more, got 0" in capsys.readouterr().err
 
 
-def test_an_earlier_list_of_rejected_lines_does_not_stay(folder, tmp_path):
+def test_data_removes_stale_rejected_file(folder, tmp_path):
     tokenizer().save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "x.jsonl").write_text("nothing\n")
     assert prepare(tmp_path, "x", "--seq-length", "64")[0] == []
@@ -170,7 +170,7 @@ def test_an_earlier_list_of_rejected_lines_does_not_stay(folder, tmp_path):
     assert not (tmp_path / "x.train.rejected.jsonl").exists()
 
 
-def test_a_pipe_can_be_packed_in_one_pass(folder, tmp_path, monkeypatch):
+def test_data_packs_stdin_in_one_pass(folder, tmp_path, monkeypatch):
     text = "".join(json.dumps(x) + "\n" for x in GOOD).encode()
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(text)))
     out = tmp_path / "out.jsonl"
@@ -179,7 +179,7 @@ def test_a_pipe_can_be_packed_in_one_pass(folder, tmp_path, monkeypatch):
     assert conversations(map(json.loads, out.read_text().splitlines())) == wanted(GOOD, "web")
 
 
-def test_the_preview_shows_what_trains(folder, capsys):
+def test_preview_marks_trained_tokens(folder, capsys):
     data.main([str(folder / "law.jsonl"), "--tokenizer", str(folder / "tokenizer"), "--preview", "4"])
     shown = capsys.readouterr().out
     assert "law.jsonl:1: not JSON" in shown and "law.jsonl:2: maths" in shown
@@ -202,14 +202,14 @@ def test_the_preview_shows_what_trains(folder, capsys):
         ),
     ],
 )
-def test_what_cannot_be_done_is_said_in_one_line(folder, words, expected):
+def test_data_rejects_invalid_arguments(folder, words, expected):
     places = {"law": folder / "law.jsonl", "tok": folder / "tokenizer", "out": folder / "never.jsonl"}
     with pytest.raises(SystemExit, match=f"megatron_dft.data: {expected}"):
         data.main([word.format(**places) for word in words.split()])
     assert not (folder / "never.jsonl").exists()
 
 
-def test_the_command_explains_itself():
+def test_data_help_lists_every_flag():
     command = [sys.executable, "-m", "megatron_dft.data", "--help"]
     usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for action in data._parser()._actions:
@@ -225,7 +225,7 @@ def test_the_command_explains_itself():
         ("nemotron-nano-v2", 1, ""),
     ],
 )
-def test_megatron_trains_on_exactly_the_tokens_that_were_counted(tmp_path, form, ranks, layout):
+def test_data_report_matches_tokens_trained_by_megatron(tmp_path, form, ranks, layout):
     """One iteration over all lines, on CPU ranks: nothing is cut, every channel has its tokens."""
     pytest.importorskip("megatron.training")
     special = ["<SPECIAL_10>", "<SPECIAL_11>", "<SPECIAL_12>"]

@@ -14,7 +14,7 @@ STEPS = 12
 
 
 @pytest.mark.host
-def test_the_demo_ends_with_its_summary_and_a_run_gives_the_same_again(tmp_path, monkeypatch, capsys):
+def test_demo_writes_summary_and_repeats_exactly(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(tmp_path)])
     for name, value in {"BASE_STEPS": 24, "TUNE_STEPS": STEPS, "EVAL_STEPS": STEPS, "PARITY_STEPS": 2}.items():
         monkeypatch.setattr(demo, name, value)

@@ -89,7 +89,7 @@ def launched(monkeypatch):
 
 
 @pytest.mark.host
-def test_a_clean_run_has_no_trouble_and_nothing_to_note(tmp_path):
+def test_doctor_reports_no_trouble_and_no_note_for_valid_run(tmp_path):
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
     (checkpoint / "latest_checkpointed_iteration.txt").write_text("3")
@@ -180,7 +180,7 @@ ARGUMENTS = {
 
 @pytest.mark.host
 @pytest.mark.parametrize("name", ARGUMENTS)
-def test_every_trouble_of_the_arguments_is_named(name, tmp_path):
+def test_doctor_reports_every_invalid_argument(name, tmp_path):
     world_size, flags, expected = ARGUMENTS[name]
     (tmp_path / "chat.jsonl").write_text('{"text": 1}\n')
     code, output = asked(tmp_path, flags.format(x=tmp_path), words=["--world-size", str(world_size)])
@@ -215,14 +215,14 @@ NOTES = {
 
 @pytest.mark.host
 @pytest.mark.parametrize("flags", NOTES)
-def test_what_is_worth_knowing_is_noted(flags, tmp_path):
+def test_doctor_prints_notes_on_settings(flags, tmp_path):
     _, output = asked(tmp_path, f"{CHAT_MOCK} --loss-type dft {flags.format(x=tmp_path)}")
     for pattern in NOTES[flags]:
         assert re.search(f"^  note     {pattern}", output, re.M), (pattern, output)
 
 
 @pytest.mark.host
-def test_a_yaml_file_is_read_as_megatron_reads_it(tmp_path):
+def test_doctor_reads_yaml_cfg(tmp_path):
     block = "dft: {loss_type: 'tsallis:q=0.5'}\ndisable_msc_deprecated: false\nenable_msc: false\n"
     (tmp_path / "run.yaml").write_text(block + "model_parallel: {tensor_model_parallel_size: 3}\n")
     _, output = asked(tmp_path, f"--yaml-cfg {tmp_path}/run.yaml --tokenizer-type NullTokenizer --vocab-size 8")
@@ -230,7 +230,7 @@ def test_a_yaml_file_is_read_as_megatron_reads_it(tmp_path):
 
 
 @pytest.mark.host
-def test_nodes_that_agree_and_nodes_that_differ(tmp_path):
+def test_doctor_reports_differences_between_nodes(tmp_path):
     pytest.importorskip("megatron.training")
     same = [str(EXAMPLE), "--device", "cpu", *CHAT_MOCK.split(), "--loss-type", "dft"]
     codes, outputs = Asked(tmp_path, same, ranks=(0, 1), nodes=True).wait()
@@ -246,7 +246,7 @@ def test_nodes_that_agree_and_nodes_that_differ(tmp_path):
         assert "objective: deft, not dft" in text and "--seed" in text and "--lr" not in text
 
 
-def test_words_that_both_nodes_have_are_not_shown():
+def test_differences_omit_equal_arguments():
     expected, got = {"torch": "2", "arguments": ["a", "b"]}, {"torch": "3", "arguments": ["a", "c"]}
     assert doctor.differences(expected, got) == "torch: 3, not 2; arguments: c, not b"
     assert doctor.differences(expected, expected) == ""
@@ -255,7 +255,7 @@ def test_words_that_both_nodes_have_are_not_shown():
 
 
 @pytest.mark.host
-def test_the_checkout_beside_a_script_is_the_megatron_in_use(tmp_path):
+def test_doctor_uses_megatron_checkout_beside_script(tmp_path):
     core = tmp_path / "megatron" / "core"
     core.mkdir(parents=True)
     for path in (core.parent / "__init__.py", core / "__init__.py", tmp_path / "script.py"):
@@ -267,7 +267,7 @@ def test_the_checkout_beside_a_script_is_the_megatron_in_use(tmp_path):
     assert "expected a Megatron with its own pretrain(), got none" in run.stdout
 
 
-def test_ranks_meet_and_their_sum_is_checked(tmp_path):
+def test_doctor_checks_and_times_all_reduce(tmp_path):
     codes, (first, second) = Asked(tmp_path, ["--device", "cpu"], ranks=(0, 1)).wait()
     assert codes == [0, 0], first
     assert "ok       network: 2 ranks are there" in first and second == ""
@@ -280,7 +280,7 @@ def _wrong_numbers(rank):
         torch.full = lambda *args, **kwargs: full(*args, **kwargs) + 1.0
 
 
-def test_a_wrong_sum_is_trouble_on_every_rank(tmp_path):
+def test_doctor_fails_on_every_rank_after_wrong_all_reduce(tmp_path):
     codes, (first, _) = Asked(tmp_path, ["--device", "cpu"], ranks=(0, 1), change=_wrong_numbers).wait()
     assert codes == [1, 1]
     assert "expected sums of 1 from gloo, got 2.0 to 2.0" in first
@@ -291,7 +291,7 @@ def _no_such_interface(rank):
         os.environ["NCCL_SOCKET_IFNAME"] = "nowhere"
 
 
-def test_trouble_on_one_node_ends_all_with_an_error(tmp_path):
+def test_doctor_fails_on_every_node_after_trouble_on_one(tmp_path):
     doctors = Asked(tmp_path, ["--device", "cpu"], ranks=(0, 1), nodes=True, change=_no_such_interface)
     codes, (first, second) = doctors.wait()
     assert codes == [1, 1]
@@ -299,7 +299,7 @@ def test_trouble_on_one_node_ends_all_with_an_error(tmp_path):
     assert len(troubles(second)) == 1 and second.endswith("  1 trouble\n")
 
 
-def test_missing_ranks_are_named_within_the_timeout(tmp_path):
+def test_doctor_names_missing_ranks_within_timeout(tmp_path):
     start = time.monotonic()
     words = ["--timeout", "2", "--device", "cpu"]
     codes, (first, _) = Asked(tmp_path, words, ranks=(0, 2), size=4).wait(30.0)
@@ -307,7 +307,7 @@ def test_missing_ranks_are_named_within_the_timeout(tmp_path):
     assert "expected all 4 ranks, got no sign of rank 1, 3 in 2 s" in first
 
 
-def test_a_first_rank_that_is_missing_is_trouble(tmp_path):
+def test_doctor_reports_missing_rank_0(tmp_path):
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))  # and does not listen
         environment = opened_by_rank_0(silent)
@@ -316,7 +316,7 @@ def test_a_first_rank_that_is_missing_is_trouble(tmp_path):
     assert codes == [1] and "expected rank 0 to answer within 1 s at 127.0.0.1:" in output
 
 
-def test_a_port_that_is_taken_is_trouble(tmp_path):
+def test_doctor_reports_port_in_use(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         environment = opened_by_rank_0(taken)
         codes, (output,) = Asked(tmp_path, ["--device", "cpu"], ranks=(0,), size=2, **environment).wait(30.0)
@@ -332,7 +332,7 @@ def _hangs(rank):
 
 
 @pytest.mark.parametrize(("ranks", "seconds"), [((), 1), ((0, 1), 2)])
-def test_a_check_that_hangs_is_named_and_ends_the_doctor(ranks, seconds, tmp_path):
+def test_doctor_names_hanging_check_and_exits(ranks, seconds, tmp_path):
     words = ["--timeout", "1", "--device", "cpu"]
     codes, outputs = Asked(tmp_path, words, ranks=ranks, change=_hangs).wait(30.0)
     assert set(codes) == {1}
@@ -340,7 +340,7 @@ def test_a_check_that_hangs_is_named_and_ends_the_doctor(ranks, seconds, tmp_pat
     assert f"trouble  all_reduce: expected an answer within {seconds} s, got none" in outputs[-1]
 
 
-def test_a_check_that_fails_by_itself_does_not_hide_the_others(launched):
+def test_doctor_continues_after_check_that_raises(launched):
     def broken(run):
         yield preflight.Finding("ok", "first", "fine")
         raise KeyError("second")
@@ -366,7 +366,7 @@ def test_a_check_that_fails_by_itself_does_not_hide_the_others(launched):
         ({"MASTER_ADDR": "no host"}, "MASTER_ADDR to be a name or address that resolves, got 'no host'"),
     ],
 )
-def test_names_of_the_network(launched, environment, expected, monkeypatch):
+def test_doctor_checks_network_interfaces_and_host_names(launched, environment, expected, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("socket.gethostname", lambda: "localhost")
@@ -390,7 +390,7 @@ FREE = (7 << 30, 7 << 30)
         ([GPU, SimpleNamespace(**{**vars(GPU), "name": "B"})], FREE, [], ["trouble expected one kind, got A, .*; B, "]),
     ],
 )
-def test_gpus_are_counted_and_of_one_kind(gpus, memory, words, expected, monkeypatch):
+def test_doctor_checks_gpu_count_kind_and_free_memory(gpus, memory, words, expected, monkeypatch):
     """The driver's answers are made up: what is decided from them is looked at, on machines without a GPU, too."""
     monkeypatch.setattr("torch.cuda.device_count", lambda: len(gpus))
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: gpus[index])
@@ -400,13 +400,13 @@ def test_gpus_are_counted_and_of_one_kind(gpus, memory, words, expected, monkeyp
         assert any(re.match(pattern, text) for text in found), found
 
 
-def test_software_that_is_too_old_is_trouble(monkeypatch):
+def test_doctor_reports_outdated_packages(monkeypatch):
     monkeypatch.setattr(doctor, "OLDEST", {"torch": (99, 1)})
     (text,) = (f.text for f in doctor.versions(doctor.read([])) if f.level == "trouble")
     assert text.startswith(f"expected torch 99.1 or newer, got {torch.__version__}")
 
 
-def test_without_megatron_the_machine_is_examined_and_a_script_is_trouble(tmp_path):
+def test_doctor_without_megatron_checks_machine_and_rejects_script(tmp_path):
     code = "import sys; sys.modules['megatron'] = None; from megatron_dft import doctor; doctor.main(sys.argv[1:])"
     for script, status, expected in (([], 0, "; no Megatron"), ([str(EXAMPLE)], 1, "its own pretrain(), got none")):
         command = [sys.executable, "-c", code, "--device", "cpu", *script]
@@ -414,7 +414,7 @@ def test_without_megatron_the_machine_is_examined_and_a_script_is_trouble(tmp_pa
         assert run.returncode == status and expected in run.stdout, run.stderr
 
 
-def test_torchrun_starts_it(tmp_path):
+def test_doctor_runs_under_torchrun(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "megatron_dft.doctor", "--timeout", "20", "--device", "cpu"]
     with (tmp_path / "out").open("w") as out:
@@ -432,11 +432,11 @@ def test_torchrun_starts_it(tmp_path):
         (["--world-size", "8"], "--world-size: expected it without ranks"),
     ],
 )
-def test_what_cannot_be_asked_is_said_in_one_line(words, expected, launched):
+def test_doctor_rejects_invalid_arguments(words, expected, launched):
     with pytest.raises(SystemExit, match=f"megatron_dft.doctor: {expected}"):
         doctor.main(words)
 
 
-def test_the_command_explains_itself(capsys):
+def test_doctor_help_prints_usage(capsys):
     doctor.main(["--help"])
     assert "--timeout SECONDS" in capsys.readouterr().out

@@ -300,7 +300,7 @@ def facts():
 
 
 @pytest.mark.parametrize("name", [*TRANSFORMS, "decorated", "full backward hook"])
-def test_output_may_be_transformed(facts, name):
+def test_forward_step_output_transform_keeps_loss_and_gradient(facts, name):
     for rank in facts:
         report, gradient = rank["transform", name]
         same(gradient, rank["host"][1], 2e-5)
@@ -308,7 +308,7 @@ def test_output_may_be_transformed(facts, name):
 
 
 @pytest.mark.parametrize("name", [*LOSS_FUNCS, "output in a list"])
-def test_loss_func_may_have_any_form(facts, name):
+def test_loss_func_form_keeps_loss_and_gradient(facts, name):
     for rank in facts:
         report, gradient = rank["loss_func", name]
         same(gradient, rank["host, mean" if name == "two values" else "host"][1], 2e-5)
@@ -332,19 +332,19 @@ def test_loss_func_may_have_any_form(facts, name):
         ("not through forward", ("--loss-mtp nll", "call model(...), not model.forward(...)")),
     ],
 )
-def test_what_cannot_be_right_is_refused_by_name(facts, case, words):
+def test_forward_step_rejects_invalid_mask_output_or_call(facts, case, words):
     for word in words:
         assert word in facts[0][case], facts[0][case]
 
 
-def test_mask_that_counts_tokens_without_a_loss_later_makes_the_loss_nan(facts):
+def test_wrong_loss_mask_in_later_micro_batch_makes_loss_nan(facts):
     first, second = (x["lm loss"].view(-1)[0] for x in facts[0]["later"])
     assert first.isfinite() and second.isnan()
 
 
 @pytest.mark.parametrize("case", [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("mtp", ["nll", "same"])
-def test_multi_token_prediction_leaves_ignored_labels_out(facts, mtp, case):
+def test_mtp_excludes_ignored_labels(facts, mtp, case):
     """Whether the script passes the mask to the model or puts it into the labels."""
     for rank in facts:
         same(rank["mtp", mtp, case], rank["mtp host"], 2e-5)
@@ -354,18 +354,18 @@ def test_schedule_plan_ignores_masked_labels(facts):
     assert facts[0]["plan"] == (True, True)
 
 
-def test_handle_says_what_was_bound_and_removes_it(facts):
+def test_install_handle_describes_and_removes_binding(facts):
     assert facts[0]["removed"] == (True, True, "masked tokens skip the output layer", "no error")
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_label_out_of_range_makes_its_own_loss_nan(facts, way):
+def test_label_out_of_range_makes_only_its_loss_nan(facts, way):
     expected = torch.zeros(BATCH, SEQUENCE, dtype=torch.bool)
     expected[0, 0] = True
     assert torch.equal(facts[0]["out of range", way], expected)
 
 
-def test_totals_add_up_over_the_micro_batches_of_an_iteration(facts):
+def test_totals_are_summed_over_micro_batches(facts):
     pairs = torch.stack([x["valid tokens"] for x in facts[0]["totals"]]).sum(0)
     assert pairs.tolist() == [sum(float(batch(seed)[2].sum()) for seed in (0, 1)), 1.0]
     effective = torch.stack([x["dft effective tokens"] for x in facts[0]["totals"]]).sum(0)

@@ -35,7 +35,7 @@ def run(source, target, upstream, **options):
 
 @pytest.mark.parametrize("specification", SPECIFICATIONS)
 @pytest.mark.parametrize(("tokens", "vocab"), [(256, 128256), (100, 151936), (512, 16032), (300, 50257)])
-def test_triton_is_torch_in_fp64(tokens, vocab, specification):
+def test_triton_matches_fp64_torch_backend(tokens, vocab, specification):
     logits, target, upstream = make_case(tokens, vocab)
     loss, gradient = run(logits, target, upstream, objective=specification)
     truth = run(logits.double(), target, upstream.double(), objective=specification, backend="torch")
@@ -44,7 +44,7 @@ def test_triton_is_torch_in_fp64(tokens, vocab, specification):
     torch.testing.assert_close(gradient.double(), truth[1], rtol=half, atol=1e-7)
 
 
-def test_the_gradient_is_rounded_once():
+def test_gradient_is_rounded_once():
     logits, target, upstream = (x.cuda() for x in example(40, vocab=1009))
     logits = logits.bfloat16()
     target = target.clamp(min=0)
@@ -56,7 +56,7 @@ def test_the_gradient_is_rounded_once():
 
 
 @pytest.mark.parametrize("specification", SPECIFICATIONS)
-def test_every_run_has_the_same_bits(specification):
+def test_loss_is_bitwise_deterministic(specification):
     case = make_case(2048, 50304)
     first = run(*case, objective=specification)
     for _ in range(3):
@@ -64,7 +64,7 @@ def test_every_run_has_the_same_bits(specification):
 
 
 @pytest.mark.parametrize("specification", [*SPECIFICATIONS, "dft:start=1,ramp=4"])
-def test_nothing_waits_for_the_device(specification):
+def test_loss_has_no_host_device_sync(specification):
     objective = parse_objective(specification)
     objective.begin(2)
     case = make_case(64, 1024)
@@ -77,7 +77,7 @@ def test_nothing_waits_for_the_device(specification):
 
 
 @pytest.mark.parametrize("specification", [*SPECIFICATIONS, "dft:start=1,ramp=4"])
-def test_a_captured_graph_follows_its_inputs_and_the_schedule(specification):
+def test_cuda_graph_follows_inputs_and_schedule(specification):
     objective = parse_objective(specification)
     objective.begin(2)
     source, target, upstream = make_case(96, 2000)
@@ -99,7 +99,7 @@ def test_a_captured_graph_follows_its_inputs_and_the_schedule(specification):
 
 
 @pytest.mark.parametrize(("specification", "inplace"), [("dft", True), ("deft", True), ("dft", False)])
-def test_extra_memory_is_a_few_numbers_per_token(specification, inplace):
+def test_loss_extra_memory_is_below_1_mib(specification, inplace):
     source, target, upstream = make_case(4096, 32768)
     for measured in (False, True):
         logits = source.requires_grad_() * 1
@@ -113,7 +113,7 @@ def test_extra_memory_is_a_few_numbers_per_token(specification, inplace):
         del logits, loss, gradient
 
 
-def test_more_than_two_to_the_31_logits():
+def test_loss_supports_more_than_2_to_31_logits():
     source, target, upstream = make_case(17000, 128256)
     assert source.numel() > 1 << 31
     last = run(source[-4:].clone(), target[-4:], upstream[-4:])
@@ -123,7 +123,7 @@ def test_more_than_two_to_the_31_logits():
     assert not gradient[::3].any()
 
 
-def test_a_function_compiled_by_inductor_has_the_same_bits():
+def test_inductor_compiled_loss_is_bitwise_equal_to_eager():
     case = make_case(64, 1000)
 
     def function(logits, target):
@@ -159,7 +159,7 @@ def run_layer(hidden, weight, target, upstream, **options):
 @pytest.mark.parametrize(
     "options", [{}, {"vocab_chunk": 5000, "keep_chunks": 1}, {"compact_masked_tokens": False}], ids=str
 )
-def test_from_hidden_states_it_is_fp64_as_closely_as_through_the_logits(specification, options):
+def test_linear_dft_loss_error_is_at_most_twice_that_of_full_logits(specification, options):
     hidden, weight, target, upstream = layer(300, 512, 32000)
     ours = run_layer(hidden, weight, target, upstream, objective=specification, **options)
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
@@ -171,14 +171,14 @@ def test_from_hidden_states_it_is_fp64_as_closely_as_through_the_logits(specific
         assert error <= 2 * theirs
 
 
-def test_from_hidden_states_every_run_has_the_same_bits():
+def test_linear_dft_loss_is_bitwise_deterministic():
     case = layer(1000, 512, 32000)
     first = run_layer(*case, objective="deft")
     for _ in range(3):
         torch.testing.assert_close(run_layer(*case, objective="deft"), first, **EXACT)
 
 
-def test_dropping_masked_tokens_waits_once_for_the_device():
+def test_compact_masked_tokens_has_one_host_device_sync():
     case = layer(300, 512, 32000)
     run_layer(*case)  # compiled
     torch.cuda.set_sync_debug_mode("warn")
@@ -191,7 +191,7 @@ def test_dropping_masked_tokens_waits_once_for_the_device():
     assert sum("synchronizing" in str(warning.message) for warning in caught) == 1
 
 
-def test_in_chunks_a_graph_is_captured_and_dropping_tokens_in_it_is_refused():
+def test_cuda_graph_captures_linear_dft_loss_and_rejects_compaction():
     hidden, weight, target, upstream = layer(96, 256, 20000)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -211,7 +211,7 @@ def test_in_chunks_a_graph_is_captured_and_dropping_tokens_in_it_is_refused():
     torch.testing.assert_close(captured, expected, **EXACT)
 
 
-def test_in_chunks_extra_memory_is_at_most_a_sixth():
+def test_vocab_chunk_extra_memory_is_at_most_one_sixth_of_full_logits():
     hidden, weight, target, upstream = layer(8192, 2048, 128256)
     target.clamp_(min=0)
     extra = {}
@@ -242,7 +242,7 @@ def megatron():
 
 
 @pytest.mark.parametrize("mtp", [None, 1])
-def test_micro_batch_of_a_host_does_not_synchronize_after_the_first(megatron, mtp):
+def test_micro_batch_has_no_host_device_sync_after_first(megatron, mtp):
     """Model, loss, metrics in full with channels; without the one host-device sync that compaction costs."""
     from functools import partial
 

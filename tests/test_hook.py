@@ -195,20 +195,20 @@ def facts():
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_objective_nll_is_the_hosts_own_gradient(facts, way):
+def test_nll_gradient_matches_megatron(facts, way):
     for rank in facts:
         same(rank["nll", way][1], rank["host"][1], 2e-5)
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_dft_is_the_hosts_loss_with_the_line_on_top(facts, way):
+def test_dft_gradient_matches_megatron_loss_with_detached_weight(facts, way):
     for rank in facts:
         same(rank["dft", way][1], rank["dft line"][1], 2e-5)
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ["nll", "dft", "deft", "entropy", "cayley"])
-def test_value_that_leaves_the_model_is_the_nll_and_0_where_masked(facts, name, way):
+def test_model_output_is_nll_and_zero_where_masked(facts, name, way):
     for rank in facts:
         same(rank[name, way][0], rank["host"][0] * batch()[2], 2e-5)
         weight = "output_layer.weight"
@@ -217,14 +217,14 @@ def test_value_that_leaves_the_model_is_the_nll_and_0_where_masked(facts, name, 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ["deft", "entropy", "cayley"])
-def test_every_way_has_the_same_gradient(facts, name, way):
+def test_gradient_is_equal_in_every_variant(facts, name, way):
     for rank in facts:
         same(rank[name, way][1], rank[name, "not dropped"][1], 2e-5)
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ["ignored", "masked"])
-def test_batch_without_targets_trains_on_with_zeros(facts, name, way):
+def test_batch_without_targets_has_zero_loss_and_gradient(facts, name, way):
     for rank in facts:
         loss, gradient = rank[name, way]
         assert not loss.any()
@@ -232,14 +232,14 @@ def test_batch_without_targets_trains_on_with_zeros(facts, name, way):
         assert not any(g.any() for g in gradient.values())
 
 
-def test_other_models_keep_megatrons_loss(facts):
+def test_install_leaves_other_models_unchanged(facts):
     for rank in facts:
         assert rank["ce is untouched"]
         same(rank["bystander"], rank["host"], 0.0)
 
 
 @pytest.mark.parametrize("forward_only", [False, True])
-def test_report_adds_up_over_micro_batches(facts, forward_only):
+def test_report_matches_token_stats_of_micro_batches(facts, forward_only):
     result, micro_batches = facts[0]["report"]
     keys = {"lm loss", "dft loss", "dft prob", "dft gate", "dft accuracy", "dft entropy"}
     for report, (nll, stats, weights, mask) in zip(result[forward_only], micro_batches, strict=True):
@@ -256,12 +256,12 @@ def test_report_adds_up_over_micro_batches(facts, forward_only):
             same(report[name].view(-1), torch.stack([(column * weights).sum(), mask.sum()]), 1e-5)
 
 
-def test_reports_of_micro_batches_are_their_own(facts):
+def test_report_counts_tokens_of_its_own_micro_batch(facts):
     first, second = facts[0]["report"][0][False]
     assert first["dft prob"][1] > 2 * second["dft prob"][1]
 
 
-def test_multi_token_prediction_keeps_its_loss_unless_asked(facts):
+def test_mtp_keeps_nll_unless_requested(facts):
     for rank in facts:
         stock, kept, changed = (rank["mtp"][key] for key in (None, "nll", "same"))
         assert stock
@@ -271,14 +271,14 @@ def test_multi_token_prediction_keeps_its_loss_unless_asked(facts):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_multi_token_prediction_does_not_notice_how_the_main_loss_is_computed(facts, way):
+def test_mtp_gradient_is_equal_in_every_variant(facts, way):
     if ("mtp", way) not in facts[0]:
         pytest.skip("this Megatron has no output_processor: refused, see below")
     for rank in facts:
         same(rank["mtp", way], rank["mtp"][None], 2e-5)
 
 
-def test_drop_in_has_megatrons_signature_and_the_dft_value(facts):
+def test_drop_in_cross_entropy_has_megatron_signature_and_dft_loss(facts):
     ours, ce, theirs = facts[0]["drop-in"]
     same(ours, dft_line(ce), 1e-5)
     signature = names_and_defaults(hook.vocab_parallel_cross_entropy)
@@ -296,7 +296,7 @@ def test_drop_in_has_megatrons_signature_and_the_dft_value(facts):
         ("not installed", ("install() was not called", "leave --loss-type out")),
     ],
 )
-def test_models_that_would_give_wrong_numbers_are_refused(facts, case, words):
+def test_incompatible_models_are_rejected(facts, case, words):
     for word in words:
         assert word in facts[0]["errors"][case]
 
@@ -307,7 +307,7 @@ def loss_func_of_either(loss_mask, output):
 
 
 @pytest.mark.parametrize("own_mask", [False, True])
-def test_masked_token_contributes_nothing_whatever_its_loss(own_mask):
+def test_report_excludes_masked_tokens_with_inf_or_nan_loss(own_mask):
     nll, mask = torch.tensor([[0.5, torch.inf, torch.nan]]), torch.tensor([[1.0, 0.0, 0.0]])
     prob = torch.exp(-nll)
     stats = TokenStats(-nll.t(), torch.ones(3, 1, dtype=torch.bool), loss=(prob * nll).t(), gate=prob.t())
@@ -325,7 +325,7 @@ def test_masked_token_contributes_nothing_whatever_its_loss(own_mask):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_details_and_the_callback_tell_the_same(facts, way):
+def test_full_metrics_match_tokens_of_callback(facts, way):
     """Reports of sums over ranks, against the tokens that the callback was given on one of them."""
     reports, seen = facts[0]["details", way]
     assert [training for *_, training in seen] == [True, True, False]
@@ -350,12 +350,12 @@ def test_details_and_the_callback_tell_the_same(facts, way):
     assert reports[1].get("channel/b tokens", 0) == 0
 
 
-def test_a_module_without_a_language_model_is_refused():
+def test_install_rejects_module_without_language_model():
     with pytest.raises(ValueError, match=r"expected a Megatron language model .* got Linear"):
         install([torch.nn.Linear(2, 2)], DFTConfig(loss_type="dft"))
 
 
-def test_label_smoothing_is_refused():
+def test_drop_in_cross_entropy_rejects_label_smoothing():
     with pytest.raises(ValueError, match=r"label smoothing: expected 0, got 0.1"):
         hook.vocab_parallel_cross_entropy(torch.zeros(1, 1, 4), torch.zeros(1, 1, dtype=torch.int64), 0.1)
 
@@ -377,7 +377,7 @@ def test_label_smoothing_is_refused():
         ({"mtp_num_layers": 1, "overlap_moe_expert_parallel_comm": True}, "--loss-mtp same"),
     ],
 )
-def test_settings_that_fight_with_the_objective_are_refused(settings, words):
+def test_check_settings_rejects_incompatible_settings(settings, words):
     arguments = SimpleNamespace(calculate_per_token_loss=False, cross_entropy_fusion_impl="native")
     compat.check_settings(arguments, DFTConfig(loss_type="dft"))
     vars(arguments).update(settings)
@@ -385,14 +385,14 @@ def test_settings_that_fight_with_the_objective_are_refused(settings, words):
         compat.check_settings(arguments, DFTConfig(loss_type="dft"))
 
 
-def test_channels_are_refused_under_a_schedule_plan():
+def test_check_settings_rejects_channels_with_schedule_plan():
     arguments = SimpleNamespace(overlap_moe_expert_parallel_comm=True)
     compat.check_settings(arguments, DFTConfig(loss_type="dft"))
     with pytest.raises(ValueError, match=r"--loss-channels: expected forward passes through the model"):
         compat.check_settings(arguments, DFTConfig(loss_type="dft", channels="a"))
 
 
-def test_context_parallelism_with_per_token_loss_is_welcome():
+def test_check_settings_accepts_context_parallel_with_per_token_loss():
     arguments = SimpleNamespace(context_parallel_size=2, calculate_per_token_loss=True)
     compat.check_settings(arguments, DFTConfig(loss_type="dft"))
 
@@ -418,11 +418,11 @@ LABELS, MASK = torch.arange(3), torch.tensor([1.0, 0.0, 1.0])
         partial(unnamed, MASK.bool()),
     ],
 )
-def test_loss_mask_is_found_by_its_name_or_its_dtype(named):
+def test_loss_mask_of_finds_mask_by_name_or_dtype(named):
     assert torch.equal(compat.loss_mask_of(named, None, 3).float(), MASK)
 
 
-def test_loss_mask_of_a_closure_is_the_one_that_the_model_was_given():
+def test_loss_mask_of_closure_is_mask_given_to_model():
     assert compat.loss_mask_of(lambda output: loss_func(MASK, output), MASK, 3) is MASK
 
 
@@ -430,6 +430,6 @@ def test_loss_mask_of_a_closure_is_the_one_that_the_model_was_given():
     "wrong",
     [loss_func, partial(loss_func), partial(unnamed, "mask"), partial(unnamed, LABELS), partial(max, MASK, MASK)],
 )
-def test_loss_func_without_a_loss_mask_is_refused(wrong):
+def test_loss_mask_of_rejects_loss_func_without_mask(wrong):
     with pytest.raises(ValueError, match=r"expected it to return functools.partial\(loss_func, loss_mask"):
         compat.loss_mask_of(wrong, None, 3)

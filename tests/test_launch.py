@@ -31,7 +31,7 @@ def variant(host, name, *changes):
     "pretrain",
     ["from megatron.training.training import pretrain", "from megatron.training.training import pretrain as pretrain"],
 )
-def test_pretrain_may_be_imported_from_where_it_is_defined(host, pretrain):
+def test_launcher_replaces_pretrain_imported_from_defining_module(host, pretrain):
     script = variant(
         host, "defined", (IMPORT, f"from megatron.training import argument_utils, arguments, get_args\n{pretrain}\n")
     )
@@ -83,7 +83,7 @@ MISSED["refusal passed over"] = (
 
 
 @pytest.mark.parametrize("name", MISSED)
-def test_objective_that_reaches_no_model_ends_the_run(host, name):
+def test_launcher_fails_if_objective_reaches_no_model(host, name):
     old, new, reason = MISSED[name]
     changes = [(old, new)]
     if name == "refusal passed over":
@@ -95,7 +95,7 @@ def test_objective_that_reaches_no_model_ends_the_run(host, name):
     assert "dft loss" not in output
 
 
-def test_objective_that_reaches_no_model_ends_every_rank(host):
+def test_launcher_fails_on_every_rank_without_pretrain_call(host):
     script = variant(host, "nothing", ("    main()", "    pass"))
     run = host.begin(f"{DFT} {PP2}", script=script, ranks=2)
     run.wait()
@@ -108,7 +108,7 @@ EMPTY = (
 )
 
 
-def test_micro_batch_without_tokens_may_have_a_loss_of_its_own(host):
+def test_micro_batch_without_tokens_may_return_own_zero_loss(host):
     agree(host.curves(DFT, script=variant(host, "empty", EMPTY)), host.curves(DFT), 1e-6)
 
 
@@ -120,7 +120,7 @@ LATER = (
 
 
 @pytest.mark.parametrize("form", ["tensor", "list"])
-def test_mask_that_counts_tokens_without_a_loss_later_ends_the_run(host, form):
+def test_wrong_loss_mask_in_later_iteration_fails_run(host, form):
     """At the latest when pretrain() ends; in the first micro-batch it is refused at once."""
     changes = [(LATER[0], LATER[1].replace("FORM", "" if form == "tensor" else "(lambda x: [x] if last else x)"))]
     if form == "list":
@@ -129,13 +129,13 @@ def test_mask_that_counts_tokens_without_a_loss_later_ends_the_run(host, form):
     assert code != 0 and "its loss mask counts tokens that have no loss" in output
 
 
-def test_channels_that_no_label_carries_end_the_run(host):
+def test_channels_fail_run_if_no_label_carries_one(host):
     code, output = host.start(f"{DFT} --loss-channels a,b")
     assert "no label of the first iteration carries a channel" in output
     assert code != 0 and "--loss-channels a,b: no label of this run carried a channel" in output
 
 
-def test_configuration_is_left_as_it_was(host):
+def test_pretrain_restores_pre_wrap_hooks(host):
     """So that a second pretrain() of it does not bind the loss twice."""
     script = variant(
         host,
@@ -151,11 +151,11 @@ def test_configuration_is_left_as_it_was(host):
     host.curves(DFT, script=script)
 
 
-def test_script_with_another_exit_code_keeps_it(host):
+def test_launcher_keeps_exit_code_of_script(host):
     assert host.start(DFT, script=variant(host, "seven", ("    main()", "    import sys; sys.exit(7)")))[0] == 7
 
 
-def test_without_an_objective_nothing_is_replaced(tmp_path):
+def test_launcher_without_objective_replaces_nothing(tmp_path):
     """Not even with our own flags; and the script sees none of them."""
     script = tmp_path / "look.py"
     script.write_text(
@@ -170,7 +170,7 @@ def test_without_an_objective_nothing_is_replaced(tmp_path):
     assert "megatron_dft" not in output.replace(str(ROOT), "") and "['--lr', '1']" in output
 
 
-def test_device_may_stand_before_the_script(host):
+def test_device_flag_is_accepted_before_and_after_script(host):
     for words in (["--device", "cpu", "SCRIPT"], ["--device=cpu", "SCRIPT"], ["SCRIPT", "--device", "cpu"]):
         script = host.folder / "device.py"
         script.write_text("import sys, os; print('argv', sys.argv[1:2], os.environ['CUDA_VISIBLE_DEVICES'] == '')\n")
@@ -189,7 +189,7 @@ RERUN = (
 
 
 @pytest.mark.parametrize(("layout", "ranks"), [("", 1), (PP2, 2)])
-def test_step_that_megatron_runs_twice_is_counted_once(host, layout, ranks):
+def test_rerun_step_is_counted_once(host, layout, ranks):
     """Its rerun state machine, on by default, repeats forward and backward of a step whose loss it rejects."""
     flags = f"{DFT} {layout} --loss-metrics full --loss-channels a,b --save {host.folder / 'rerun'} --save-interval 3 "
     plain = host.curves(flags, ranks=ranks, CHANNELS="3")
@@ -211,7 +211,7 @@ SFT = "--sft "  # of which pretrain() reads only how validation is averaged, if 
 
 @pytest.mark.parametrize("sft", ["", SFT])
 @pytest.mark.parametrize(("layout", "ranks"), [("", 1), (CP2, 2), (DP, 2), (TP2, 2)])
-def test_validation_is_a_mean_over_tokens(host, sft, layout, ranks):
+def test_validation_is_mean_over_tokens(host, sft, layout, ranks):
     """Whatever the micro-batch size and the layout; Megatron's own, under --sft, is a mean of means."""
     common = f"{DFT} {sft} --no-create-attention-mask-in-dataloader --loss-metrics full --loss-channels a,b,c "
     one = host.curves(f"{common} --micro-batch-size 8", CHANNELS="4")
@@ -222,20 +222,20 @@ def test_validation_is_a_mean_over_tokens(host, sft, layout, ranks):
         assert many[name] == pytest.approx(one[name], rel=2e-5), name
 
 
-def test_valid_tokens_need_no_collective_of_their_own(host):
+def test_valid_tokens_are_summed_over_data_parallel_ranks(host):
     """Reported by Megatron's own all-reduce of the report, so the counts of all ranks are there."""
     one = host.curves(DFT)
     four = host.curves(f"{DFT} {DP} --micro-batch-size 2", ranks=4)
     assert four["valid tokens"] == one["valid tokens"] and four["valid tokens total"] == one["valid tokens total"]
 
 
-def test_sft_names_the_flag_that_megatron_asserts(host):
+def test_sft_error_names_attention_mask_flag(host):
     code, output = host.start(f"{DFT} --sft")
     assert code != 0 and "--sft: packed sequences have no attention mask" in output
     assert "--no-create-attention-mask-in-dataloader" in output
 
 
-def test_legacy_loss_func_is_refused_per_token_and_trains_otherwise(host):
+def test_legacy_loss_func_is_rejected_only_with_per_token_loss(host):
     """Two values: a mean over the micro-batch and the report."""
     two = variant(
         host,

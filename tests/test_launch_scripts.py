@@ -26,7 +26,7 @@ def launch(name: str, words: list[str], log: Path, **more: str) -> int:
         ).returncode
 
 
-def test_a_killed_rank_is_started_again_and_the_run_ends_as_if_nothing_had_happened(tmp_path):
+def test_launch_script_restarts_killed_rank_with_unchanged_curves(tmp_path):
     folders = f"--save {tmp_path}/saved --load {tmp_path}/saved --tensorboard-dir {tmp_path}/logs --device cpu"
     words = [str(script_in(tmp_path)), *f"{RUN} {TP2} {folders}".split()]
     log = tmp_path / "log.txt"
@@ -39,7 +39,7 @@ def test_a_killed_rank_is_started_again_and_the_run_ends_as_if_nothing_had_happe
         assert values[-left:] == whole[tag][-left:], tag
 
 
-def test_the_preflight_stops_a_run_before_it_starts(tmp_path):
+def test_launch_script_preflight_stops_run_before_launch(tmp_path):
     log = tmp_path / "log.txt"
     code = launch("one_machine.sh", [str(tmp_path / "not_there.py")], log, GPUS="1")
     assert code != 0
@@ -47,7 +47,7 @@ def test_the_preflight_stops_a_run_before_it_starts(tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["NODES", "HEAD"])
-def test_several_machines_need_their_number_and_a_head(tmp_path, missing):
+def test_several_machines_script_requires_nodes_and_head(tmp_path, missing):
     variables = {"GPUS": "1", "NODES": "2", "HEAD": "localhost"}
     log = tmp_path / "log.txt"
     assert launch("several_machines.sh", ["script.py"], log, **{**variables, missing: ""}) != 0
@@ -55,7 +55,7 @@ def test_several_machines_need_their_number_and_a_head(tmp_path, missing):
 
 
 @pytest.mark.parametrize("name", ["one_machine.sh", "several_machines.sh", "slurm.sh"])
-def test_scripts_parse_and_can_be_started(name):
+def test_launch_scripts_parse_and_are_executable(name):
     assert os.access(LAUNCH / name, os.X_OK)
     subprocess.run(["bash", "-n", LAUNCH / name], check=True)
     if shutil.which("shellcheck"):

@@ -58,7 +58,7 @@ def room(dotted):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_imports_point_down_only(name):
+def test_imports_point_to_lower_layers_only(name):
     own = name.split("/")[0]
     assert own in FLOORS, f"{name}.py has no floor yet"
     for dotted in imported(name):
@@ -68,12 +68,12 @@ def test_imports_point_down_only(name):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_only_hosts_know_megatron(name):
+def test_only_hosts_import_megatron(name):
     foreign = {dotted.split(".")[0] for dotted in imported(name)} & HOST_PACKAGES
     assert not foreign or name.startswith("hosts/"), f"{name}.py imports {foreign}"
 
 
-def test_importing_the_package_imports_no_host():
+def test_package_import_imports_no_host():
     code = "import sys, megatron_dft; print(*{m.split('.')[0] for m in sys.modules})"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
     modules = set(out.stdout.split())
@@ -82,7 +82,7 @@ def test_importing_the_package_imports_no_host():
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_file_and_public_definition_has_a_docstring(name):
+def test_every_file_and_public_definition_has_docstring(name):
     tree = ast.parse(FILES[name].read_text())
     kinds = (ast.FunctionDef, ast.ClassDef)
     missing = [n.name for n in tree.body if isinstance(n, kinds) and n.name[0] != "_" and not ast.get_docstring(n)]
@@ -90,7 +90,7 @@ def test_every_file_and_public_definition_has_a_docstring(name):
     assert ast.get_docstring(tree) or not any(isinstance(n, kinds) for n in tree.body), f"{name}.py: no docstring"
 
 
-def test_public_names_exist_and_are_sorted_and_documented():
+def test_public_names_are_unique_and_documented():
     names = megatron_dft.__all__
     assert len(names) == len(set(names))
     for value in (getattr(megatron_dft, name) for name in names):
@@ -100,7 +100,7 @@ def test_public_names_exist_and_are_sorted_and_documented():
         assert objective.__doc__.strip().split("\n")[0] and not objective.__doc__.startswith(f"{objective.__name__}(")
 
 
-def test_vocab_parallel_arguments_after_the_target_are_keywords():
+def test_loss_functions_take_options_as_keywords_only():
     for function, positional in (
         ("vocab_parallel_dft_loss", 2),
         ("vocab_stats", 2),

@@ -80,7 +80,7 @@ if HAS_HYBRID:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_layouts_agree_with_one_rank(host, flags, name):
+def test_parallel_layout_matches_one_rank(host, flags, name):
     model, layout, ranks = LAYOUTS[name]
     common = f"{flags(model)} {PER_TOKEN} --micro-batch-size 1 --loss-type dft "
     agree(host.curves(common + layout, ranks=ranks), host.curves(common))
@@ -121,14 +121,14 @@ OVERLAP = DP + "--overlap-grad-reduce --overlap-param-gather "
         pytest.param("hybrid-tied", TP2 + SP, 2, CHUNKS, marks=needs_hybrid),
     ],
 )
-def test_skipping_masked_tokens_and_chunks_change_no_curve(host, flags, model, layout, ranks, how):
+def test_compaction_and_linear_fused_leave_curves_unchanged(host, flags, model, layout, ranks, how):
     """Of the output layer: masked tokens skip it by default, pass it, or it is computed in chunks."""
     common = f"{flags(model)} {PER_TOKEN} --micro-batch-size 1 --loss-type dft {layout}"
     agree(host.curves(common + how, ranks=ranks), host.curves(common, ranks=ranks), 2e-6)
 
 
 @pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="CPU ranks need Triton's interpreter")
-def test_triton_kernels_train_as_the_torch_backend_does(host, flags):
+def test_triton_training_matches_torch_backend(host, flags):
     common = f"{flags('dense', 4)} {PER_TOKEN} --micro-batch-size 2 --loss-type deft "
     one = host.curves(common)
     agree(host.curves(f"{common} {TP2} {SP} {RECOMPUTE} --loss-backend triton", ranks=2), one)
@@ -146,7 +146,7 @@ def test_triton_kernels_train_as_the_torch_backend_does(host, flags):
         pytest.param("hybrid-mtp", "", 1, marks=needs_hybrid),
     ],
 )
-def test_nll_is_megatrons_own_run_in_the_same_layout(host, flags, model, layout, ranks):
+def test_nll_matches_megatron_in_same_layout(host, flags, model, layout, ranks):
     """Not on one rank: of multi-token prediction under CP, Megatron itself weighs each rank's part by its own count."""
     common = f"{flags(model)} {PER_TOKEN} --micro-batch-size 1 "
     ours = host.curves(f"{common} {layout} --loss-type nll", ranks=ranks)
@@ -155,7 +155,7 @@ def test_nll_is_megatrons_own_run_in_the_same_layout(host, flags, model, layout,
 
 
 @needs_hybrid
-def test_hybrid_with_multi_token_prediction_names_what_it_cannot_do(host, flags):
+def test_hybrid_mtp_rejects_compaction_and_linear_fused(host, flags):
     common = f"{flags('hybrid-mtp')} {PER_TOKEN} --micro-batch-size 1 --loss-type dft "
     reason = "HybridModel with multi-token prediction, whose heads share the output layer"
     code, output = host.start(common)
@@ -165,13 +165,13 @@ def test_hybrid_with_multi_token_prediction_names_what_it_cannot_do(host, flags)
         assert code != 0 and f"{flag}: expected a model" in output and reason in output
 
 
-def test_bf16_agrees_with_one_rank(host, flags):
+def test_bf16_under_tp_matches_one_rank(host, flags):
     common = f"{flags('dense')} {PER_TOKEN} --micro-batch-size 1 --loss-type dft --bf16 "
     agree(host.curves(common + TP2, ranks=2), host.curves(common), 1e-3)  # a quarter of the spacing of bf16
 
 
 @pytest.mark.parametrize("mtp", ["nll", "same"])
-def test_multi_token_prediction_keeps_its_loss_or_takes_the_objective(host, flags, mtp):
+def test_mtp_keeps_nll_or_uses_objective(host, flags, mtp):
     common = f"{flags('mtp')} {PER_TOKEN} --micro-batch-size 1 "
     stock, ours = host.curves(common), host.curves(f"{common} --loss-type dft --loss-mtp {mtp}")
     assert ours["mtp_1 loss"][0] == pytest.approx(stock["mtp_1 loss"][0], rel=1e-6)  # a value is always the NLL
@@ -192,7 +192,7 @@ NORMALISATION = {  # what the README says: grad norm of the first step with per-
 
 
 @pytest.mark.parametrize("layout", NORMALISATION)
-def test_gradients_are_means_over_tokens_or_means_of_means_as_the_readme_says(host, flags, layout):
+def test_gradient_normalization_matches_readme(host, flags, layout):
     words, ranks = NORMALISATION[layout]
     row = re.search(rf"^\| {re.escape(layout)} \| (\S+) \| (\S+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
     common = f"{flags('dense', batch=4)} --loss-type dft "
@@ -210,7 +210,7 @@ def test_gradients_are_means_over_tokens_or_means_of_means_as_the_readme_says(ho
         assert f"{default['grad-norm'][0]:.4f}" == row[2]
 
 
-def test_a_rank_without_valid_tokens_trains_on(host, flags):
+def test_rank_without_valid_tokens_keeps_training(host, flags):
     """Of each batch of 2, the first rank gets samples without a valid token or with some, the second with 1 or all."""
     common = f"{flags('dense', batch=2)} --loss-type dft --micro-batch-size 1 "
     for words in (PER_TOKEN + DP, PER_TOKEN + CP2, DP):
@@ -219,7 +219,7 @@ def test_a_rank_without_valid_tokens_trains_on(host, flags):
         assert all(math.isfinite(value) for values in curves.values() for value in values)
 
 
-def test_tokens_of_training_are_counted_and_shown_by_every_writer(host, flags):
+def test_valid_tokens_are_counted_and_logged(host, flags):
     common = f"{flags('dense')} {PER_TOKEN} --micro-batch-size 1 --loss-type dft "
     run = host.begin(f"{common} {CP2} {DP} --eval-interval 1", ranks=4)
     assert run.wait() == 0

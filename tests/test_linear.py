@@ -89,7 +89,7 @@ def ranks(request):
 @pytest.mark.parametrize(
     ("specification", "size"), [(name, None) for name in FORMULAS] + [("deft", size) for size in SIZES[1:]]
 )
-def test_loss_and_gradients_are_those_through_all_the_logits(ranks, specification, size, way):
+def test_linear_dft_loss_matches_full_logits(ranks, specification, size, way):
     loss, hidden_gradient, weight_gradient = truth(specification, *make_case(size), size)
     ours = [rank[specification, size, way][0] for rank in ranks]
     for rank, (our_loss, gradient, _) in enumerate(ours):
@@ -100,7 +100,7 @@ def test_loss_and_gradients_are_those_through_all_the_logits(ranks, specificatio
     torch.testing.assert_close(torch.cat([gradient for *_, gradient in ours]), weight_gradient, **TOLERANCE)
 
 
-def test_one_gather_forward_and_one_reduction_backward(ranks):
+def test_linear_dft_loss_all_gathers_stats_once_and_all_reduces_once(ranks):
     if len(ranks) == 1:
         assert all(seen == [] for fact in ranks[0].values() for seen in fact[1:])
         return
@@ -117,7 +117,7 @@ def test_one_gather_forward_and_one_reduction_backward(ranks):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_no_token_to_learn_from_is_no_problem(ranks, way):
+def test_batch_without_targets_has_zero_loss_and_gradient(ranks, way):
     for rank in ranks:
         numbers, _, backward = rank["nothing", way]
         assert all(x.isfinite().all() and not x.any() for x in numbers)
@@ -126,7 +126,7 @@ def test_no_token_to_learn_from_is_no_problem(ranks, way):
 
 
 @pytest.mark.parametrize("ignore_index", [-100, 7])
-def test_tokens_that_are_ignored_do_not_pass_the_output_layer(ignore_index):
+def test_ignored_tokens_skip_output_layer(ignore_index):
     hidden, _, target, _ = make_case()
     hidden, target = hidden.flatten(0, 1), target.flatten().masked_fill(target.flatten() == -100, ignore_index)
     passed = []
@@ -143,7 +143,7 @@ def test_tokens_that_are_ignored_do_not_pass_the_output_layer(ignore_index):
 
 
 @pytest.mark.parametrize("compact", [True, False])
-def test_ignore_index_may_be_a_token(compact):
+def test_ignore_index_may_be_token_id(compact):
     hidden, weight, target, upstream = make_case()
     options = {"ignore_index": 7, "vocab_chunk": 5, "compact_masked_tokens": compact}
     ours, _, _ = result(hidden, weight, target.masked_fill(target == -100, 7), upstream, **options)
@@ -152,7 +152,7 @@ def test_ignore_index_may_be_a_token(compact):
     torch.testing.assert_close(ours, expected, **TOLERANCE)
 
 
-def test_no_tokens_are_no_problem():
+def test_linear_dft_loss_accepts_zero_tokens():
     hidden, weight, target, upstream = make_case()
     (loss, *gradients), _, _ = result(hidden[:0], weight, target[:0], upstream[:0])
     assert loss.shape == (0, BATCH) and gradients[0].shape == (0, BATCH, HIDDEN) and not gradients[1].any()
@@ -160,7 +160,7 @@ def test_no_tokens_are_no_problem():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("chunk", [3, 16, 100])
-def test_errors_are_at_most_twice_those_through_the_logits_in_the_same_dtype(dtype, chunk):
+def test_linear_dft_loss_error_is_at_most_twice_that_of_full_logits(dtype, chunk):
     hidden, weight, target, upstream = make_case()
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     exact = truth("dft", hidden.double(), weight.double(), target, upstream)
@@ -173,7 +173,7 @@ def test_errors_are_at_most_twice_those_through_the_logits_in_the_same_dtype(dty
         assert our.dtype == same_dtype.dtype and error <= 2 * theirs
 
 
-def test_the_hidden_gradient_is_summed_over_chunks_in_fp32():
+def test_hidden_gradient_is_accumulated_over_chunks_in_fp32():
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 16, generator=generator).bfloat16() for n in (32, 2048))
     target, upstream = torch.randint(2048, (32,), generator=generator), torch.ones(32)
@@ -186,7 +186,7 @@ def test_the_hidden_gradient_is_summed_over_chunks_in_fp32():
 
 
 @pytest.mark.parametrize("frozen", [0, 1])
-def test_what_is_frozen_gets_no_gradient_and_costs_no_product(frozen):
+def test_frozen_input_gets_no_gradient_and_no_matmul(frozen):
     hidden, weight, target, upstream = make_case()
     expected = truth("dft", hidden, weight, target, upstream)
     leaves = [hidden.requires_grad_(frozen != 0), weight.requires_grad_(frozen != 1)]
@@ -211,7 +211,7 @@ class Operators(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("keep", "products"), [(0, 9 + 3), (1, 9 + 2), (2, 9 + 1), (3, 9), (9, 9)])
-def test_chunks_that_keep_their_logits_are_not_computed_again(keep, products):
+def test_keep_chunks_skips_recompute_of_saved_logits(keep, products):
     hidden, weight, target, upstream = make_case()
     leaves = [x.requires_grad_() for x in (hidden, weight)]
     with Operators() as seen:
@@ -219,7 +219,7 @@ def test_chunks_that_keep_their_logits_are_not_computed_again(keep, products):
     assert sum(name.startswith("mm") for name in seen.names) == products
 
 
-def test_nothing_is_kept_where_nothing_is_learnt():
+def test_keep_chunks_saves_nothing_without_grad():
     hidden, weight, target, _ = make_case()
     with Operators() as seen, torch.no_grad():
         linear_dft_loss(hidden.requires_grad_(), weight, target, vocab_chunk=16, keep_chunks=3)
@@ -227,7 +227,7 @@ def test_nothing_is_kept_where_nothing_is_learnt():
     assert kept == 0
 
 
-def test_a_second_backward_is_exact_or_refused():
+def test_second_backward_is_exact_and_raises_with_keep_chunks():
     hidden, weight, target, upstream = make_case()
     leaves = [x.requires_grad_() for x in (hidden, weight)]
     loss = linear_dft_loss(*leaves, target, vocab_chunk=16)
@@ -240,7 +240,7 @@ def test_a_second_backward_is_exact_or_refused():
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_the_device_is_asked_once_how_many_tokens_are_left(backend):
+def test_compaction_calls_nonzero_once_with_triton(backend):
     if backend == "triton" and not INTERPRETER:
         pytest.skip("needs Triton's interpreter; on a GPU test_gpu.py asks")
     hidden, weight, target, upstream = make_case()
@@ -254,7 +254,7 @@ def test_the_device_is_asked_once_how_many_tokens_are_left(backend):
 
 
 @pytest.mark.skipif(not INTERPRETER, reason="needs Triton's interpreter; on a GPU test_gpu.py asks")
-def test_triton_kernels_take_chunks():
+def test_triton_backend_supports_vocab_chunk():
     hidden, weight, target, upstream = make_case()
     expected = truth("deft", hidden.float().double(), weight.float().double(), target, upstream)
     options = {"objective": "deft", "vocab_chunk": 20, "keep_chunks": 1, "backend": "triton"}
@@ -263,7 +263,7 @@ def test_triton_kernels_take_chunks():
         torch.testing.assert_close(our.double(), right, rtol=1e-5, atol=1e-5)
 
 
-def test_under_torch_compile_it_breaks_the_graph_and_is_right():
+def test_linear_dft_loss_under_torch_compile_matches_formula():
     hidden, weight, target, upstream = make_case()
     leaves = [x.requires_grad_() for x in (hidden, weight)]
 
@@ -290,7 +290,7 @@ def test_under_torch_compile_it_breaks_the_graph_and_is_right():
         (lambda h, w, t: (h, w, t.t()), r"Megatron's hidden states are \[s, b, ...\], its labels \[b, s\]: transpose"),
     ],
 )
-def test_input_that_does_not_fit_is_refused(change, message):
+def test_linear_dft_loss_rejects_mismatched_input(change, message):
     with pytest.raises(ValueError, match=message):
         linear_dft_loss(*change(*make_case()[:3]))
 
@@ -305,12 +305,12 @@ def test_input_that_does_not_fit_is_refused(change, message):
         ({"backend": "cuda"}, "backend: expected one of auto, torch, triton"),
     ],
 )
-def test_options_that_are_not_possible_are_refused(options, message):
+def test_linear_dft_loss_rejects_invalid_options(options, message):
     with pytest.raises(ValueError, match=message):
         linear_dft_loss(*make_case()[:3], **options)
 
 
-def test_an_unknown_target_is_named_under_anomaly_detection():
+def test_invalid_target_raises_under_anomaly_detection():
     hidden, weight, target, _ = make_case()
     target[1, 1] = VOCAB
     assert linear_dft_loss(hidden, weight, target).isnan().sum() == 1
@@ -319,7 +319,7 @@ def test_an_unknown_target_is_named_under_anomaly_detection():
 
 
 @pytest.mark.parametrize("keep_chunks", [0, 1, 100])
-def test_autocast_changes_nothing(keep_chunks):
+def test_autocast_leaves_linear_dft_loss_unchanged(keep_chunks):
     """The products stay in the dtype of their arguments, forward and backward, whether chunks are kept or not."""
     hidden, weight, target, upstream = (x.float() if x.is_floating_point() else x for x in make_case())
     options = {"vocab_chunk": 5, "keep_chunks": keep_chunks}

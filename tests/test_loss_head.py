@@ -216,7 +216,7 @@ def facts():
 
 
 @pytest.mark.parametrize("name", NEITHER | NOT_DROPPED)
-def test_dropping_tokens_is_refused_where_it_cannot_be_and_left_out_by_default(facts, name):
+def test_unsupported_compaction_is_off_by_default_and_rejected_on_request(facts, name):
     reason = (NEITHER | NOT_DROPPED)[name][2]
     assert "--loss-compact-masked-tokens: expected a model" in facts[0]["dropped", name]
     assert f"got {reason}" in facts[0]["dropped", name] and "leave the flag out" in facts[0]["dropped", name]
@@ -225,25 +225,25 @@ def test_dropping_tokens_is_refused_where_it_cannot_be_and_left_out_by_default(f
 
 
 @pytest.mark.parametrize("name", NEITHER | NOT_IN_CHUNKS)
-def test_chunks_are_refused_where_they_cannot_be(facts, name):
+def test_linear_fused_is_rejected_where_unsupported(facts, name):
     reason = (NEITHER | NOT_IN_CHUNKS)[name][2]
     assert "--loss-linear-fused: expected a model" in facts[0]["chunks", name]
     assert f"got {reason}" in facts[0]["chunks", name]
 
 
-def test_sharded_parameters_are_refused():
+def test_linear_fused_rejects_fully_sharded_parameters():
     for name in ("use_megatron_fsdp", "use_torch_fsdp2"):
         compat.check_settings(SimpleNamespace(**{name: True}), dft())
         with pytest.raises(ValueError, match=r"--loss-linear-fused: .* got fully sharded parameters"):
             compat.check_settings(SimpleNamespace(**{name: True}), dft("chunks"))
 
 
-def test_a_model_without_obstacles_drops_tokens(facts):
+def test_compaction_is_on_for_gpt_and_rejected_for_bert(facts):
     assert facts[0]["passes"] == (True, None)
     assert "got BertModel, which is not a decoder" in facts[0]["bert"]
 
 
-def test_a_forward_pass_that_wants_another_output_is_refused(facts):
+def test_forward_rejects_unsupported_output_or_mask(facts):
     assert "loss_mask: expected one weight for each of the labels (3, 8), got (3, 9)" in facts[0]["loss mask"]
     assert "logits that stay split" in facts[0]["gathered"]
     assert "call the model, model(...), not model.forward(...)" in facts[0]["passed by"]
@@ -253,7 +253,7 @@ def test_a_forward_pass_that_wants_another_output_is_refused(facts):
 
 @pytest.mark.parametrize("way", ROWS)
 @pytest.mark.parametrize("name", ["gpt", "hybrid"] if HAS_HYBRID else ["gpt"])
-def test_without_labels_the_model_returns_logits_even_after_a_failure(facts, name, way):
+def test_forward_without_labels_returns_logits_even_after_error(facts, name, way):
     for rank in facts:
         first, last, left_over = rank["logits", name, way]
         assert first.shape == (BATCH, SEQUENCE, VOCAB // 2) and torch.equal(first, last) and not left_over
@@ -262,7 +262,7 @@ def test_without_labels_the_model_returns_logits_even_after_a_failure(facts, nam
 @pytest.mark.parametrize("way", ROWS)
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
-def test_gradients_are_accumulated_where_megatron_accumulates_them(facts, tied, split, way):
+def test_gradient_accumulation_fusion_matches_megatron(facts, tied, split, way):
     for rank in facts:
         (ours, added, told, others), (stock, stock_added, stock_told, stock_others) = (
             rank["main_grad", tied, split, name] for name in (way, None)
@@ -278,13 +278,13 @@ def test_gradients_are_accumulated_where_megatron_accumulates_them(facts, tied, 
 
 @pytest.mark.parametrize("way", ROWS)
 @pytest.mark.parametrize("name", ["gpt", "hybrid"] if HAS_HYBRID else ["gpt"])
-def test_the_output_layer_is_left_as_it_was(facts, name, way):
+def test_forward_restores_output_layer_state(facts, name, way):
     before, after = facts[0]["layer", name, way]
     assert before == after == (True, False, False)
 
 
 @pytest.mark.parametrize("way", ROWS)
-def test_hooks_that_bring_the_weight_run_first(facts, way):
+def test_output_layer_pre_hooks_run_before_weight_is_read(facts, way):
     for rank in facts:
         (loss, gradient), called = rank["late", way]
         assert called

@@ -29,7 +29,7 @@ def report(specification, logits, target, mask):
 
 
 @pytest.mark.parametrize("specification", FORMULAS)
-def test_each_metric_is_a_weighted_sum_and_its_count(specification):
+def test_metric_is_weighted_sum_and_count(specification):
     logits, target, mask = make_case()
     t = token(logits.requires_grad_(), target)
     weight = mask * t.valid
@@ -46,7 +46,7 @@ def test_each_metric_is_a_weighted_sum_and_its_count(specification):
 
 
 @pytest.mark.parametrize("specification", FORMULAS)
-def test_the_keys_depend_on_the_objective_alone(specification):
+def test_metric_keys_depend_only_on_objective(specification):
     logits, target, mask = make_case()
     keys = KEYS + (["dft entropy"] if specification.startswith("entropy") else [])
     assert list(report(specification, logits, target, mask)) == keys
@@ -55,7 +55,7 @@ def test_the_keys_depend_on_the_objective_alone(specification):
 
 
 @pytest.mark.parametrize("specification", ["dft", "entropy", "deft", "threshold", "luffy"])
-def test_micro_batches_add_up(specification):
+def test_metrics_sum_over_micro_batches(specification):
     case = make_case()
     parts = [report(specification, *(x[rows] for x in case)) for rows in (slice(0, 1), slice(1, 4))]
     for key, pair in report(specification, *case).items():
@@ -64,7 +64,7 @@ def test_micro_batches_add_up(specification):
 
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("specification", FORMULAS)
-def test_a_masked_token_contributes_nothing_whatever_it_is(specification, broken):
+def test_masked_token_adds_nothing_to_metrics(specification, broken):
     logits, target, mask = make_case()
     if specification.startswith("cayley"):
         target[0, 3] = -100  # the mean p in its exponent runs over the targets, not over the mask
@@ -75,21 +75,21 @@ def test_a_masked_token_contributes_nothing_whatever_it_is(specification, broken
     assert all(torch.equal(actual[key], expected[key]) for key in expected)
 
 
-def test_a_token_that_counts_and_is_broken_is_seen():
+def test_nan_token_makes_loss_prob_and_gate_metrics_nan():
     logits, target, mask = make_case()
     logits[0, 2] = torch.nan
     metrics = report("dft", logits, target, mask)
     assert all(metrics[key][0].isnan() for key in KEYS[:3]) and metrics["dft accuracy"].isfinite().all()
 
 
-def test_without_a_target_every_pair_is_zero():
+def test_metrics_are_zero_without_targets():
     logits, target, mask = make_case()
     for none in ((torch.full_like(target, -100), mask), (target, torch.zeros_like(mask))):
         for specification in FORMULAS:
             assert not any(pair.any() for pair in report(specification, logits, *none).values())
 
 
-def test_a_statistic_that_is_not_there_is_left_out():
+def test_metrics_omit_missing_statistics():
     logits, target, mask = make_case()
     objective = parse_objective("dft")
     _, stats = loss_and_stats(logits, target, LossOptions(objective))
@@ -97,7 +97,7 @@ def test_a_statistic_that_is_not_there_is_left_out():
     assert list(token_metrics(replace(stats, entropy=stats.nll), objective, mask)) == KEYS  # it is in `Detail`
 
 
-def test_a_mask_may_be_bool_and_logits_bf16():
+def test_metrics_accept_bool_mask_and_bf16_logits():
     logits, target, mask = make_case()
     metrics = report("dft", logits.bfloat16(), target, mask.bool())
     assert {pair.dtype for pair in metrics.values()} == {torch.float32}
@@ -117,7 +117,7 @@ def detail(specification, logits, target, mask, channel=None, of=FULL):
 
 
 @pytest.mark.parametrize("specification", FORMULAS)
-def test_the_details_are_what_the_formula_says(specification):
+def test_full_metrics_match_formula(specification):
     logits, target, mask = make_case()
     channel = make_channels()
     t = token(logits.requires_grad_(), target)
@@ -148,14 +148,14 @@ def test_the_details_are_what_the_formula_says(specification):
             assert values[f"channel/{name} {what}"] == pytest.approx(total(column, where) / total(one, where))
 
 
-def test_a_probability_of_one_is_in_the_last_bin():
+def test_histogram_puts_probability_of_one_in_last_bin():
     logits = torch.tensor([[200.0, 0.0], [0.0, 200.0]], dtype=torch.float64)
     values = FULL.values(detail("nll", logits, torch.zeros(2, dtype=torch.int64), torch.ones(2)))
     assert (values["dft prob/0.9-1.0"], values["dft prob/0.0-0.1"]) == (0.5, 0.5)
     assert (values["dft gradient/0.9-1.0"], values["dft gradient/0.0-0.1"]) == (0.0, 1.0)
 
 
-def test_details_of_micro_batches_add_up_and_channels_may_be_missing():
+def test_full_metrics_sum_over_micro_batches_and_omit_empty_channels():
     case = (*make_case(), make_channels())
     parts = [detail("dft", *(x[rows] for x in case)) for rows in (slice(0, 1), slice(1, 4))]
     torch.testing.assert_close(parts[0] + parts[1], detail("dft", *case))
@@ -166,7 +166,7 @@ def test_details_of_micro_batches_add_up_and_channels_may_be_missing():
     assert only_other["channel/maths tokens"] == 0 and "channel/maths nll" not in only_other
 
 
-def test_a_broken_token_spoils_no_other_channel_and_a_masked_one_nothing():
+def test_nan_token_affects_only_its_channel():
     logits, target, mask = make_case()
     channel = make_channels()
     expected = detail("dft", logits, target, mask, channel)
@@ -181,7 +181,7 @@ def test_a_broken_token_spoils_no_other_channel_and_a_masked_one_nothing():
     }
 
 
-def test_only_what_is_asked_for_is_computed_and_named():
+def test_detail_computes_only_requested_metrics():
     case = make_case()
     assert Detail().names == () and detail("dft", *case, of=Detail()).shape == (0, 2)
     channels = Detail(channels=("other", "maths"))

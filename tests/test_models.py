@@ -143,14 +143,14 @@ def facts():
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", MODELS)
-def test_nll_is_the_models_own_loss_and_gradient(facts, name, way):
+def test_nll_matches_megatron_loss_and_gradient(facts, name, way):
     for rank in facts:
         same(rank[name, "nll", way], rank[name, "stock"], 2e-5)
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", MODELS)
-def test_dft_is_the_models_own_loss_with_the_line_on_top(facts, name, way):
+def test_dft_gradient_matches_megatron_loss_with_detached_weight(facts, name, way):
     for rank in facts:
         loss, gradients = rank[name, "dft", way]
         same(loss, rank[name, "stock"][0], 2e-5)

@@ -23,7 +23,7 @@ def python(folder, code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=folder)
 
 
-def test_nemo_3_has_no_llms_and_the_error_points_to_bridge(tmp_path):
+def test_nemo_3_import_error_names_megatron_bridge(tmp_path):
     (tmp_path / "nemo_run.py").touch()
     for package in ("nemo", "nemo/collections", "nemo/collections/asr", "lightning", "lightning/pytorch"):
         (tmp_path / package).mkdir()
@@ -105,13 +105,13 @@ def agree(ours, theirs, names):
         assert ours[name] == pytest.approx(theirs[name], rel=1e-5), (name, ours[name], theirs[name])
 
 
-def test_nll_is_nemos_own_loss(runs):
+def test_nll_matches_nemo_loss(runs):
     stock, ours = runs(), runs("loss_type=nll")
     assert {"reduced_train_loss", "grad_norm", "val_loss"} <= set(stock) < set(ours)
     agree(ours, stock, stock)
 
 
-def test_dft_reports_its_metrics_beside_the_nll(runs):
+def test_dft_logs_metrics_beside_nll(runs):
     stock, ours = runs(), runs("loss_type=dft")
     assert set(ours) - set(stock) == {*METRICS, *(f"val {name}" for name in METRICS)}
     assert ours["reduced_train_loss"][0] == pytest.approx(stock["reduced_train_loss"][0], rel=1e-6)
@@ -119,7 +119,7 @@ def test_dft_reports_its_metrics_beside_the_nll(runs):
     assert ours["grad_norm"][0] < 0.1 * stock["grad_norm"][0]  # gates are small where training begins
 
 
-def test_histograms_and_channels_are_logged_in_every_layout(runs):
+def test_histograms_and_channels_under_tp_match_one_rank(runs):
     details = ("loss_type=dft", "metrics=full", "channels=a")
     one, two = runs(*details), runs(*details, "tp=2", ranks=2)
     names = [name for name in one if "/" in name or name.endswith("entropy")]
@@ -131,7 +131,7 @@ def test_histograms_and_channels_are_logged_in_every_layout(runs):
 
 
 @pytest.mark.parametrize("layout", ["tp=2", "pp=2"])
-def test_layouts_agree_with_one_rank(runs, layout):
+def test_parallel_layout_matches_one_rank(runs, layout):
     """Pipeline stages are initialised differently, so there only their own report is compared."""
     one, two = runs("loss_type=dft"), runs("loss_type=dft", layout, ranks=2)
     assert set(two) == set(one)
@@ -144,7 +144,7 @@ def test_layouts_agree_with_one_rank(runs, layout):
         assert two["dft accuracy"][0] == stock["dft accuracy"][0] and two["dft prob"][0] == stock["dft prob"][0]
 
 
-def test_nothing_of_ours_is_stored(runs):
+def test_checkpoint_contains_no_megatron_dft_objects(runs):
     runs("loss_type=dft", "checkpoint=true")
     stored = list(runs.path(("loss_type=dft", "checkpoint=true")).rglob("context/io.json"))
     assert stored and all("megatron_dft" not in path.read_text() for path in stored)
@@ -159,7 +159,7 @@ class TestRecipes:
             setattr(recipe.trainer.strategy, name, value)
         return recipe
 
-    def test_the_callback_is_added_and_survives_being_shipped(self, nemo):
+    def test_with_dft_adds_serializable_callback(self, nemo):
         from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 
         before = list(self.recipe().trainer.callbacks)
@@ -168,16 +168,16 @@ class TestRecipes:
         serializer = ZlibJSONSerializer()
         assert serializer.deserialize(serializer.serialize(recipe)) == recipe
 
-    def test_it_builds_into_a_callback(self, nemo):
+    def test_nemo_dft_builds_callback_with_settings(self, nemo):
         import fiddle
 
         callback = fiddle.build(nemo.dft(loss_type="tsallis:q=0.5", vocab_chunk=64, linear_fused=True))
         assert callback.config == DFTConfig("tsallis:q=0.5", vocab_chunk=64, linear_fused=True)
 
-    def test_without_an_objective_nothing_is_changed(self, nemo):
+    def test_with_dft_leaves_recipe_unchanged_for_ce(self, nemo):
         assert nemo.with_dft(self.recipe(), loss_type="ce") == self.recipe()
 
-    def test_context_parallelism_gets_the_settings_it_needs(self, nemo, capsys):
+    def test_context_parallel_sets_required_settings(self, nemo, capsys):
         import nemo_run as run
         from megatron.core.distributed import DistributedDataParallelConfig
 
@@ -190,19 +190,19 @@ class TestRecipes:
         assert recipe.model.config.cross_entropy_fusion_impl == "native"
         assert capsys.readouterr().out.count("> megatron_dft: ") == 3
 
-    def test_what_cannot_be_is_an_error(self, nemo):
+    def test_nemo_rejects_unknown_settings_and_objectives(self, nemo):
         with pytest.raises(ValueError, match="did you mean 'loss_type'"):
             nemo.with_dft(self.recipe(), loss_typ="dft")
         with pytest.raises(ValueError, match="did you mean 'dft'"):
             nemo.DFTCallback(loss_type="dtf")
 
-    def test_its_arguments_are_the_settings_of_dftconfig(self, nemo):
+    def test_nemo_dft_arguments_match_dft_config_fields(self, nemo):
         parameters = inspect.signature(nemo.dft).parameters
         assert list(parameters) == [f.name for f in dataclasses.fields(DFTConfig)]
         defaults = {name: p.default for name, p in parameters.items()}
         assert defaults == {f.name: f.default for f in dataclasses.fields(DFTConfig)} | {"loss_type": "dft"}
 
-    def test_the_yaml_file_adds_it_to_a_recipe(self, nemo, tmp_path):
+    def test_yaml_file_adds_callback_to_recipe(self, nemo, tmp_path):
         """As the command of NeMo-Run does, up to the point where it would train."""
         yaml, out = ROOT / "examples" / "conf" / "nemo2" / "dft.yaml", tmp_path / "out.yaml"
         words = ["llm", "finetune", "--factory", "llama3_8b", "--yaml", str(yaml), "--dryrun", "--to-yaml", str(out)]

@@ -37,13 +37,13 @@ def gradient(specification, logits, target, upstream):
     return leaf.grad
 
 
-def test_every_objective_and_parameter_has_a_formula():
+def test_every_objective_has_formula():
     assert {name.partition(":")[0] for name in FORMULAS} == set(OBJECTIVES)
     assert {str(cls()) for cls in OBJECTIVES.values()} <= set(FORMULAS)
 
 
 @pytest.mark.parametrize("specification", FORMULAS)
-def test_value_and_gradient_are_those_of_the_formula(specification):
+def test_objective_loss_and_gate_match_formula(specification):
     logits, target, upstream = example()
     loss, gate = (x.masked_fill(target == -100, 0.0) for x in parse_objective(specification)(stats_of(logits, target)))
     error = torch.softmax(logits, -1) - torch.nn.functional.one_hot(target.clamp(min=0), logits.shape[-1])
@@ -53,7 +53,7 @@ def test_value_and_gradient_are_those_of_the_formula(specification):
 
 
 @pytest.mark.parametrize("specification", FORMULAS)
-def test_gate_is_the_derivative_or_the_detached_factor(specification):
+def test_gate_is_derivative_or_detached_weight(specification):
     objective = parse_objective(specification)
     stats = stats_at(0.001, 0.15, 1 / math.e, 0.5, 0.99)
     if objective.name == "cayley":  # its exponent is detached as well: a Box-Cox per token
@@ -73,21 +73,21 @@ def test_gate_is_the_derivative_or_the_detached_factor(specification):
 
 
 @pytest.mark.parametrize("specification", FORMULAS)
-def test_gate_is_never_negative_and_loss_never_nan(specification):
+def test_gate_and_loss_are_nonnegative(specification):
     grid = torch.logspace(-300, 0, 1001, dtype=torch.float64).tolist()
     loss, gate = parse_objective(specification)(stats_at(0.0, *grid, 1 - 1e-16))
     assert (gate >= 0).all()
     assert (loss >= 0).all()
 
 
-def test_gradients_of_dft_prob_and_tsallis_1_are_equal():
+def test_dft_prob_and_tsallis_1_have_equal_gradients():
     case = example()
     for other in ("prob", "tsallis:q=1"):
         torch.testing.assert_close(gradient("dft", *case), gradient(other, *case), rtol=1e-15, atol=1e-15)
 
 
 @pytest.mark.parametrize("q", [0.0, 1e-15, 1e-300])
-def test_tsallis_tends_to_nll(q):
+def test_tsallis_approaches_nll_for_small_q(q):
     case = example()
     torch.testing.assert_close(gradient(f"tsallis:q={q}", *case), gradient("nll", *case), **TOLERANCE)
     stats = stats_at(1e-6, 0.3, 1.0)
@@ -104,11 +104,11 @@ def test_extreme_parameters_are_finite_in_fp32(specification):
     assert gate.isfinite().all() and loss[1:].isfinite().all() and not loss.isnan().any()
 
 
-def test_tsallis_takes_a_whole_number():
+def test_tsallis_accepts_integer_q():
     assert Tsallis(q=0)(stats_at(0.3))[0].item() == pytest.approx(-math.log(0.3))
 
 
-def test_deft_has_the_gradient_of_a_detached_weight():
+def test_deft_gradient_matches_detached_weight():
     logits, target, upstream = example()
     leaf = logits.clone().requires_grad_()
     t = token(leaf, target)
@@ -116,7 +116,7 @@ def test_deft_has_the_gradient_of_a_detached_weight():
     torch.testing.assert_close(gradient("deft", logits, target, upstream), leaf.grad, **TOLERANCE)
 
 
-def test_dft_peaks_at_one_over_e():
+def test_dft_loss_peaks_at_one_over_e():
     grid = torch.linspace(0.001, 1.0, 1000, dtype=torch.float64)
     loss, _ = OBJECTIVES["dft"]()(stats_at(*grid.tolist(), 1 / math.e))
     assert loss.argmax().item() == 1000
@@ -124,7 +124,7 @@ def test_dft_peaks_at_one_over_e():
 
 
 @pytest.mark.parametrize("p", [0.01, 0.1, 0.3])  # below 1/e, where p (1 + log p) is negative
-def test_dft_pushes_rare_targets_up(p):
+def test_dft_gradient_raises_low_probability_targets(p):
     logits = torch.tensor([[math.log(p), math.log(1 - p)]], dtype=torch.float64)
     target, one = torch.tensor([0]), torch.ones(1, dtype=torch.float64)
     pushed = gradient("dft", logits, target, one)[0, 0].item()
@@ -163,14 +163,14 @@ def test_dft_pushes_rare_targets_up(p):
         ("luffy", (1, 0), (0.1 / 1.1, 0.1 / 1.21)),
     ],
 )
-def test_impossible_certain_and_broken_tokens(specification, at_0, at_1):
+def test_loss_and_gate_at_p_0_p_1_and_nan(specification, at_0, at_1):
     loss, gate = parse_objective(specification)(stats_at(0.0, 1.0, NAN))
     expected = torch.tensor([at_0, at_1], dtype=torch.float64)
     torch.testing.assert_close(torch.stack([loss, gate], -1)[:2], expected, rtol=1e-12, atol=1e-12)
     assert loss[2].isnan()
 
 
-def test_rounding_never_makes_a_probability_above_one():
+def test_rounding_keeps_probability_at_most_one():
     """A sum that comes out as 1 - 1e-7 must not give p > 1, H < 0 or C > 1; nor must an NLL of -1e-7."""
     one, zero = torch.ones(1), torch.zeros(1)
     stats = token_stats(ShardStats(zero, -1e-7 * one, zero, zero, one), one.bool(), 8)
@@ -182,19 +182,19 @@ def test_rounding_never_makes_a_probability_above_one():
 
 
 @pytest.mark.parametrize("specification", FORMULAS)
-def test_specification_is_read_back(specification):
+def test_specification_round_trips(specification):
     objective = parse_objective(specification)
     assert str(objective) == specification
     assert parse_objective(str(objective)) == objective and parse_objective(objective) is objective
 
 
-def test_a_schedule_is_read_back():
+def test_schedule_specification_round_trips():
     schedule = parse_objective("tsallis:ramp=5,q=0.25")
     assert str(schedule) == "tsallis:q=0.25,start=0,ramp=5"
     assert parse_objective(str(schedule)) == schedule == Scheduled(Tsallis(0.25), 0, 5)
 
 
-def test_omitted_parameters_keep_their_defaults():
+def test_omitted_parameters_keep_defaults():
     assert str(parse_objective("threshold:base=prob")) == "threshold:lo=0.1,hi=1.0,base=prob"
 
 
@@ -227,7 +227,7 @@ def test_omitted_parameters_keep_their_defaults():
         ("dft:start=1.5", "'dft': expected a whole number for start=, got '1.5'"),
     ],
 )
-def test_wrong_specifications_are_refused(specification, message):
+def test_parse_objective_rejects_invalid_specifications(specification, message):
     with pytest.raises(ValueError, match=message):
         parse_objective(specification)
     with pytest.raises(ValueError, match=message):
@@ -245,7 +245,7 @@ def test_wrong_specifications_are_refused(specification, message):
     ],
 )
 @pytest.mark.parametrize("then", ["dft", "tsallis:q=0.5", "deft"])
-def test_a_schedule_goes_from_nll_to_its_objective(then, start, ramp, blends):
+def test_schedule_blends_from_nll_to_objective(then, start, ramp, blends):
     case = example()
     schedule = parse_objective(f"{then}{',' if ':' in then else ':'}start={start},ramp={ramp}")
     for iteration, blend in enumerate(blends, start=1):
@@ -260,7 +260,7 @@ def test_a_schedule_goes_from_nll_to_its_objective(then, start, ramp, blends):
 
 
 @pytest.mark.parametrize("iteration", [1, 9])
-def test_the_ends_of_a_schedule_have_the_bits_of_their_objectives(iteration):
+def test_schedule_ends_are_bitwise_equal_to_objectives(iteration):
     schedule = parse_objective("dft:start=4,ramp=4")
     schedule.begin(iteration)
     stats = stats_at(0.0, 0.3, 1.0, NAN)
@@ -268,7 +268,7 @@ def test_the_ends_of_a_schedule_have_the_bits_of_their_objectives(iteration):
         assert torch.equal(ours.nan_to_num(-1.0), theirs.nan_to_num(-1.0))
 
 
-def test_a_schedule_moves_the_tensor_that_a_captured_graph_reads():
+def test_schedule_updates_blend_tensor_in_place():
     schedule = parse_objective("dft:ramp=4")
     schedule.begin(1)
     captured = schedule.blend(torch.device("cpu"))
@@ -276,13 +276,13 @@ def test_a_schedule_moves_the_tensor_that_a_captured_graph_reads():
     assert captured.item() == 0.75
 
 
-def test_a_schedule_that_nobody_drives_is_refused():
+def test_schedule_without_begin_raises():
     logits, target = torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"'dft:start=2,ramp=0'.*expected begin\(iteration\) before the first loss"):
         vocab_parallel_dft_loss(logits, target, objective="dft:start=2")
 
 
-def test_an_objective_of_your_own_works():
+def test_custom_objective_is_applied():
     @dataclass(frozen=True)
     class Half(Objective):
         name = "half"

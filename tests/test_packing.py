@@ -31,7 +31,7 @@ def best_fit_slowly(sizes, limit):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_best_fit_is_best_fit(seed):
+def test_best_fit_matches_reference_implementation(seed):
     rng = random.Random(seed)
     sizes = [rng.randint(1, 20) for _ in range(60)]
     lines = best_fit(sizes, 20)
@@ -41,7 +41,7 @@ def test_best_fit_is_best_fit(seed):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_first_fit_takes_the_first_line_with_room_and_keeps_few_open(seed):
+def test_first_fit_uses_first_line_with_space_and_limits_open_lines(seed):
     rng = random.Random(seed)
     sizes = [rng.randint(1, 20) for _ in range(200)]
     lines = list(first_fit(((size, i) for i, size in enumerate(sizes)), 20, 4))
@@ -54,7 +54,7 @@ def test_first_fit_takes_the_first_line_with_room_and_keeps_few_open(seed):
     assert list(first_fit([(8, "a"), (13, "b"), (13, "c"), (12, "d")], 20, 2)) == [["b"], ["a", "d"], ["c"]]
 
 
-def test_first_fit_holds_no_more_lines_than_it_may():
+def test_first_fit_holds_at_most_open_lines():
     taken = []
 
     def items():
@@ -66,7 +66,7 @@ def test_first_fit_holds_no_more_lines_than_it_may():
     assert list(itertools.islice(packed, 3)) == [[0], [1], [2]] and len(taken) == 8 + 3
 
 
-def test_a_usual_mix_is_packed_to_95_percent_by_either():
+def test_packing_efficiency_is_above_95_percent():
     sizes = lengths(20000)
     assert 280 < sum(sizes) / len(sizes) < 310
     lines = {"best": best_fit(sizes, 2048), "first": list(first_fit(((s, s) for s in sizes), 2048, 64))}
@@ -75,6 +75,6 @@ def test_a_usual_mix_is_packed_to_95_percent_by_either():
     assert sum(sizes) / 2048 / len(sizes) < 0.15  # one to a line
 
 
-def test_nothing_and_lines_that_are_full():
+def test_packing_accepts_no_items_and_full_lines():
     assert best_fit([], 4) == [] and list(first_fit([], 4, 2)) == []
     assert best_fit([4, 4], 4) == [[0], [1]]

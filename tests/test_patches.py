@@ -20,12 +20,12 @@ def training():
     return pytest.importorskip("megatron.training.training")
 
 
-def test_contributing_shows_the_registry():
+def test_contributing_lists_patch_registry():
     assert patches.table() in (ROOT / "CONTRIBUTING.md").read_text()
     assert len({patch.target for patch in REGISTRY}) == len(REGISTRY)
 
 
-def test_nothing_else_assigns_to_megatron():
+def test_only_listed_files_assign_to_megatron():
     """Outside of patches.py only objects are changed: models on which the loss is bound, and settings."""
     for path in (ROOT / "megatron_dft").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -37,7 +37,7 @@ def test_nothing_else_assigns_to_megatron():
 
 
 @pytest.mark.host
-def test_function_is_replaced_in_every_module_that_holds_it(training):
+def test_wrap_replaces_function_in_every_module_and_restores_it(training):
     import megatron.training
 
     original = training.pretrain
@@ -55,7 +55,7 @@ def test_function_is_replaced_in_every_module_that_holds_it(training):
 
 
 @pytest.mark.host
-def test_what_somebody_else_replaced_since_is_left(training):
+def test_undo_keeps_later_replacements(training):
     original = training.evaluate
     try:
         with Patches() as applied:
@@ -67,14 +67,14 @@ def test_what_somebody_else_replaced_since_is_left(training):
 
 
 @pytest.mark.host
-def test_megatron_without_the_function_is_refused(training, monkeypatch):
+def test_wrap_rejects_missing_function(training, monkeypatch):
     monkeypatch.delattr(training, "train_step")
     with pytest.raises(ValueError, match=r"megatron.training.training: expected a function train_step\(\)"):
         Patches().wrap(f"{TRAINING}:train_step", lambda step: step)
 
 
 @pytest.mark.host
-def test_every_target_of_megatron_lm_exists(training):
+def test_registry_targets_exist_in_megatron_lm(training):
     for patch in REGISTRY:
         if "bridge" not in patch.target and not patch.when.startswith("--device cpu"):
             owner, name = patches._owner(patch.target)
@@ -82,7 +82,7 @@ def test_every_target_of_megatron_lm_exists(training):
 
 
 @pytest.mark.host
-def test_enable_and_undo_leave_megatron_as_it_was(training):
+def test_enable_and_undo_restore_megatron(training):
     names = ("megatron.training", TRAINING, "megatron.training.arguments", "megatron.core.tokenizers.text.libraries")
     modules = [importlib.import_module(name) for name in names]
     before = [dict(vars(module)) for module in modules]

@@ -77,7 +77,7 @@ def print_extra_bytes(dtype_name):
 
 @pytest.mark.skipif(not CLEAR_REFS.exists(), reason="needs /proc of Linux")
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_memory_beyond_logits_and_gradient_is_below_64_mib(dtype):
+def test_loss_memory_beyond_logits_and_gradient_is_below_64_mib(dtype):
     out = in_fresh_process(f"test_performance.print_extra_bytes({dtype!r})")
     for (specification, inplace), extra in zip(CASES, map(int, out.split()), strict=True):
         print(f"\n{dtype}, {specification}, inplace_backward={inplace}: {extra / MIB:.0f} MiB", end="")
@@ -108,7 +108,7 @@ def print_bytes_from_hidden():
 
 
 @pytest.mark.skipif(not CLEAR_REFS.exists(), reason="needs /proc of Linux")
-def test_chunks_take_at_most_a_sixth_of_the_memory_of_all_the_logits():
+def test_linear_dft_loss_memory_is_below_one_sixth_of_full_logits():
     out = in_fresh_process("test_performance.print_bytes_from_hidden()")
     plain, chunks = map(int, out.split())
     logits = 4 * TOKENS * 4 * VOCAB
@@ -145,7 +145,7 @@ def ratios():
 
 @needs_megatron
 @pytest.mark.parametrize(("dtype", "limit"), [("bfloat16", 0.7), ("float32", 1.25)])
-def test_time_against_megatrons_cross_entropy_with_a_weight(ratios, dtype, limit):
+def test_loss_time_is_within_limit_of_megatron_cross_entropy(ratios, dtype, limit):
     if ratios[dtype] > limit:  # once more: a real regression is there both times
         ratios = run_ranks(1, time_ratios)[0]
     print(f"\n{dtype}: {ratios[dtype]:.2f} of the time of Megatron's cross entropy with a weight", end="")
@@ -198,7 +198,7 @@ def ratios_from_hidden():
 
 @needs_megatron
 @pytest.mark.parametrize(("name", "limit"), [("dropped", 0.4), ("both", 0.5), ("chunks", 1.45)])
-def test_time_from_hidden_states(ratios_from_hidden, name, limit):
+def test_output_layer_and_loss_time_is_within_limit(ratios_from_hidden, name, limit):
     if ratios_from_hidden[name] > limit:  # once more: a real regression is there both times
         ratios_from_hidden = run_ranks(1, time_ratios_from_hidden)[0]
     print(f"\n{name}: {ratios_from_hidden[name]:.2f}", end="")

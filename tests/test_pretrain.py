@@ -22,14 +22,14 @@ def megatron_has_pretrain():
 
 
 @pytest.mark.host
-def test_without_loss_type_every_number_is_bit_for_bit_the_scripts_own(chat):
+def test_launcher_without_loss_type_is_bitwise_equal_to_script(chat):
     script_alone = chat.curves(CHAT_MOCK, alone=True)
     assert chat.curves(CHAT_MOCK) == script_alone
     assert not any(tag.startswith("dft") for tag in script_alone)
 
 
 @pytest.mark.host
-def test_nll_is_megatrons_own_run(chat, checkpoint):
+def test_nll_matches_megatron_run(chat, checkpoint):
     stock = chat.curves(f"{chat.sft} {checkpoint}")
     ours = chat.curves(f"{chat.sft} {checkpoint} --loss-type nll")
     # With --sft Megatron validates with a mean of means of micro-batches and ranks.
@@ -49,7 +49,7 @@ def test_nll_is_megatrons_own_run(chat, checkpoint):
         (2, "--use-distributed-optimizer"),
     ],
 )
-def test_layouts_agree_with_one_rank(chat, checkpoint, ranks, layout):
+def test_parallel_layout_matches_one_rank(chat, checkpoint, ranks, layout):
     one = chat.curves(f"{chat.sft} {checkpoint} --loss-type dft")
     many = chat.curves(f"{chat.sft} {checkpoint} --loss-type dft {layout}", ranks=ranks)
     agree(many, one, 2e-5)
@@ -64,7 +64,7 @@ def test_layouts_agree_with_one_rank(chat, checkpoint, ranks, layout):
         (2, "--loss-linear-fused --loss-vocab-chunk 50 --context-parallel-size 2"),
     ],
 )
-def test_skipping_masked_tokens_and_chunks_change_no_curve(chat, checkpoint, ranks, flags):
+def test_compaction_and_linear_fused_leave_curves_unchanged(chat, checkpoint, ranks, flags):
     one = chat.curves(f"{chat.sft} {checkpoint} --loss-type dft")
     other = chat.curves(f"{chat.sft} {checkpoint} --loss-type dft {flags}", ranks=ranks)
     agree(other, one, 2e-5 if ranks > 1 else 2e-6)
@@ -80,7 +80,7 @@ def test_skipping_masked_tokens_and_chunks_change_no_curve(chat, checkpoint, ran
         (2, "--pipeline-model-parallel-size 2 --no-loss-compact-masked-tokens"),
     ],
 )
-def test_hybrid_model_on_packed_conversations_agrees_with_one_rank(chat, ranks, layout):
+def test_hybrid_model_on_packed_sequences_matches_one_rank(chat, ranks, layout):
     script = chat.folder / "pretrain_hybrid.py"
     script.write_text(EXAMPLE.read_text().replace("gpt_config_from_args", "hybrid_config_from_args"))
     pattern = "--hybrid-layer-pattern *-*- --spec hybrid_stack stack"
@@ -105,14 +105,14 @@ DETAILS = "--loss-type dft --loss-metrics full --loss-channels addition,subtract
         (1, "--no-loss-compact-masked-tokens --micro-batch-size 3"),
     ],
 )
-def test_histograms_and_channels_agree_with_one_rank(chat, checkpoint, ranks, layout):
+def test_histograms_and_channels_match_one_rank(chat, checkpoint, ranks, layout):
     one = chat.curves(f"{chat.sft} {checkpoint} {DETAILS}")
     many = chat.curves(f"{chat.sft} {checkpoint} {DETAILS} {layout}", ranks=ranks)
     agree(many, one, 2e-5)
 
 
 @pytest.mark.host
-def test_channels_are_those_of_the_conversations(chat, checkpoint):
+def test_channels_match_conversations_of_packed_lines(chat, checkpoint):
     """Two packed lines to a batch, one for each rank."""
     flags = f"{chat.sft} {checkpoint} {DETAILS} --global-batch-size 2 --train-iters 6"
     curves = chat.curves(flags, ranks=2)
@@ -129,7 +129,7 @@ def test_channels_are_those_of_the_conversations(chat, checkpoint):
 
 
 @pytest.mark.host
-def test_packed_conversations_train_as_they_do_unpacked(chat, checkpoint):
+def test_sft_packing_matches_unpacked_training(chat, checkpoint):
     """Two conversations to a line, and the same ones in lines of their own: one batch of all of them."""
     lines = (chat.folder / "chat" / "noisy_train.jsonl").read_text().splitlines()
     packed = [json.loads(line)["messages"] for line in lines]
@@ -148,7 +148,7 @@ def test_packed_conversations_train_as_they_do_unpacked(chat, checkpoint):
 
 
 @pytest.mark.host
-def test_dft_lets_less_gradient_through_and_reports_the_nll(chat, checkpoint):
+def test_dft_reduces_gradient_norm_and_reports_nll(chat, checkpoint):
     stock = chat.curves(f"{chat.sft} {checkpoint}")
     dft = chat.curves(f"{chat.sft} {checkpoint} --loss-type dft")
     assert dft["lm loss"][0] == pytest.approx(stock["lm loss"][0], rel=1e-6)
@@ -158,14 +158,14 @@ def test_dft_lets_less_gradient_through_and_reports_the_nll(chat, checkpoint):
 
 
 @pytest.mark.host
-def test_entropy_is_reported_where_it_is_computed(chat, checkpoint):
+def test_entropy_objective_reports_entropy(chat, checkpoint):
     two = chat.curves(f"{chat.sft} {checkpoint} --loss-type entropy --bf16 --tensor-model-parallel-size 2", ranks=2)
     assert two["dft entropy"][0] > 0.0
     assert "dft entropy validation" in two
 
 
 @pytest.mark.host
-def test_settings_are_refused_before_the_model_is_built(chat):
+def test_incompatible_settings_are_rejected_before_model_is_built(chat):
     code, output = chat.start(f"{CHAT_MOCK} --loss-type dft --context-parallel-size 2", ranks=2)
     assert code != 0
     assert "expected --calculate-per-token-loss with --context-parallel-size 2" in output
@@ -173,7 +173,7 @@ def test_settings_are_refused_before_the_model_is_built(chat):
 
 
 @pytest.mark.host
-def test_the_log_says_once_what_is_different(chat):
+def test_log_describes_replaced_loss_once(chat):
     run = chat.begin(f"{CHAT_MOCK} --loss-type dft --tensor-model-parallel-size 2", ranks=2)
     assert run.wait() == 0
     said = "> megatron_dft: objective dft replaces the cross entropy; `lm loss` stays the NLL; backend torch"
@@ -190,13 +190,13 @@ def test_the_log_says_once_what_is_different(chat):
         ("--loss-linear-fused", "masked tokens skip the output layer; it is computed with the loss, 8192 columns at"),
     ],
 )
-def test_the_log_says_what_the_output_layer_is_spared(chat, flags, said):
+def test_log_describes_compaction_and_linear_fused(chat, flags, said):
     _, output = chat.start(f"{CHAT_MOCK} --loss-type dft {flags} --pipeline-model-parallel-size 2", ranks=2)
     assert output.count("> megatron_dft: " + said) == 1
 
 
 @pytest.mark.host
-def test_torchrun_starts_the_same_run(chat, checkpoint):
+def test_torchrun_matches_forked_ranks(chat, checkpoint):
     flags = f"{chat.sft} {checkpoint} --loss-type dft --tensor-model-parallel-size 2"
     assert chat.torchrun(flags, 2, EXAMPLE)[0] == chat.curves(flags, ranks=2)
 
@@ -210,7 +210,7 @@ def test_torchrun_starts_the_same_run(chat, checkpoint):
         ("--loss-type dft --transformer-impl transformer_engine", "--transformer-impl"),
     ],
 )
-def test_the_launcher_refuses_what_cannot_work_before_megatron_starts(flags, message, tmp_path):
+def test_launcher_rejects_invalid_flags_without_traceback(flags, message, tmp_path):
     command = [sys.executable, "-m", "megatron_dft.launch", str(EXAMPLE), *flags.split(), "--device", "cpu"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert run.returncode == 1
@@ -218,7 +218,7 @@ def test_the_launcher_refuses_what_cannot_work_before_megatron_starts(flags, mes
     assert "Traceback" not in run.stderr
 
 
-def test_yaml_file_names_the_objective_in_place_of_flags(tmp_path):
+def test_yaml_cfg_configures_objective_in_place_of_flags(tmp_path):
     pytest.importorskip("yaml")  # which Megatron itself needs for the flag
     path = tmp_path / "run.yaml"
     path.write_text("language_model:\n  num_layers: 2\ndft:\n  loss_type: tsallis:q=0.5\n  mtp: same\n")
@@ -243,7 +243,7 @@ def test_yaml_file_names_the_objective_in_place_of_flags(tmp_path):
     assert launch.config_of([*arguments, "--loss-type", "dft"])[0] == DFTConfig(loss_type="dft")
 
 
-def test_flags_without_an_objective_are_taken_out_or_refused():
+def test_launcher_removes_ce_flag_and_rejects_flags_without_loss_type():
     assert launch.config_of(["--lr", "1", "--loss-type", "ce"]) == (DFTConfig(), ["--lr", "1"])
     with pytest.raises(ValueError, match=r"mtp: expected an objective beside it, got none; add --loss-type"):
         launch.config_of(["--loss-mtp", "same"])
@@ -253,7 +253,7 @@ def test_flags_without_an_objective_are_taken_out_or_refused():
     assert launch.device_of(["s.py", "--device", "cuda:0"]) == (False, ["s.py", "--device", "cuda:0"])
 
 
-def test_unknown_pretrain_is_refused():
+def test_check_pretrain_rejects_unknown_signature():
     def pretrain(train_valid_test_dataset_provider, model_provider, model_type, forward_step):
         raise AssertionError
 
@@ -261,7 +261,7 @@ def test_unknown_pretrain_is_refused():
         compat.check_pretrain(inspect.signature(pretrain))
 
 
-def test_pretrain_that_offers_no_way_to_the_model_is_refused():
+def test_pretrain_without_model_provider_is_rejected():
     call = inspect.signature(lambda cfg_container, forward_step_func: None).bind(object(), None)
     with pytest.raises(ValueError, match=r"expected a model_provider or .* got neither; use .* 0.17 to 0.19"):
         megatron_lm._hook_model(call, lambda chunks: chunks, contextlib.ExitStack())
@@ -269,14 +269,14 @@ def test_pretrain_that_offers_no_way_to_the_model_is_refused():
 
 @pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="needs megatron-core")
 @pytest.mark.skipif(megatron_has_pretrain(), reason="for megatron-core without megatron.training, as 0.16.1")
-def test_a_megatron_without_pretrain_is_refused():
+def test_launcher_rejects_megatron_without_pretrain():
     command = [sys.executable, "-m", "megatron_dft.launch", str(EXAMPLE), "--loss-type", "dft", "--device", "cpu"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 1 and "Traceback" not in run.stderr
     assert "expected a Megatron with its own pretrain(), got none" in run.stderr
 
 
-def test_the_launcher_explains_itself_and_names_a_missing_script():
+def test_launcher_prints_usage_and_rejects_missing_script():
     launch = [sys.executable, "-m", "megatron_dft.launch"]
     assert "--loss-type dft" in subprocess.run(launch, capture_output=True, text=True, check=True).stdout
     wrong = subprocess.run([*launch, "no_such.py"], capture_output=True, text=True, check=False)
@@ -286,7 +286,7 @@ def test_the_launcher_explains_itself_and_names_a_missing_script():
 
 @pytest.mark.host
 @pytest.mark.skipif("MEGATRON_LM" not in os.environ, reason="MEGATRON_LM does not name a Megatron-LM checkout")
-def test_pretrain_gpt_of_a_megatron_lm_checkout_gives_the_same_run(chat, checkpoint):
+def test_pretrain_gpt_of_checkout_matches_example_script(chat, checkpoint):
     checkout = Path(os.environ["MEGATRON_LM"])
     flags = f"{chat.sft} {checkpoint} --loss-type dft --tensor-model-parallel-size 2"
     theirs, output = chat.torchrun(flags, 2, checkout / "pretrain_gpt.py")
@@ -298,7 +298,7 @@ def test_pretrain_gpt_of_a_megatron_lm_checkout_gives_the_same_run(chat, checkpo
 
 @pytest.mark.host
 @pytest.mark.skipif("MEGATRON_LM" not in os.environ, reason="MEGATRON_LM does not name a Megatron-LM checkout")
-def test_pretrain_hybrid_of_a_megatron_lm_checkout_takes_the_loss(chat):
+def test_pretrain_hybrid_of_checkout_trains_with_objective(chat):
     """Attention and MLP layers; Mamba layers need CUDA kernels."""
     script = Path(os.environ["MEGATRON_LM"]) / "pretrain_hybrid.py"
     flags = CHAT_MOCK.replace("--num-layers 2", "--hybrid-layer-pattern *-*- --spec hybrid_stack stack")

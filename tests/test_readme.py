@@ -21,21 +21,21 @@ BLOCKS = [
 
 
 @pytest.mark.parametrize(("name", "block"), BLOCKS)
-def test_python_blocks_run(name, block):
+def test_docs_python_blocks_run(name, block):
     exec(compile(block, name, "exec"), {})
 
 
-def test_there_is_python_to_run():
+def test_docs_python_blocks_are_found():
     assert {name for name, _ in BLOCKS} == {"README.md", "docs/data.md"}
 
 
-def test_the_table_has_every_objective_and_its_specifications_parse():
+def test_readme_table_lists_every_objective():
     table = README.split("## Objectives")[1].split("##")[0]
     named = [parse_objective(cell).name for cell in re.findall(r"^\| `([^`-][^`]*)` \|", table, re.MULTILINE)]
     assert named == list(OBJECTIVES)
 
 
-def test_every_flag_is_listed_with_its_key():
+def test_readme_lists_every_flag_with_key():
     parser = DFTConfig.add_arguments(argparse.ArgumentParser(add_help=False))
     for action in parser._actions:
         name = action.option_strings[0].removeprefix("--loss-")
@@ -45,7 +45,7 @@ def test_every_flag_is_listed_with_its_key():
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_flags_exist(name):
+def test_docs_flags_exist(name):
     known = {
         flag for action in DFTConfig.add_arguments(argparse.ArgumentParser())._actions for flag in action.option_strings
     }
@@ -54,14 +54,14 @@ def test_flags_exist(name):
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_tests_that_are_named_exist(name):
+def test_docs_test_references_exist(name):
     for file, test in re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", PAGES[name]):
         text = (ROOT / "tests" / file).read_text()
         assert not test or f"def {test}(" in text, f"{file}::{test}"
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_files_and_headings_that_are_linked_exist(name):
+def test_docs_links_and_headings_exist(name):
     for link, heading in re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]+))?\)", PAGES[name]):
         path = (ROOT / name).parent / link if link else ROOT / name
         assert path.exists(), link

@@ -36,7 +36,7 @@ def sent(way, live=100, tp=8, **options):
 # ---- By hand ----------------------------------------------------------------------------------------------------
 
 
-def test_products_of_the_output_layer():
+def test_loss_work_counts_output_layer_flop():
     flop = 6 * 8192 * 4096 * 128256
     assert work(scale.STOCK).flop == work(scale.OURS).flop == work(scale.DROPPED).flop == flop
     assert work(scale.CHUNKS).flop == flop * 8 / 6
@@ -44,7 +44,7 @@ def test_products_of_the_output_layer():
     assert work(scale.DROPPED, live=2048, tp=4).flop == flop / 16
 
 
-def test_the_anchors_of_the_h200():
+def test_loss_parts_ms_reproduces_h200_times():
     stock, ours = (plan().loss_parts_ms(way) for way in (scale.STOCK, scale.OURS))
     assert round(stock[0], 1) == 32.7 and round(ours[1], 2) == 1.47  # 8192 tokens, H = 4096, V = 128256
     assert round(plan(tp=8).loss_parts_ms(scale.OURS)[1], 3) == 0.183
@@ -52,14 +52,14 @@ def test_the_anchors_of_the_h200():
     assert round(plan().loss_parts_ms(scale.CHUNKS)[0], 1) == 43.6
 
 
-def test_bytes_explain_what_others_have_measured():
+def test_predicted_times_match_published_measurements():
     predicted = [52 * 8192 * 131072 / 3.0e9, 51 * 8192 * 131072 / 3.0e9, 22 * 8192 * 131072 / 3.0e9]
     measured = [21.25, 18.23, 7.96]
     for ours, theirs in zip(predicted, measured, strict=True):
         assert f"| {theirs:.2f} | {ours:.2f} (" in report.published_table() and ours == pytest.approx(theirs, rel=0.15)
 
 
-def test_bytes_of_logits_and_of_what_masked_tokens_do_not_save():
+def test_loss_work_counts_bytes_of_logits_weight_and_hidden_states():
     logits = 8192 * 128256
     live = 2048  # a quarter
     assert work(scale.STOCK, live).logit_bytes == 52 * logits
@@ -74,7 +74,7 @@ def test_bytes_of_logits_and_of_what_masked_tokens_do_not_save():
     assert work(scale.CHUNKS, live).other_bytes == 14 * weight + 2 * hidden + (8 + 10 * chunks) * hidden / 4
 
 
-def test_collectives_in_their_order():
+def test_calls_lists_collectives_in_order():
     all_of_it, part = 2 * 8192 * 4096, 2 * 8192 * 4096 / 8
     three = [("all_reduce", 4 * 8192)] * 3
     assert sent(scale.STOCK) == [("all_gather", part), *three, ("all_gather", part), ("reduce_scatter", all_of_it)]
@@ -89,7 +89,7 @@ def test_collectives_in_their_order():
     assert sent(scale.way_of("ours, full metrics"))[1] == ("all_gather", 2000)  # entropy and collision
 
 
-def test_a_ring_and_what_runs_beside_a_product():
+def test_call_ms_matches_ring_model_and_overlap():
     gather, scatter = scale.Call("all_gather", 100.0), scale.Call("reduce_scatter", 800.0)
     assert gather.sent(8) == scatter.sent(8) == 700.0 and scale.Call("all_reduce", 800.0).sent(8) == 1400.0
     call = scale.Call("reduce_scatter", 8e8)
@@ -99,7 +99,7 @@ def test_a_ring_and_what_runs_beside_a_product():
     assert replace(call, beside=790e12).ms(H100, 8) == 0.0
 
 
-def test_a_layer_by_hand():
+def test_layer_ms_matches_hand_count():
     tiny = scale.Model("", hidden=2, ffn=3, layers=1, q=4, k=1, vocab=1)
     cluster = scale.Cluster("", 1e3, 1e3, 1.0, 1.0)  # one FLOP and one byte a ms
     batch = scale.Batch(seq_length=10)
@@ -114,12 +114,12 @@ def test_a_layer_by_hand():
     list(zip(scale.MODELS, (8.0, 32.8, 70.6, 405.8), strict=True)),
     ids=lambda x: getattr(x, "name", ""),
 )
-def test_models_have_their_published_number_of_weights(model, billions):
+def test_models_have_published_parameter_count(model, billions):
     total = model.layer_weights * model.layers + 2 * model.vocab * model.hidden
     assert round(total / 1e9, 1) == billions
 
 
-def test_a_pipeline_waits_for_its_slowest_stage():
+def test_step_ms_is_bound_by_slowest_pipeline_stage():
     whole = plan(LLAMA_405B, H100, UNMASKED, tp=8, pp=16, dp=64)  # 8 micro-batches
     stage = whole.layer_ms() * 126 / 16
     slowest = stage + 5.0
@@ -128,7 +128,7 @@ def test_a_pipeline_waits_for_its_slowest_stage():
     assert whole.share(scale.STOCK) == pytest.approx(8 * loss / (23 * stage + 8 * loss))
 
 
-def test_memory_by_hand():
+def test_loss_gb_and_rank_gb_match_hand_count():
     gathered = 2 * 8192 * 4096 / 1e9
     logits = 8192 * 128256 / 8 / 1e9
     many = plan(tp=8, batch=scale.Batch(masked=0.75))
@@ -148,7 +148,7 @@ def test_memory_by_hand():
 # ---- What must rise and fall ------------------------------------------------------------------------------------
 
 
-def test_more_masked_tokens_only_help_those_who_leave_them_out():
+def test_masked_tokens_reduce_loss_ms_except_for_megatron():
     some, more = (plan(tp=8, batch=scale.Batch(masked=share)) for share in (0.3, 0.6))
     assert some.loss_ms(scale.STOCK) == more.loss_ms(scale.STOCK)
     for way in (scale.OURS, scale.DROPPED, scale.CHUNKS):
@@ -158,14 +158,14 @@ def test_more_masked_tokens_only_help_those_who_leave_them_out():
     assert bare.loss_ms(scale.CHUNKS) > bare.loss_ms(scale.STOCK) > bare.loss_ms(scale.OURS)
 
 
-def test_the_share_grows_with_the_pipeline_and_not_with_data_parallelism():
+def test_loss_share_grows_with_pp_and_not_with_dp():
     shares = [plan(LLAMA_405B, tp=8, pp=pp).share(scale.STOCK) for pp in (1, 2, 4, 8, 16)]
     assert shares == sorted(shares) and shares[-1] > 10 * shares[0]
     alone = [plan(dp=dp).share(scale.STOCK) for dp in (1, 64, 4096)]
     assert alone == pytest.approx(alone[:1] * 3)
 
 
-def test_the_layout_is_the_first_that_fits():
+def test_smallest_returns_first_layout_that_fits():
     found = scale.smallest(scale.STOCK, LLAMA_405B, H100, 2048, scale.Batch())
     assert (found.layout.tp, found.layout.pp, found.layout.dp) == (8, 16, 16)  # as Meta trained it
     assert found.rank_gb(scale.STOCK) <= 72 < replace(found, layout=scale.Layout(8, 8, 1, 32)).rank_gb(scale.STOCK)
@@ -175,20 +175,20 @@ def test_the_layout_is_the_first_that_fits():
     assert plan(batch=long, cp=8).tokens == 8192 and plan(dp=4096).batch.micro_batches(scale.Layout(dp=4096)) == 1
 
 
-def test_every_value_has_a_flag(capsys):
+def test_scale_report_flags_override_model_values(capsys):
     report.main(["--gpus", "8", "--memory-gb", "1e6", "--vocab", "64128", "--masked", "0"])
     half = replace(LLAMA_8B, vocab=64128)
     expected = plan(half, replace(H100, memory_gb=1e6), dp=8).loss_ms(scale.STOCK)
     assert f"| Llama 3 8B | 1 | {expected:.1f} ms" in capsys.readouterr().out
 
 
-def test_a_model_that_fits_nowhere_is_refused(capsys):
+def test_scale_report_rejects_model_that_fits_no_layout(capsys):
     with pytest.raises(SystemExit):
         report.main(["--model", "Llama 3 405B", "--gpus", "8", "16"])
     assert "expected enough for Llama 3 405B with 90% of 80 GB a GPU, got [8, 16]; give more" in capsys.readouterr().err
 
 
-def test_an_unknown_implementation_is_refused():
+def test_scale_model_rejects_unknown_implementation():
     with pytest.raises(ValueError, match=r"expected one of Megatron, .* or \"ours: NAME\", got 'theirs'"):
         scale.way_of("theirs")
 
@@ -242,14 +242,14 @@ def checked(path, rows, wire_path, wire):
     return report.check(path)
 
 
-def test_costs_are_found_and_predict_every_layout(files):
+def test_fitted_costs_predict_every_layout(files):
     text = checked(*files)
     assert "Of 16 predicted times the median error is 0%, the largest 0%; of 12 ratios" in text
     assert text.count("0%)°") == 8 and "all as predicted" in text
     assert report.fitted(files[1]) == pytest.approx(COSTS, rel=1e-3)
 
 
-def test_a_wrong_prediction_is_shown(files):
+def test_check_reports_wrong_predictions(files):
     path, rows, wire_path, wire = files
     rows[-5] |= {"loss_stage_ms": str(2 * float(rows[-5]["loss_stage_ms"]))}
     wire[-2] |= {"bytes": wire[-2]["bytes"] + 4}
@@ -258,7 +258,7 @@ def test_a_wrong_prediction_is_shown(files):
     assert "**1 of the predictions are wrong:** world4 tp2 spFalse pp1 cp1 dp2 ours: deft: predicted [(" in text
 
 
-def test_what_a_rank_of_four_on_two_cores_does(files):
+def test_quantities_account_for_ranks_that_share_cores(files):
     place = {"world": "4", "tp": "1", "sp": "False", "cp": "1", "dp": "4"}
     stock, ours = (files[1][i] | place for i in (0, 1))
     logits = 2 * 64 * 1024  # two micro-batches
@@ -270,24 +270,24 @@ def test_what_a_rank_of_four_on_two_cores_does(files):
     assert report.quantities(stock | {"device": "NVIDIA H200"})[0] == 6 * 64 * logits
 
 
-def test_no_cost_is_below_zero(files):
+def test_fitted_costs_are_nonnegative(files):
     rows = files[1]
     rows[1] |= {"loss_stage_ms": "0.01"}  # less than the products of it take
     assert min(report.fitted(rows)) >= 0.0
 
 
-def test_without_times_to_fit_to_there_is_an_error(files):
+def test_fitted_raises_without_times_of_one_or_two_ranks(files):
     with pytest.raises(ValueError, match="expected times of one rank, or of two"):
         report.fitted([row for row in files[1] if row["world"] == "4"])
 
 
-def test_masks_that_have_changed_are_refused(files):
+def test_check_rejects_changed_loss_masks(files):
     path, rows, wire_path, wire = files
     with pytest.raises(ValueError, match=f"valid: expected 17 tokens as in the file, got {rows[0]['valid']}"):
         checked(path, [row | {"valid": "17"} for row in rows], wire_path, wire)
 
 
-def test_a_rank_has_the_masks_that_megatron_gives_it(files):
+def test_live_tokens_match_megatron_cp_and_dp_split(files):
     row = files[1][-1] | {"cp": "2", "dp": "2", "tp": "1"}
     task = report.Task(**SIZES, dtype=report.torch.float32)
     masks = [task.sample(i)[3].bool() for i in range(8)]
@@ -300,12 +300,12 @@ def test_a_rank_has_the_masks_that_megatron_gives_it(files):
 # ---- What is committed ------------------------------------------------------------------------------------------
 
 
-def test_the_page_is_what_the_model_says():
+def test_scale_page_matches_model():
     assert report.PAGE.read_text() == report.page(), "run: python tools/scale_model.py --docs"
 
 
 @pytest.mark.parametrize("path", sorted(report.RESULTS.glob("*-layouts.csv")), ids=lambda path: path.stem)
-def test_counted_collectives_are_exactly_those_predicted(path):
+def test_predicted_collectives_match_counted(path):
     wire = report.read(path.with_name(path.stem.removesuffix("-layouts") + "-wire.csv"))
     rows = report.read(path)
     assert report.of_loss(wire) and report.disagreements(rows, wire) == []

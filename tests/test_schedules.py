@@ -114,14 +114,14 @@ def stages(request):
     return run_ranks(STAGES, on_ranks, request.param, timeout=150)
 
 
-def test_nll_is_megatrons_own_and_dft_has_the_gradient_of_the_line(stages):
+def test_nll_and_dft_gradients_match_megatron_in_pipeline_schedule(stages):
     for stage in stages:
         same(stage["nll"][1], stage["stock"][1], 2e-5)
         same(stage["dft"][1], stage["stock with the line"][1], 2e-5)
         assert any(g.any() for g in stage["dft"][1])
 
 
-def test_each_micro_batch_reports_its_own_tokens(stages):
+def test_report_counts_tokens_of_its_own_micro_batch(stages):
     assert stages[0]["dft"][0] == []
     reports, stock, line = (stages[-1][name][0] for name in ("dft", "stock", "stock with the line"))
     for report, nll, dft, seed in zip(reports, stock, line, range(MICRO_BATCHES), strict=True):

@@ -66,12 +66,12 @@ def last_error(output):
     return errors[-1] if errors else lines[-1]
 
 
-def test_the_scripts_that_are_known_are_found():
+def test_known_pretrain_scripts_are_found():
     assert {"pretrain_gpt.py", "pretrain_hybrid.py", "examples/mimo/pretrain_mimo.py"} <= set(SCRIPTS)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_script_trains_with_the_objective_or_is_refused(script):
+def test_script_trains_with_objective_or_is_rejected(script):
     port = 29700 + SCRIPTS.index(script)
     flags = SPECIAL.get(script, FLAGS)
     code, output = run(script, f"{flags} --loss-type dft", port)

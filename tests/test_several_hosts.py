@@ -46,7 +46,7 @@ def wait_for_step(step: int, log: Path, runs: list[subprocess.Popen]) -> None:
         time.sleep(0.02)
 
 
-def test_four_hosts_train_as_one(tmp_path, single):
+def test_four_hosts_match_one_machine(tmp_path, single):
     flags = f"{RUN} {PP2} {DP}"
     with Network(4, tmp_path) as network:
         runs = [start(host, flags, tmp_path, NODES="4", HEAD="host4", PREFLIGHT="0") for host in network.hosts]
@@ -55,7 +55,7 @@ def test_four_hosts_train_as_one(tmp_path, single):
     agree(curves_in(tmp_path / "logs"), single.curves(flags, ranks=4))
 
 
-def test_a_bad_link_and_a_lost_host_change_no_curve(tmp_path, single):
+def test_slow_link_and_lost_host_leave_curves_unchanged(tmp_path, single):
     """The first host is lost, where the ranks have met and where rank 0 was; the head is the second."""
     flags = f"{RUN} {TP2} --save {tmp_path / 'saved'} --load {tmp_path / 'saved'}"
     with Network(2, tmp_path, names=False) as network:

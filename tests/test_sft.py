@@ -26,19 +26,19 @@ def sample(*ends, length=8):
     return {"labels": torch.zeros(length, dtype=torch.int64), "cu_seqlens": edges}
 
 
-def test_a_label_belongs_to_the_conversation_of_the_token_it_names_at_each_boundary():
+def test_channel_of_label_follows_target_token_at_boundary():
     line = {"channels": ["maths", "code", "maths"]}
     assert _by_token(line, sample(3, 5, 8), NUMBERS).tolist() == [1, 1, 2, 2, 1, 1, 1, 1]
 
 
-def test_a_line_may_have_one_channel_an_unknown_one_or_none():
+def test_channel_of_line_may_be_single_unknown_or_missing():
     assert _by_token({"channel": "code"}, sample(8), NUMBERS).tolist() == [2] * 8
     assert _by_token({"channels": ["maths", "law"]}, sample(4, 8), NUMBERS).tolist() == [1, 1, 1, 0, 0, 0, 0, 0]
     for line in ({"channels": None}, {}, {"channel": None, "channels": []}):
         assert not _by_token(line, sample(4, 8), NUMBERS).any()
 
 
-def test_conversations_that_a_line_has_no_room_for_change_nothing():
+def test_channels_ignore_truncated_conversations():
     """Megatron cuts a line that is too long; then there are fewer conversations than names."""
     line = {"channels": ["maths", "code", "maths"]}
     assert _by_token(line, sample(3, 8), NUMBERS).tolist()[:-1] == [1, 1, 2, 2, 2, 2, 2]  # the last one is padding
@@ -63,7 +63,7 @@ def sft_dataset(folder, lines):
 
 
 @pytest.mark.host
-def test_channels_are_put_on_data_sets_below_lists_and_blends_once(tmp_path):
+def test_channel_dataset_wraps_nested_datasets_once(tmp_path):
     dataset = sft_dataset(tmp_path, [{"messages": talk("one", "two"), "channel": name} for name in ("maths", "code")])
     blend, other = SimpleNamespace(datasets=[dataset]), object()
     settings = SimpleNamespace(sft=True, sft_tokenizer_prompt_format="default")
@@ -77,7 +77,7 @@ def test_channels_are_put_on_data_sets_below_lists_and_blends_once(tmp_path):
 
 
 @pytest.mark.host
-def test_channels_that_no_line_names_are_refused(tmp_path):
+def test_channels_missing_from_data_are_rejected(tmp_path):
     settings = SimpleNamespace(sft=True, sft_tokenizer_prompt_format="default")
     messages = talk("one", "two")
     named = sft_dataset(tmp_path, [{"messages": messages, "channels": ["maths"]}, {"messages": messages}])
@@ -89,7 +89,7 @@ def test_channels_that_no_line_names_are_refused(tmp_path):
 
 
 @pytest.mark.host
-def test_tokenizer_of_the_formats_is_a_class_that_can_be_pickled(tmp_path):
+def test_sft_tokenizer_replaces_megatron_class_and_is_picklable(tmp_path):
     module = pytest.importorskip("megatron_dft.hosts.sft_tokenizer")
     from megatron.core.tokenizers.text import libraries
 
@@ -106,14 +106,14 @@ def test_tokenizer_of_the_formats_is_a_class_that_can_be_pickled(tmp_path):
     assert isinstance(theirs, module.SFTTokenizer) and theirs._prompt_format == "default"
 
 
-def test_paths_are_read_as_megatron_reads_them():
+def test_data_paths_match_megatron_blend_parsing():
     blend = pytest.importorskip("megatron.core.datasets.utils").get_blend_from_list
     for words in (["a"], ["0.3", "a", "0.7", "b"], ["1e-3", "a"], [".5", "a", "3", "b"], ["a", "b"], ["1", "2", "3"]):
         assert data_paths(SimpleNamespace(data_path=words)) == list(blend(words)[0]), words
     assert data_paths(SimpleNamespace(data_path=None, train_data_path=["a"], valid_data_path=["2", "b"])) == ["a", "b"]
 
 
-def test_attention_mask_in_the_data_loader_is_refused_by_name():
+def test_check_settings_rejects_attention_mask_in_dataloader():
     check_settings(SimpleNamespace(sft=False, create_attention_mask_in_dataloader=True))
     with pytest.raises(ValueError, match=r"--sft: .* add --no-create-attention-mask-in-dataloader"):
         check_settings(SimpleNamespace(sft=True, create_attention_mask_in_dataloader=True))
@@ -140,7 +140,7 @@ DAMAGED = {  # what is wrong with a line, and how it is called
 
 
 @pytest.mark.parametrize("line", [None, b"", b"  ", *DAMAGED])
-def test_a_damaged_line_is_found_and_a_good_one_is_not(tmp_path, line):
+def test_sft_data_check_names_invalid_line_and_accepts_valid_lines(tmp_path, line):
     """Either the data cannot be loaded, or it is not whole; and the first such line is named."""
     datasets = pytest.importorskip("datasets")
     file = tmp_path / "x.jsonl"
@@ -159,7 +159,7 @@ def test_a_damaged_line_is_found_and_a_good_one_is_not(tmp_path, line):
 
 @pytest.mark.host
 @pytest.mark.parametrize("line", [GOOD[:40], GOOD.replace(b'"user"', b'"bot"')], ids=["not JSON", "bad role"])
-def test_a_run_on_a_damaged_file_is_refused_before_it_trains(tmp_path, line):
+def test_sft_run_rejects_invalid_line_before_training(tmp_path, line):
     pytest.importorskip("megatron.training")
     tokenizer().save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "x.jsonl").write_bytes(b"\n".join([GOOD, b"", line, GOOD]))
@@ -173,7 +173,7 @@ def test_a_run_on_a_damaged_file_is_refused_before_it_trains(tmp_path, line):
 
 
 @pytest.mark.host
-def test_file_whose_messages_have_unequal_keys_trains(tmp_path):
+def test_sft_run_accepts_messages_with_unequal_keys(tmp_path):
     """datasets stores them as an extension type, which says nothing about the lines."""
     pytest.importorskip("megatron.training")
     tokenizer().save_pretrained(tmp_path / "tokenizer")

@@ -49,14 +49,14 @@ def violations(run, folder):
     return "\n".join(soak.run_violations(run, folder, {}, limit_s=60.0))
 
 
-def test_a_hang_is_found_with_its_stacks_and_nothing_stays_behind(words, tmp_path):
+def test_soak_reports_hang_with_stacks_and_leaves_no_process(words, tmp_path):
     run = soak.watch([*words, "20"], tmp_path, 15.0, math.inf, iter(()))
     found = violations(run, tmp_path)
     assert run.hang and "expected an iteration within" in found and 'counting.py", line 6 in <module>' in found
     assert gone([run.agent, *itertools.chain(*run.lives)])
 
 
-def test_a_kill_is_named_and_a_restart_for_nothing_is_found(words, tmp_path):
+def test_soak_reports_unnamed_kill_and_unexplained_restart(words, tmp_path):
     end = time.monotonic() + 40.0
     run = soak.watch([*words, "1000"], tmp_path, 60.0, end, iter([(0.3, "kill")]))
     assert len(run.lives) == 2 and (len(run.faults), run.restarts) == (1, 1)
@@ -80,7 +80,7 @@ def lived(kib_per_iteration, mib=800.0):
 
 
 @pytest.mark.parametrize(("kib", "leaks"), [(0.0, False), (1.0, False), (3.0, True)])
-def test_a_leak_is_found(kib, leaks):
+def test_soak_detects_memory_leak(kib, leaks):
     (row,) = soak.growth(lived(kib), 500.0)
     assert row["kib_per_iteration"] == pytest.approx(kib, abs=0.05)
     assert row["mib_per_hour"] == pytest.approx(kib * 5 * 3600 / 1024, abs=1.0)
@@ -89,13 +89,13 @@ def test_a_leak_is_found(kib, leaks):
 
 
 @pytest.mark.parametrize(("sizes", "grown"), [([800, 801, 799, 802], 0), ([800, 801, 830, 831], 1), ([800], 0)])
-def test_growth_from_life_to_life_is_found(sizes, grown):
+def test_soak_detects_memory_growth_across_restarts(sizes, grown):
     young = soak.sizes_when_young([lived(0.0, mib) for mib in sizes])
     assert young == pytest.approx(sizes, abs=0.5)
     assert any(soak.memory_violations([], young, 2.0, 16.0)) == grown
 
 
-def test_data_that_is_lost_or_not_named_is_found(tmp_path):
+def test_soak_detects_lost_or_unreported_data_lines(tmp_path):
     pytest.importorskip("transformers")
     good = soak.write_conversations(tmp_path, 30, 1)
     clean, file = tmp_path / "clean.jsonl", tmp_path / "x.jsonl"
@@ -110,7 +110,7 @@ def test_data_that_is_lost_or_not_named_is_found(tmp_path):
 
 
 @pytest.mark.host
-def test_a_run_that_is_killed_in_a_save_loses_nothing(tmp_path, capsys):
+def test_soak_run_killed_during_save_matches_reference(tmp_path, capsys):
     pytest.importorskip("megatron.training")
     flags = "--minutes 5 --rounds 1 --faults 1 --fault-every 0.01 --iterations 40 --save-interval 5 --conversations 30"
     folders = ["--folder", str(tmp_path / "soak"), "--out", str(tmp_path / "soak.json")]

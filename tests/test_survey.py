@@ -31,7 +31,7 @@ def surveyed(names, *batches, channels=("other", "maths")):
 
 
 @pytest.mark.parametrize("name", [name for name in FORMULAS if not name.startswith("cayley")])
-def test_what_an_objective_would_do_is_what_its_formula_says(name):
+def test_survey_of_objective_matches_formula(name):
     logits, target, batch = make_batch()
     result = surveyed(["nll", name], batch)
     t = token(logits.requires_grad_(), target)
@@ -49,7 +49,7 @@ def test_what_an_objective_would_do_is_what_its_formula_says(name):
     assert found["gradient_by_p"][0] == pytest.approx(low.item())
 
 
-def test_targets_are_counted_by_channel_and_parts_add_up():
+def test_survey_is_counted_by_channel_and_additive():
     logits, target, batch = make_batch()
     result = surveyed(["nll", "dft"], batch)
     parts = surveyed(["nll", "dft"], make_batch(slice(0, 1))[2], make_batch(slice(1, 4))[2])
@@ -68,7 +68,7 @@ def test_targets_are_counted_by_channel_and_parts_add_up():
         assert parts["objectives"]["dft"][name] == pytest.approx(value)
 
 
-def test_a_rank_without_tokens_has_totals_of_the_same_size_and_a_survey_without_is_an_error():
+def test_survey_without_tokens_has_zero_totals_and_raises():
     survey = Survey([parse_objective("nll"), parse_objective("dft")], ("other", "maths"))
     nothing = survey.totals(torch.device("cpu"))
     survey.add(make_batch()[2])
@@ -77,7 +77,7 @@ def test_a_rank_without_tokens_has_totals_of_the_same_size_and_a_survey_without_
         survey.result(nothing)
 
 
-def test_masked_tokens_are_not_there_whatever_they_are():
+def test_survey_excludes_masked_tokens():
     _, _, batch = make_batch()
     expected = surveyed(["nll", "dft"], batch)
     broken = batch.stats.logprob.masked_fill(batch.loss_mask == 0, torch.nan)
@@ -93,7 +93,7 @@ def numbers(mean_p, gate=0.5):
 
 
 @pytest.mark.parametrize(("mean_p", "expected"), [(0.05, "nll"), (0.3, "deft"), (0.7, "dft")])
-def test_the_advice_follows_mean_p(mean_p, expected):
+def test_advice_objective_depends_on_mean_p(mean_p, expected):
     every, objectives = numbers(mean_p)
     found = advice(every, {}, objectives)
     assert found["objective"] == expected
@@ -102,7 +102,7 @@ def test_the_advice_follows_mean_p(mean_p, expected):
     assert ("up to 2.0 times" in found["reasons"][-1]) == (expected != "nll")
 
 
-def test_channels_on_the_other_side_are_named():
+def test_advice_names_channels_that_suit_another_objective():
     every, objectives = numbers(0.7)
     reasons = advice(every, {"maths": {"mean_p": 0.8}, "law": {"mean_p": 0.02}}, objectives)["reasons"]
     assert any("channel law (mean p 0.02)" in reason for reason in reasons) and not any("maths" in r for r in reasons)
@@ -111,7 +111,7 @@ def test_channels_on_the_other_side_are_named():
     assert any("channel maths (mean p 0.80) is on the other side: dft would suit it" in reason for reason in reasons)
 
 
-def test_without_deft_among_them_the_middle_is_tsallis():
+def test_advice_uses_tsallis_without_deft():
     every, objectives = numbers(0.3)
     del objectives["deft"]
     assert advice(every, {}, objectives)["objective"] == "tsallis:q=0.5"

@@ -84,14 +84,14 @@ def whole(ranks, read):
 
 @pytest.mark.parametrize("true_vocab_size", SIZES)
 @pytest.mark.parametrize("specification", FORMULAS)
-def test_loss_and_gradient_are_those_of_the_whole_vocabulary(ranks, specification, true_vocab_size):
+def test_loss_and_gradient_match_full_vocabulary(ranks, specification, true_vocab_size):
     key = specification, true_vocab_size
     loss, gradient = loss_and_gradient(specification, *make_case(true_vocab_size), true_vocab_size)
     torch.testing.assert_close(ranks[0][key][0][0], loss, **TOLERANCE)
     torch.testing.assert_close(whole(ranks, lambda r: r[key][0][1]), gradient, **TOLERANCE)
 
 
-def test_every_rank_has_the_same_bits_and_has_them_again(ranks):
+def test_loss_is_bitwise_equal_on_every_rank_and_deterministic(ranks):
     for key in ((name, size) for name in FORMULAS for size in SIZES):
         for rank in ranks:
             first, second = rank[key]
@@ -101,7 +101,7 @@ def test_every_rank_has_the_same_bits_and_has_them_again(ranks):
         assert all(torch.equal(getattr(r["stats"], name), getattr(ranks[0]["stats"], name)) for r in ranks)
 
 
-def test_forward_gathers_once_what_the_objective_needs_and_backward_nothing(ranks):
+def test_forward_has_one_all_gather_and_backward_no_collective(ranks):
     def expected(rows):
         return [("_allgather_base_", (rows, 24))] if len(ranks) > 1 else []
 
@@ -114,7 +114,7 @@ def test_forward_gathers_once_what_the_objective_needs_and_backward_nothing(rank
         assert rank["host"][2:] == (expected(3), [])
 
 
-def test_statistics_are_those_of_the_whole_vocabulary(ranks):
+def test_vocab_stats_match_full_vocabulary(ranks):
     logits, target, _ = make_case(None)
     t = token(logits, target)
     stats = ranks[0]["stats"]
@@ -124,7 +124,7 @@ def test_statistics_are_those_of_the_whole_vocabulary(ranks):
     assert stats.vocab_size == VOCAB
 
 
-def test_a_host_gets_the_nll_and_the_gradient_of_dft_over_its_bf16_logits(ranks):
+def test_value_nll_with_inplace_backward_has_dft_gradient_in_bf16(ranks):
     logits, target, upstream = make_case(None)
     loss, _ = loss_and_gradient("nll", logits.bfloat16(), target, upstream)
     _, gradient = loss_and_gradient("dft", logits.bfloat16(), target, upstream)
@@ -133,13 +133,13 @@ def test_a_host_gets_the_nll_and_the_gradient_of_dft_over_its_bf16_logits(ranks)
     torch.testing.assert_close(ours.double(), gradient, rtol=2**-8 * 1.001, atol=1e-6)  # rounded to bf16 once
 
 
-def test_no_tokens_are_no_problem(ranks):
+def test_loss_accepts_zero_tokens(ranks):
     assert [(loss.shape, gradient.shape) for loss, gradient in (r["none"] for r in ranks)] == [
         ((0, 4), (0, 4, VOCAB // len(ranks)))
     ] * len(ranks)
 
 
-def test_broken_tokens_are_broken_on_every_rank_and_alone(ranks):
+def test_invalid_token_makes_only_its_loss_nan_on_every_rank(ranks):
     broken = torch.zeros(6, 4, dtype=torch.bool)
     broken[1, 1] = broken[1, 2] = broken[0, 1] = True
     for rank in ranks:
@@ -149,7 +149,7 @@ def test_broken_tokens_are_broken_on_every_rank_and_alone(ranks):
 
 
 @pytest.mark.parametrize("ranks", [4], indirect=True)
-def test_a_group_within_the_world_minds_its_own_tokens(ranks):
+def test_tp_group_within_world_matches_its_own_batch(ranks):
     for pair in ([0, 2], [1, 3]):
         loss, gradient = loss_and_gradient("deft", *example(seed=pair[0], vocab=VOCAB))
         torch.testing.assert_close(ranks[pair[1]]["pair"][0], loss, **TOLERANCE)
@@ -164,7 +164,7 @@ def ours_and_megatrons():
 
 
 @needs_megatron
-def test_nll_is_megatrons_cross_entropy():
+def test_nll_matches_megatron_cross_entropy():
     for (loss, gradient), (stock_loss, stock_gradient) in run_ranks(2, ours_and_megatrons):
         torch.testing.assert_close(loss, stock_loss, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(gradient, stock_gradient, rtol=1e-6, atol=1e-6)
@@ -204,7 +204,7 @@ def weight_gradients(backend):
 
 @needs_megatron
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_gradient_accumulation_fusion_takes_the_gradient_over_the_logits(backend):
+def test_gradient_accumulation_fusion_supports_inplace_backward(backend):
     if backend == "triton":
         pytest.importorskip("triton")
     ((plain, fused, deferred, hidden),) = run_ranks(1, weight_gradients, backend)
@@ -230,6 +230,6 @@ def fails_on_rank_1(how):
 @pytest.mark.parametrize(
     ("how", "message"), [("raises", "KeyError: 'the reason'"), ("dies", "exit code 3"), ("hangs", "in fails_on_rank_1")]
 )
-def test_a_rank_that_fails_fails_the_launch(how, message):
+def test_run_ranks_raises_if_one_rank_fails(how, message):
     with pytest.raises((mp.ProcessRaisedException, mp.ProcessExitedException, TimeoutError), match=message):
         run_ranks(2, fails_on_rank_1, how, timeout=4.0 if how == "hangs" else 60.0)

@@ -69,7 +69,7 @@ def assert_true(case, dtype, specification="dft", **options):
 
 @pytest.mark.parametrize("value", ["objective", "nll"])
 @pytest.mark.parametrize("specification", [*FORMULAS, *SCHEDULES])
-def test_every_objective_is_that_of_the_torch_backend(specification, value):
+def test_triton_matches_torch_backend(specification, value):
     """To a few roundings, statistics included; cayley and what users write are applied after the kernel."""
     logits, target, upstream = example(12)
     objective = parse_objective(specification)
@@ -90,12 +90,12 @@ def test_every_objective_is_that_of_the_torch_backend(specification, value):
 
 
 @pytest.mark.parametrize("specification", FORMULAS)
-def test_every_objective_is_its_formula(specification):
+def test_loss_and_gradient_match_formula(specification):
     assert_true(example(12), torch.float32, specification)
 
 
 @pytest.mark.parametrize("specification", ["tsallis:q=0.001", "tsallis:q=0.01"])
-def test_small_exponents_keep_their_digits(specification):
+def test_tsallis_with_small_q_keeps_precision(specification):
     """(1 - p^q) / q, where 1 - p^q is small."""
     case = [x.float() if x.is_floating_point() else x for x in example(12)]
     ours, theirs = (run(*case, backend=backend, objective=specification)[0] for backend in ("triton", "torch"))
@@ -105,7 +105,7 @@ def test_small_exponents_keep_their_digits(specification):
 # Around one vector (4 or 8 logits), one tile (512 of them), several, and those of the next table entry (1024).
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", [1, 2, 3, 7, 8, 9, 1009, 1024, 4095, 4096, 4104, 8191, 9000, 33000])
-def test_any_width(vocab, dtype):
+def test_loss_supports_any_vocab_size(vocab, dtype):
     logits, target, upstream = example(3, vocab=vocab)
     target = torch.tensor([vocab - 1, -100, 0])
     assert_true((logits, target, upstream), dtype)
@@ -114,13 +114,13 @@ def test_any_width(vocab, dtype):
 @pytest.mark.parametrize("specification", ["deft", "entropy:form=ratio"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", [9, 4099, 33001])
-def test_more_statistics_at_any_width(vocab, dtype, specification):
+def test_entropy_and_collision_support_any_vocab_size(vocab, dtype, specification):
     assert_true(example(3, vocab=vocab), dtype, specification)
 
 
 @pytest.mark.parametrize("columns", [1, 9, 64, 67])  # of 75 and 80; 9 is one vector and one word
 @pytest.mark.parametrize("width", [75, 80])
-def test_padding_is_never_looked_at_and_gets_no_gradient(width, columns):
+def test_padding_columns_are_ignored_and_get_zero_gradient(width, columns):
     logits, target, upstream = example(4, vocab=width)
     target = torch.where(target >= columns, target % columns, target)
     logits[..., columns:] = torch.tensor([math.nan, math.inf, 1e4, 0.0]).repeat(30)[: width - columns]
@@ -132,7 +132,7 @@ def test_padding_is_never_looked_at_and_gets_no_gradient(width, columns):
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", PRESENT)
-def test_any_strides(dtype, layout, inplace):
+def test_loss_supports_any_strides(dtype, layout, inplace):
     logits, target, upstream = example(4, 2, vocab=37)  # rows begin anywhere between the 16-byte boundaries
     logits = logits.to(dtype)
     expected = run(logits, target, upstream)
@@ -143,14 +143,14 @@ def test_any_strides(dtype, layout, inplace):
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (0,), (2, 0), (2, 3, 2)])
-def test_any_leading_shape(shape):
+def test_loss_supports_any_leading_shape(shape):
     logits, target, upstream = (x[0] for x in example(1, *shape, seed=3))
     loss, gradient = run(logits.float(), target, upstream)
     expected = run(logits.float(), target, upstream, backend="torch")
     torch.testing.assert_close((loss, gradient), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_targets_and_upstream_gradients_of_any_stride():
+def test_target_and_upstream_gradient_support_any_stride():
     """Every second column of something else, and an expanded gradient, as that of loss.sum()."""
     logits, target, upstream = example(6)
     other = torch.stack([target.roll(1), target], 1)[:, 1]
@@ -182,13 +182,13 @@ def in_a_process(call):
     return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
 
 
-def test_rows_beyond_two_to_the_31():
+def test_kernels_support_row_offsets_beyond_2_to_31():
     out = in_a_process("rows_far_apart()")
     assert "done" in out.stdout, out.stderr
 
 
 @pytest.mark.parametrize("shift", [500.0, -500.0, 1e4, -1e4])
-def test_shifted_logits_give_the_same_bits(shift):
+def test_shifted_logits_give_bitwise_equal_results(shift):
     logits, target, upstream = example(5)
     logits = (logits * 64).round().float() / 64  # the shift is exact
     expected = run(logits, target, upstream, objective="entropy")
@@ -200,7 +200,7 @@ BROKEN = ["nan", "inf", "inf target", "all -inf", "id -1", "id V", "id far", "id
 
 @pytest.mark.parametrize("specification", ["nll", "dft", "deft", "entropy", "threshold", "luffy", "cayley"])
 @pytest.mark.parametrize("broken", BROKEN)
-def test_broken_input_poisons_its_token_alone(broken, specification):
+def test_invalid_input_makes_only_its_token_nan(broken, specification):
     logits, target, upstream = (x.float() if x.is_floating_point() else x for x in example(4))
     where, column = 2, int(target[2])
     options = {"objective": specification, "true_vocab_size": 10}
@@ -219,7 +219,7 @@ def test_broken_input_poisons_its_token_alone(broken, specification):
 
 
 @pytest.mark.parametrize("specification", FORMULAS)
-def test_impossible_words_and_targets_are_defined(specification):
+def test_minus_inf_logits_give_no_nan(specification):
     logits, target, upstream = example(6)
     rows = (target != -100).nonzero()[:, 0]
     logits[rows, (target[rows] + 1) % 11] = -math.inf
@@ -231,7 +231,7 @@ def test_impossible_words_and_targets_are_defined(specification):
 
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("specification", ["nll", "dft", "deft", "entropy", "luffy", "cayley"])
-def test_a_masked_token_contributes_exactly_nothing(specification, inplace):
+def test_masked_token_has_zero_loss_and_gradient(specification, inplace):
     logits, target, upstream = (x.float() if x.is_floating_point() else x for x in example(11))
     clean = run(logits, target, upstream, objective=specification, inplace_backward=inplace)
     logits[0::5] = torch.tensor([math.nan, math.inf, -math.inf])[:, None]
@@ -268,7 +268,7 @@ def read_only_what_counts(kind):
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs memory of the CPU")
 @pytest.mark.parametrize(("kind", "code"), [("masked", 0), ("worthless", 0), ("read", -11)])
-def test_rows_that_do_not_count_are_not_read(kind, code):
+def test_masked_and_zero_gradient_rows_are_not_read(kind, code):
     """Masked ones never; those whose gradient is nothing not in backward. The third case: the guard works."""
     out = in_a_process(f"read_only_what_counts({kind!r})")
     assert out.returncode == code and ("done" in out.stdout) == (code == 0), out.stderr
@@ -302,7 +302,7 @@ class Recorder:
 
 
 @pytest.mark.parametrize("specification", ["nll", "dft", "deft", "entropy", "threshold", "luffy", "dft:start=1,ramp=2"])
-def test_the_loss_is_three_kernels_and_nothing_else(specification, monkeypatch):
+def test_loss_launches_exactly_three_kernels(specification, monkeypatch):
     """No operation reads or writes values but the kernels: nothing waits for the device, nothing is launched beside."""
     logits, target, upstream = (x.to(DEVICE) for x in example(4, 2))
     upstream, output = upstream.float(), logits.float().requires_grad_() * 1
@@ -323,7 +323,7 @@ def test_the_loss_is_three_kernels_and_nothing_else(specification, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_forward_never_writes_and_backward_writes_over_the_logits(dtype):
+def test_forward_keeps_logits_and_inplace_backward_overwrites_them(dtype):
     logits, target, upstream = example(4, 2, vocab=41)
     logits = logits.to(DEVICE, dtype).requires_grad_()
     target, upstream = target.to(DEVICE), upstream.to(DEVICE, torch.float32)
@@ -338,7 +338,7 @@ def test_forward_never_writes_and_backward_writes_over_the_logits(dtype):
     torch.testing.assert_close(gradient.cpu(), expected, **EXACT)
 
 
-def test_whoever_uses_overwritten_logits_gets_an_error():
+def test_inplace_backward_raises_on_reuse_of_overwritten_logits():
     logits, target, _ = (x.to(DEVICE) for x in example(4))
     output = logits.float().requires_grad_() * 1
     other = output.square().sum()
@@ -349,7 +349,7 @@ def test_whoever_uses_overwritten_logits_gets_an_error():
             again.backward()
 
 
-def test_a_second_backward_out_of_place_gives_the_same():
+def test_second_backward_out_of_place_is_bitwise_equal():
     logits, target, upstream = (x.to(DEVICE) for x in example(4))
     leaf = logits.float().requires_grad_()
     loss = vocab_parallel_dft_loss(leaf, target, backend="triton")
@@ -358,7 +358,7 @@ def test_a_second_backward_out_of_place_gives_the_same():
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_checkpointing_and_saved_tensor_hooks_change_nothing(inplace):
+def test_recompute_and_saved_tensor_hooks_leave_results_unchanged(inplace):
     logits, target, upstream = (x.to(DEVICE) for x in example(6))
     logits, upstream = logits.float(), upstream.float()
 
@@ -370,14 +370,14 @@ def test_checkpointing_and_saved_tensor_hooks_change_nothing(inplace):
 
 
 @pytest.mark.parametrize("value", ["objective", "nll"])
-def test_the_loss_owns_its_memory(value):
+def test_loss_is_contiguous_and_not_view(value):
     logits, target, _ = (x.to(DEVICE) for x in example(4, 2))
     loss = vocab_parallel_dft_loss(logits.float().requires_grad_(), target, value=value, backend="triton")
     assert loss._base is None and loss.is_contiguous()
     assert loss.untyped_storage().nbytes() == loss.numel() * loss.element_size()
 
 
-def test_vocab_stats_are_those_of_fp64():
+def test_vocab_stats_match_fp64():
     logits, target, _ = example(6, 2, vocab=129)
     logits, target = logits.to(DEVICE, torch.bfloat16), target.to(DEVICE)
     stats = vocab_stats(logits, target, backend="triton")
@@ -391,7 +391,7 @@ def test_vocab_stats_are_those_of_fp64():
 @pytest.mark.parametrize("width", [4, 16])
 @pytest.mark.parametrize("empty", [None, 0, 1])
 @pytest.mark.parametrize("apart", [3.0, 900.0])
-def test_any_split_of_the_vocabulary_merges_to_the_whole(width, empty, apart):
+def test_vocabulary_shards_merge_to_full_vocabulary(width, empty, apart):
     logits, target, upstream = (x.to(DEVICE) for x in example(6, vocab=16))
     case = (logits.float(), target, upstream.float())
     assert_any_split_merges(triton_kernels, case, width, empty, apart, 3e-6)
@@ -414,7 +414,7 @@ class Doubled(objectives.DFT):
 
 
 @pytest.mark.parametrize(("objective", "times", "base"), [(Halved(), 0.5, "nll"), (Doubled(), 2.0, "dft")])
-def test_an_objective_of_the_users_own_is_applied(objective, times, base):
+def test_custom_objective_is_applied(objective, times, base):
     case = [x.float() if x.is_floating_point() else x for x in example(6)]
     expected = [times * x for x in run(*case, objective=base)]
     torch.testing.assert_close(run(*case, objective=objective), tuple(expected), rtol=1e-5, atol=1e-6)
@@ -430,7 +430,7 @@ def two_ranks():
     return results
 
 
-def test_two_tensor_parallel_ranks_are_the_whole_vocabulary():
+def test_two_tp_ranks_match_full_vocabulary():
     if not INTERPRETED:
         pytest.skip("needs two ranks; one GPU is one rank")
     ranks = run_ranks(2, two_ranks)
@@ -445,13 +445,13 @@ def test_two_tensor_parallel_ranks_are_the_whole_vocabulary():
         torch.testing.assert_close(ours.double(), gradient, rtol=1e-5, atol=2e-6)
 
 
-def test_auto_is_torch_on_the_cpu_and_triton_on_a_gpu():
+def test_auto_backend_is_torch_on_cpu_and_triton_on_gpu():
     for dtype in (*DTYPES, torch.float64):
         kernels = LossOptions(objectives.DFT()).kernels(torch.device(DEVICE), dtype)
         assert ("triton" if DEVICE == "cuda" and dtype != torch.float64 else "torch") == kernels.NAME
 
 
-def test_fp64_is_refused():
+def test_triton_backend_rejects_fp64_logits():
     with pytest.raises(ValueError, match="'triton': expected bf16, fp16 or fp32 logits, got fp64; use backend="):
         vocab_parallel_dft_loss(torch.zeros(1, 2).double(), torch.zeros(1, dtype=torch.int64), backend="triton")
 
@@ -462,7 +462,7 @@ def in_a_fresh_process(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
 
 
-def test_a_named_backend_never_falls_back():
+def test_triton_backend_raises_without_cuda_or_triton():
     """CPU logits without the interpreter, and a Python without triton."""
     call = "import torch, megatron_dft; t = torch.zeros(1, 2); i = torch.zeros(1, dtype=torch.int64); "
     call += "megatron_dft.vocab_parallel_dft_loss(t, i, backend='triton')"
@@ -474,5 +474,5 @@ def test_a_named_backend_never_falls_back():
     assert "expected logits on a CUDA device" in in_a_fresh_process(host).stderr  # before training starts
 
 
-def test_the_configuration_can_name_it():
+def test_config_accepts_triton_backend():
     assert DFTConfig(loss_type="dft", backend="triton").options().backend == "triton"

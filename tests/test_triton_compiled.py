@@ -120,7 +120,7 @@ def of(facts, kernel):
     return {name: fact for name, fact in facts.items() if name.startswith(kernel) and not name.endswith("one")}
 
 
-def test_every_variant_compiles_without_spills_and_atomics(facts):
+def test_kernels_compile_without_spills_and_atomics(facts):
     assert set(facts) == {name for name, *_ in variants()}
     for name, fact in facts.items():
         assert (fact["stack"], fact["local"], fact["atomics"]) == (0, 0, 0), name
@@ -129,12 +129,12 @@ def test_every_variant_compiles_without_spills_and_atomics(facts):
 # 65536 registers: 64 for each of 1024 threads, half of what a multiprocessor takes; their loads are 64 KiB in flight.
 # Both extra sums are computed by vocab_stats alone, never in training: 768 threads.
 @pytest.mark.parametrize("kernel", ["stats", "gradient", "merge"])
-def test_registers_leave_room_for_enough_threads(facts, kernel):
+def test_kernel_registers_are_within_occupancy_limit(facts, kernel):
     for name, fact in of(facts, kernel).items():
         assert fact["reg"] <= (80 if "True+True" in name else 64), name
 
 
-def test_a_row_is_read_16_bytes_at_a_time_whatever_its_width(facts):
+def test_stats_kernel_loads_16_bytes_at_any_width(facts):
     """Four loads in the loop, nothing else: no narrow one, no barrier; and one exponential per logit."""
     assert len(of(facts, "stats")) == 32
     for name, fact in of(facts, "stats").items():
@@ -144,14 +144,14 @@ def test_a_row_is_read_16_bytes_at_a_time_whatever_its_width(facts):
         assert loop["barriers"] == loop["atomics"] == 0, name
 
 
-def test_a_gradient_is_read_and_written_16_bytes_at_a_time_whatever_its_width(facts):
+def test_gradient_kernel_loads_and_stores_16_bytes_at_any_width(facts):
     assert len(of(facts, "gradient")) == 8
     for name, fact in of(facts, "gradient").items():
         assert (fact["wide loads"], fact["wide stores"]) == (4, 8), name  # the gradient, or zeros
         assert fact["loads"] - 4 == 6, name  # five numbers of the row, and its edge
 
 
-def test_statistics_of_a_token_cost_one_exponential_per_shard(facts):
+def test_merge_kernel_computes_at_most_one_exponential_per_shard(facts):
     for name, fact in of(facts, "merge").items():
         if "{}" in name:
             assert fact["loop"]["exponentials"] <= 1, name

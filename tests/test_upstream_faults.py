@@ -18,7 +18,7 @@ COMMON = f"{MODEL} {training(2, 1e-3, 8)} --micro-batch-size 1 {PER_TOKEN} "
 MTP = f"{COMMON} {MODELS['mtp']} "
 
 
-def test_heads_of_multi_token_prediction_depend_on_the_layout(host):
+def test_megatron_mtp_loss_depends_on_layout_and_is_logged(host):
     """Issue 7452, number 3: with and without us. The main loss does not."""
     one, two = host.curves(MTP), host.curves(f"{MTP} {CP2}", ranks=2)
     assert two["lm loss"][0] == pytest.approx(one["lm loss"][0], rel=1e-5)
@@ -30,7 +30,7 @@ def test_heads_of_multi_token_prediction_depend_on_the_layout(host):
     agree({tag: ours[tag] for tag in two}, two, 1e-5)
 
 
-def test_router_of_experts_is_named_where_its_count_is_wrong(host):
+def test_megatron_moe_router_scaling_is_logged(host):
     """Issue 7452, number 10."""
     balanced = MODELS["moe"].replace("load-balancing-type none", "load-balancing-type aux_loss")
     run = host.begin(f"{COMMON} {balanced} {TP2} {SP} --loss-type dft", ranks=2)
@@ -41,7 +41,7 @@ def test_router_of_experts_is_named_where_its_count_is_wrong(host):
     assert "mixture of experts" not in host.start(f"{COMMON} {MODELS['moe']} {TP2} {SP} --loss-type dft", ranks=2)[1]
 
 
-def test_runs_without_a_fault_say_nothing():
+def test_upstream_faults_is_empty_for_unaffected_settings():
     class Settings:
         calculate_per_token_loss, data_parallel_size, mtp_num_layers, num_experts = True, 8, None, None
 

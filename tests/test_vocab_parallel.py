@@ -24,7 +24,7 @@ INF, NAN = math.inf, math.nan
 
 @pytest.mark.parametrize("specification", FORMULAS)
 @pytest.mark.parametrize("true_vocab_size", [None, 7])
-def test_every_objective_is_its_formula(specification, true_vocab_size):
+def test_loss_and_gradient_match_formula(specification, true_vocab_size):
     logits, target, upstream = example(6, 4, vocab=13)
     target = torch.where(target >= 7, target - 7, target)
     if true_vocab_size is None:
@@ -38,7 +38,7 @@ def test_every_objective_is_its_formula(specification, true_vocab_size):
 # 1 and 2: no competitor, one; 127 to 129: around a vector; primes; 4099 with 300 tokens: three chunks of rows.
 @pytest.mark.parametrize("vocab", [1, 2, 127, 128, 129, 1009, 4099])
 @pytest.mark.parametrize("tokens", [1, 2, 300])
-def test_any_size(tokens, vocab):
+def test_loss_supports_any_token_count_and_vocab_size(tokens, vocab):
     case = example(tokens, vocab=vocab)
     case[1][0] = vocab - 1
     assert_same(run(*case), loss_and_gradient("dft", *case))
@@ -46,7 +46,7 @@ def test_any_size(tokens, vocab):
 
 @pytest.mark.parametrize("chunk", [1, 22, 23, 250])  # rows of 11: one at a time, pairs, nearly all, more than all
 @pytest.mark.parametrize("ignored", [True, False])
-def test_chunks_of_rows_do_not_show(chunk, ignored, monkeypatch):
+def test_loss_is_independent_of_row_chunk_size(chunk, ignored, monkeypatch):
     logits, target, upstream = example()
     case = (logits, target if ignored else target.clamp(min=0), upstream)
     expected = run(*case, objective="deft")
@@ -56,7 +56,7 @@ def test_chunks_of_rows_do_not_show(chunk, ignored, monkeypatch):
 
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("shape", [(), (5,), (0,), (4, 1), (1, 4), (3, 0), (2, 3, 2)])
-def test_any_leading_shape(shape, inplace):
+def test_loss_supports_any_leading_shape(shape, inplace):
     logits, target, upstream = (x[0] for x in example(1, *shape, seed=3))
     target = target.abs() % 11
     loss, gradient = run(logits, target, upstream, inplace_backward=inplace, objective="cayley")
@@ -69,7 +69,7 @@ def test_any_leading_shape(shape, inplace):
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(6, 4), (6, 1)])  # b = 1 has strides of its own
-def test_any_strides(shape, layout, inplace):
+def test_loss_supports_any_strides(shape, layout, inplace):
     logits, target, upstream = example(*shape)
     expected = run(logits, target, upstream)
     transposed = target.t().contiguous().t()  # labels are [b, s] in Megatron
@@ -80,7 +80,7 @@ def test_any_strides(shape, layout, inplace):
 # Vocabularies: a few words; a prime; one that takes several chunks of rows and whose sums are long.
 @pytest.mark.parametrize("vocab", [11, 1009, 32003])
 @pytest.mark.parametrize("dtype", DTYPES[1:])
-def test_errors_are_at_most_twice_those_of_torch_in_the_same_dtype(dtype, vocab):
+def test_loss_error_is_at_most_twice_that_of_torch_in_same_dtype(dtype, vocab):
     logits, target, upstream = example(40, vocab=vocab)
     logits = logits.to(dtype)
     upstream = upstream.to(dtype).double()
@@ -101,7 +101,7 @@ def test_errors_are_at_most_twice_those_of_torch_in_the_same_dtype(dtype, vocab)
 
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_gradient_is_rounded_once(dtype, inplace):
+def test_gradient_is_rounded_once(dtype, inplace):
     """Half a unit in the last place, and what fp32 arithmetic adds to it."""
     logits, target, upstream = example(40, vocab=1009)
     logits = logits.to(dtype)
@@ -117,7 +117,7 @@ def test_the_gradient_is_rounded_once(dtype, inplace):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("shift", [500.0, -500.0, 1e4, -1e4])
 @pytest.mark.parametrize("specification", ["dft", "deft", "entropy"])
-def test_shifted_logits_give_the_same_bits(shift, dtype, specification):
+def test_shifted_logits_give_bitwise_equal_results(shift, dtype, specification):
     logits, target, upstream = example()
     logits = (logits * 64).round().to(dtype) / 64  # the shift is exact
     expected = run(logits, target, upstream, objective=specification)
@@ -125,7 +125,7 @@ def test_shifted_logits_give_the_same_bits(shift, dtype, specification):
 
 
 @pytest.mark.parametrize("specification", FORMULAS)
-def test_a_masked_token_contributes_exactly_nothing(specification):
+def test_masked_token_has_zero_loss_and_gradient(specification):
     logits, target, upstream = example()
     clean = run(logits, target, upstream, objective=specification)
     logits[0::5] = torch.tensor([NAN, INF, -INF, 1e30, 0.0])[:, None]  # every fifth token is ignored
@@ -137,7 +137,7 @@ def test_a_masked_token_contributes_exactly_nothing(specification):
 
 @pytest.mark.parametrize("specification", FORMULAS)
 @pytest.mark.parametrize("inplace", [False, True])
-def test_a_batch_without_a_target_trains_on(specification, inplace):
+def test_batch_without_targets_has_zero_loss_and_gradient(specification, inplace):
     logits, target, upstream = example(3, 2)
     logits[0, 0] = NAN
     target[:] = -100
@@ -145,7 +145,7 @@ def test_a_batch_without_a_target_trains_on(specification, inplace):
     assert_same((loss, gradient), (torch.zeros_like(loss), torch.zeros_like(logits)), EXACT)
 
 
-def test_ignore_index_may_be_a_token():
+def test_ignore_index_may_be_token_id():
     logits, target, upstream = example()
     renamed = target.masked_fill(target == 3, 4).masked_fill(target == -100, 3)
     expected = run(logits, renamed.masked_fill(renamed == 3, -100), upstream)
@@ -155,7 +155,7 @@ def test_ignore_index_may_be_a_token():
 @pytest.mark.parametrize("specification", FORMULAS)
 @pytest.mark.parametrize("value", ["objective", "nll"])
 @pytest.mark.parametrize("broken", ["nan", "inf", "inf target", "all -inf", "id -1", "id V", "id far", "id padding"])
-def test_broken_input_poisons_its_token_alone(broken, specification, value):
+def test_invalid_input_makes_only_its_token_nan(broken, specification, value):
     logits, target, upstream = example()
     where, column = 7, int(target[7])
     other = (column + 1) % 10
@@ -175,7 +175,7 @@ def test_broken_input_poisons_its_token_alone(broken, specification, value):
 
 
 @pytest.mark.parametrize(("wrong", "tokens"), [(-1, (2, 1)), (11, (0, 3)), (9, (5, 0))])
-def test_an_unknown_id_is_an_error_for_those_who_look_for_it(wrong, tokens):
+def test_invalid_target_raises_under_anomaly_detection(wrong, tokens):
     logits, target, _ = example(6, 4)
     target %= 9
     target[1, 1] = -100
@@ -189,7 +189,7 @@ def test_an_unknown_id_is_an_error_for_those_who_look_for_it(wrong, tokens):
 
 
 @pytest.mark.parametrize("specification", FORMULAS)
-def test_impossible_words_and_targets_are_defined(specification):
+def test_minus_inf_logits_give_no_nan(specification):
     """A logit of -inf: p = 0 for that word. Another word's p = 0 changes no formula; the target's gives no NaN."""
     logits, target, upstream = example()
     rows = (target != -100).nonzero()[:, 0]
@@ -204,7 +204,7 @@ def test_impossible_words_and_targets_are_defined(specification):
 
 
 @pytest.mark.parametrize("specification", FORMULAS)
-def test_value_nll_sends_back_the_gradient_of_the_objective(specification):
+def test_value_nll_keeps_gradient_of_objective(specification):
     case = example()
     loss, gradient = run(*case, objective=specification, value="nll")
     assert_same((loss, gradient), (run(*case, objective="nll")[0], run(*case, objective=specification)[1]), EXACT)
@@ -212,7 +212,7 @@ def test_value_nll_sends_back_the_gradient_of_the_objective(specification):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("specification", ["dft", "deft", "entropy"])
-def test_forward_never_writes_to_the_logits(dtype, specification):
+def test_forward_never_writes_to_logits(dtype, specification):
     logits, target, _ = example()
     logits = logits.to(dtype)
     before, version = logits.clone(), logits._version
@@ -223,7 +223,7 @@ def test_forward_never_writes_to_the_logits(dtype, specification):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_inplace_backward_writes_over_the_logits(dtype):
+def test_inplace_backward_overwrites_logits_with_gradient(dtype):
     logits, target, upstream = example(8, 3)
     logits = logits.to(dtype).requires_grad_()
     for labels in (target, target.clamp(min=0)):
@@ -235,7 +235,7 @@ def test_inplace_backward_writes_over_the_logits(dtype):
         assert_same((gradient, output.detach()), (expected, expected), EXACT)
 
 
-def test_whoever_uses_overwritten_logits_gets_an_error():
+def test_inplace_backward_raises_on_reuse_of_overwritten_logits():
     logits, target, _ = example()
     output = logits.requires_grad_() * 1
     other = output.square().sum()
@@ -255,14 +255,14 @@ LEAVES = {
 
 
 @pytest.mark.parametrize("leaf", LEAVES)
-def test_a_leaf_is_never_overwritten(leaf):
+def test_inplace_backward_rejects_leaf_logits(leaf):
     logits, target, _ = example()
     with pytest.raises(ValueError, match="inplace_backward: expected logits computed by another operation, got a leaf"):
         vocab_parallel_dft_loss(LEAVES[leaf](logits.clone()), target % 9, inplace_backward=True)
     assert not vocab_parallel_dft_loss(logits.detach(), target, inplace_backward=True).requires_grad
 
 
-def test_a_second_backward_out_of_place_gives_the_same():
+def test_second_backward_out_of_place_is_bitwise_equal():
     logits, target, upstream = example()
     leaf = logits.requires_grad_()
     loss = vocab_parallel_dft_loss(leaf, target)
@@ -270,7 +270,7 @@ def test_a_second_backward_out_of_place_gives_the_same():
     assert_same((first,), (second,), EXACT)
 
 
-def test_there_is_no_double_backward():
+def test_double_backward_raises():
     logits, target, _ = example()
     leaf = logits.requires_grad_()
     nll = torch.ones(3, requires_grad=True)
@@ -283,7 +283,7 @@ def test_there_is_no_double_backward():
 
 @pytest.mark.parametrize("value", ["objective", "nll"])
 @pytest.mark.parametrize("shape", [(24,), (6, 4)])
-def test_the_loss_owns_its_memory(value, shape):
+def test_loss_is_contiguous_and_not_view(value, shape):
     logits, target, _ = example(*shape)
     loss = vocab_parallel_dft_loss(logits.requires_grad_(), target, value=value)
     assert loss._base is None and loss.is_contiguous() and not loss.is_leaf
@@ -291,7 +291,7 @@ def test_the_loss_owns_its_memory(value, shape):
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_checkpointing_and_saved_tensor_hooks_change_nothing(inplace):
+def test_recompute_and_saved_tensor_hooks_leave_results_unchanged(inplace):
     logits, target, upstream = example()
 
     def function(x):
@@ -304,12 +304,12 @@ def test_checkpointing_and_saved_tensor_hooks_change_nothing(inplace):
 @pytest.mark.parametrize("width", [1, 4, 16])
 @pytest.mark.parametrize("empty", [None, 0, 1])  # and a shard whose logits are all -inf
 @pytest.mark.parametrize("apart", [3.0, 900.0])  # the shards' maxima: all of them count; e^900 overflows
-def test_any_split_of_the_vocabulary_merges_to_the_whole(width, empty, apart):
+def test_vocabulary_shards_merge_to_full_vocabulary(width, empty, apart):
     assert_any_split_merges(reference, example(vocab=16), width, empty, apart, 1e-12)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_vocab_stats_are_those_of_fp64(dtype):
+def test_vocab_stats_match_fp64(dtype):
     logits, target, _ = example(6, 4, vocab=129)
     logits = logits.to(dtype)
     stats = vocab_stats(logits.requires_grad_(), target)
@@ -323,13 +323,13 @@ def test_vocab_stats_are_those_of_fp64(dtype):
     assert torch.equal(stats.prob, stats.logprob.exp()) and torch.equal(stats.nll, -stats.logprob)
 
 
-def test_the_first_choice_may_be_shared():
+def test_vocab_stats_counts_tied_target_as_top_1():
     stats = vocab_stats(torch.tensor([[1.0, 1.0, 0.0]] * 3), torch.tensor([0, 1, 2]))
     assert stats.correct.tolist() == [True, True, False]
 
 
 @pytest.mark.parametrize("specification", [s for s in FORMULAS if not parse_objective(s).needs])
-def test_token_loss_needs_the_nll_alone(specification):
+def test_token_loss_of_nll_matches_formula(specification):
     logits, target, upstream = example()
     leaf = logits.clone().requires_grad_()
     nll = token(leaf, target).l
@@ -338,7 +338,7 @@ def test_token_loss_needs_the_nll_alone(specification):
     assert_same((loss.detach(), leaf.grad), loss_and_gradient(specification, logits, target, upstream))
 
 
-def test_token_loss_of_a_masked_token_is_exactly_nothing():
+def test_token_loss_of_masked_token_is_zero():
     """Masked by us, by the caller's upstream gradient of 0, and not at all."""
     nll = torch.tensor([NAN, NAN, NAN, 0.5], requires_grad=True)
     loss = token_loss(nll, valid=torch.tensor([False, True, True, True]))
@@ -347,7 +347,7 @@ def test_token_loss_of_a_masked_token_is_exactly_nothing():
     assert nll.grad[:2].tolist() == [0.0, 0.0] and nll.grad.isnan().tolist() == [False, False, True, False]
 
 
-def test_token_loss_rounds_once():
+def test_token_loss_is_rounded_once():
     """The weight is not in bf16: half a unit in the last place, and a little for fp32."""
     nll = torch.linspace(0.01, 20.0, 500).bfloat16().requires_grad_()
     loss = token_loss(nll)
@@ -359,7 +359,7 @@ def test_token_loss_rounds_once():
 
 
 @pytest.mark.parametrize("specification", ["deft", "entropy"])
-def test_token_loss_refuses_what_needs_the_vocabulary(specification):
+def test_token_loss_rejects_objectives_that_need_vocabulary(specification):
     with pytest.raises(ValueError, match=r"token_loss: expected an objective of the NLL alone.*call vocab_parallel"):
         token_loss(torch.ones(1), specification)
 
@@ -384,7 +384,7 @@ def test_token_loss_refuses_what_needs_the_vocabulary(specification):
         ({"true_vocab_size": 9}, r"true_vocab_size: expected at most 8 \(1 shards of 8 columns\), got 9"),
     ],
 )
-def test_what_does_not_fit_is_refused(change, message):
+def test_loss_rejects_mismatched_arguments(change, message):
     arguments = {"logits": torch.zeros(2, 3, 8), "target": torch.zeros(2, 3, dtype=torch.int64), **change}
     logits, target = arguments.pop("logits"), arguments.pop("target")
     with pytest.raises(ValueError, match=message):
