@@ -1,13 +1,11 @@
 """The loss for torch.compile: two opaque operators, which do what the autograd function does in eager mode.
 
-A compiled graph holds tensors, numbers and strings. Objectives that are given as objects, and process groups, are
-known to it by a name; options that are numbers may change without a new graph. The gradient is always a new tensor
+A compiled graph holds tensors, numbers and strings, so objectives that are objects and process groups have a name in
+it. Options that are numbers may change without a new graph. The gradient is always a new tensor
 here: where it lies in memory is the compiler's business.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +13,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_dft import reference
 from megatron_dft.autograd import LossOptions, check, loss_backward, loss_forward
-from megatron_dft.objectives import Objective, Scheduled, parse_objective
+from megatron_dft.objectives import Objective, Scheduled, of_graph_name
 
 
 @torch.library.custom_op("megatron_dft::loss", mutates_args=())
@@ -73,25 +71,26 @@ def _operator_backward(ctx, upstream: Tensor, _) -> tuple:
 
 
 loss_operator.register_autograd(_operator_backward, setup_context=_save_for_backward)
-_OBJECTS: dict[str, Any] = {}  # objectives and groups of the compiled graphs of this process
+_GROUPS: dict[str, ProcessGroup] = {}  # of the compiled graphs of this process
+
+
+def name_of_objective(objective: Objective) -> str:
+    """`graph_name`, and a guard on each parameter: another value makes another graph."""
+    for field in (*objective.__match_args__, *(("serial",) if isinstance(objective, Scheduled) else ())):
+        value, known = getattr(objective, field), objective.graph_value(field)
+        # Never true. Dynamo guards on a value only where it is used; the comparison uses it.
+        if (isinstance(value, str) and value != known) or (isinstance(value, (int, float)) and value != float(known)):
+            raise ValueError(field)
+    return objective.graph_name()
 
 
 @torch.compiler.assume_constant_result
-def name_of(thing: Objective | ProcessGroup) -> str:
-    """What stands for it in a graph, which holds no objects."""
-    for name, known in _OBJECTS.items():
-        if known is thing or (_is_value(thing) and known == thing):
-            return name
-    name = f"{thing} #{len(_OBJECTS)}"
-    _OBJECTS[name] = thing
+def name_of(group: ProcessGroup) -> str:
+    """The string that stands for a process group in a compiled graph."""
+    name = f"group #{id(group)}"
+    _GROUPS[name] = group  # kept, so that no other group gets its id
     return name
 
 
-def _is_value(thing: Objective | ProcessGroup) -> bool:
-    """Whether an equal object can stand for it: not for a scheduled objective, which has the state of its run."""
-    return isinstance(thing, Objective) and not isinstance(thing, Scheduled)
-
-
 def _named_options(objective: str, tp_group: str | None, *others) -> LossOptions:
-    group = None if tp_group is None else _OBJECTS[tp_group]
-    return LossOptions(parse_objective(_OBJECTS.get(objective, objective)), group, *others)
+    return LossOptions(of_graph_name(objective), None if tp_group is None else _GROUPS[tp_group], *others)

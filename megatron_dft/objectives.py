@@ -22,6 +22,7 @@ arXiv:2508.11408; LUFFY arXiv:2504.14945; focal loss arXiv:1708.02002.
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
@@ -50,6 +51,24 @@ class Objective:
     def begin(self, iteration: int) -> None:
         """Told by a host before each training iteration 1, 2, ...; only a `Scheduled` objective listens."""
 
+    @torch.compiler.assume_constant_result  # of a method: older Dynamo takes no frozen dataclass as an argument
+    def graph_name(self) -> str:
+        """The string that stands for this objective in a compiled graph, which holds no objects; see `of_graph_name`.
+
+        Equal objectives share a name, except scheduled ones: each has the state of its own run.
+        """
+        for name, known in _OF_GRAPHS.items():
+            if known is self or (known == self and not isinstance(self, Scheduled)):
+                return name
+        name = f"{self} #{len(_OF_GRAPHS)}"
+        _OF_GRAPHS[name] = self
+        return name
+
+    @torch.compiler.assume_constant_result
+    def graph_value(self, field: str) -> str:
+        """A parameter as a constant of a compiled graph."""
+        return str(getattr(self, field))
+
     def __str__(self) -> str:
         """The specification that `parse_objective` reads back."""
         parameters = ",".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))
@@ -58,6 +77,14 @@ class Objective:
     def _require(self, condition: bool, expected: str) -> None:
         if not condition:
             raise ValueError(f"objective {self.name!r}: expected {expected}, got {str(self)!r}")
+
+
+_OF_GRAPHS: dict[str, Objective] = {}  # objectives in the compiled graphs of this process, by graph_name
+
+
+def of_graph_name(name: str) -> Objective:
+    """The objective of a `graph_name`, or of a specification."""
+    return _OF_GRAPHS.get(name) or parse_objective(name)
 
 
 class Reweighted(Objective):
@@ -278,6 +305,7 @@ class Scheduled(Objective):
     then: Objective
     start: int = 0
     ramp: int = 0
+    serial: int = field(default_factory=itertools.count().__next__, init=False, repr=False, compare=False)
     _blend: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_dft import reference
 from megatron_dft.autograd import LossOptions, loss_and_stats, loss_forward
-from megatron_dft.compiled import loss_operator, name_of
+from megatron_dft.compiled import loss_operator, name_of, name_of_objective
 from megatron_dft.objectives import NLL, Objective, loss_and_gate, parse_objective
 from megatron_dft.stats import COLLISION, ENTROPY, TokenStats
 
@@ -61,7 +61,7 @@ def vocab_parallel_dft_loss(
         ValueError: for a shape, dtype, objective or option that does not fit, saying what was expected.
     """
     if torch.compiler.is_compiling():
-        name = objective if isinstance(objective, str) else name_of(objective)
+        name = objective if isinstance(objective, str) else name_of_objective(objective)
         group = None if tp_group is None else name_of(tp_group)
         numbers = (ignore_index, value, true_vocab_size, backend)
         return loss_operator(vocab_parallel_logits, target, name, group, *numbers)[0]

@@ -5,6 +5,7 @@ import torch
 from formulas import example
 
 from megatron_dft import compiled, parse_objective, vocab_parallel_dft_loss
+from megatron_dft.objectives import of_graph_name
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXACT = {"rtol": 0.0, "atol": 0.0}
@@ -73,12 +74,15 @@ def test_compiled_loss_uses_options_of_each_call(backend):
     assert len(seen) == 4
 
 
-def test_name_of_returns_one_name_for_equal_unscheduled_objectives():
-    count = len(compiled._OBJECTS)
-    names = {compiled.name_of(parse_objective("tsallis:q=0.125")) for _ in range(3)}
-    assert len(names) == 1 and len(compiled._OBJECTS) == count + 1
+def test_graph_name_is_shared_by_equal_unscheduled_objectives():
+    names = [parse_objective("tsallis:q=0.125").graph_name() for _ in range(3)]
+    assert len(set(names)) == 1 and of_graph_name(names[0]) == parse_objective("tsallis:q=0.125")
     scheduled = [parse_objective("dft:start=7") for _ in range(2)]
-    assert len({compiled.name_of(objective) for objective in scheduled * 2}) == 2
+    names = [objective.graph_name() for objective in scheduled * 2]
+    assert (
+        len(set(names)) == 2
+        and [of_graph_name(name) is x for name, x in zip(names, scheduled * 2, strict=True)] == [True] * 4
+    )
 
 
 def test_compiled_loss_follows_schedule(backend):
@@ -110,3 +114,24 @@ def test_compiled_loss_rejects_wrong_shape_at_compile_time(backend):
     compiled = torch.compile(lambda x, t: vocab_parallel_dft_loss(x, t, backend=backend), backend="aot_eager")
     with pytest.raises(Exception, match=r"target: expected shape \(4, 2\)"):
         compiled(torch.zeros(4, 2, 5, device=DEVICE), torch.zeros(2, 4, dtype=torch.int64, device=DEVICE))
+
+
+def test_compiled_loss_distinguishes_schedules_and_parameters(backend):
+    """Objects of one class through one function: each has the values of its own parameters and its own iteration."""
+
+    def function(logits, target, objective):
+        return vocab_parallel_dft_loss(2.0 * logits, target, objective=objective, backend=backend)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    texts = ["dft:start=0,ramp=4", "dft:start=0,ramp=4", "dft:start=2,ramp=4", "deft:start=0,ramp=4"]
+    objectives = [parse_objective(text) for text in texts]
+    for objective, iteration in zip(objectives, (1, 3, 4, 3), strict=True):
+        objective.begin(iteration)
+    objectives += [parse_objective(f"entropy:form={form}") for form in ("complement", "exponential")]
+    sums = set()
+    for objective in objectives * 2:
+        case = (*make_case(), objective)
+        eager = run(function, *case)
+        torch.testing.assert_close(run(compiled, *case), eager, **EXACT)
+        sums.add(eager[0].sum().item())
+    assert len(sums) == len(objectives)
