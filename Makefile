@@ -1,43 +1,60 @@
-# make demo     fine-tune a small GPT with NLL and with DFT through Megatron's pretrain(), and compare them
-# make test     the whole test suite (make check: lint, format, types)
+# make demo           fine-tune a small GPT with NLL and with DFT through Megatron's pretrain(), and compare them
+# make test           every single-process test and a few real runs, in minutes (make check: lint, format, types)
+# make test-all       all that CI runs
+# make test-nightly   the rest: soak, several hosts, studies, timings, faults, every host generation, Bridge, NeMo
 # The first target that is called sets up .venv (Python 3.12; torch brings its CUDA libraries, several GB).
 
 PYTHON ?= $(shell command -v python3.12 || command -v python3)
 PYTHON311 ?= PYENV_VERSION=3.11 python3.11
 RUN := .venv/bin/python
+PYTEST := -m pytest --numprocesses 2 --dist loadfile --durations 25
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-py311 test-0.17.1 test-0.18.2 test-versions bridge-env test-bridge nemo-env test-nemo faults gpu benchmark check format clean
+# The interpreters of older Tritons need numpy < 2.4.
+TESTED_WITH := "numpy<2.4" pytest pytest-timeout pytest-xdist
+
+.PHONY: demo test test-all test-nightly test-py311 test-0.17.1 test-0.18.2 test-torch-2.8.0 test-torch-2.11.0 \
+	bridge-env test-bridge nemo-env test-nemo faults gpu benchmark check format clean
 
 demo: .venv/installed
 	$(RUN) examples/demo.py --out runs/demo
 
 test: .venv/installed
-	$(RUN) -m pytest
+	$(RUN) $(PYTEST) -m "(smoke or not slow) and not nightly"
 
-# The host-independent part on the oldest supported pair: Python 3.11 with megatron-core 0.16.1.
+test-all: .venv/installed
+	$(RUN) $(PYTEST) -m "not nightly"
+
+test-nightly: .venv/installed test-py311 test-torch-2.8.0 test-torch-2.11.0 test-0.17.1 test-0.18.2 test-bridge test-nemo
+	$(RUN) $(PYTEST) -m "not nightly"
+	$(RUN) -m pytest -m nightly
+	$(RUN) tests/faults.py
+
+# The oldest of everything: Python 3.11, torch 2.6, megatron-core 0.16.1, without a training loop. .venv has the newest.
 test-py311: .venv311/installed
-	.venv311/bin/python -m pytest -m "not host"
+	.venv311/bin/python $(PYTEST) -m "not host and not nightly"
 
-# The hosts between: their own wheel, in front of the one in .venv.
+# The torch versions between: core, Triton's interpreter and torch.compile, without Megatron.
+test-torch-2.8.0 test-torch-2.11.0: test-torch-%: .torch-%/installed
+	.torch-$*/bin/python $(PYTEST) -m "not host and not nightly"
+
+# The hosts between: their own wheel, in front of the one in .venv (MEGATRON_LM=/path/to/checkout adds that one to any).
 test-0.17.1 test-0.18.2: test-%: .versions/%
-	PYTHONPATH=$(CURDIR)/.versions/$* $(RUN) -m pytest tests/test_hook.py tests/test_loss_head.py tests/test_models.py tests/test_layouts.py tests/test_checkpoints.py
-
-# Every generation of Megatron that is supported (MEGATRON_LM=/path/to/checkout adds that one).
-test-versions: test-py311 test-0.17.1 test-0.18.2 test
+	PYTHONPATH=$(CURDIR)/.versions/$* $(RUN) $(PYTEST) tests/test_hook.py tests/test_loss_head.py tests/test_models.py \
+		tests/test_layouts.py tests/test_checkpoints.py
 
 # Megatron-Bridge, on the CPU. Importing it takes Transformer Engine, whose extension for PyTorch is compiled here, once:
 # 15 minutes on two cores. .wheels keeps the result.
 bridge-env: .venv-bridge/installed
 
 test-bridge: .venv-bridge/installed
-	.venv-bridge/bin/python -m pytest tests/test_bridge.py tests/test_bridge_host.py
+	.venv-bridge/bin/python -m pytest --durations 25 tests/test_bridge.py tests/test_bridge_host.py
 
 # NeMo 2, on the CPU, with the Megatron-Core that it fits.
 nemo-env: .venv-nemo/installed
 
 test-nemo: .venv-nemo/installed
-	.venv-nemo/bin/python -m pytest tests/test_nemo.py
+	.venv-nemo/bin/python -m pytest --durations 25 tests/test_nemo.py
 
 # Apply each deliberate fault to a copy of the library; the tests must catch every one.
 faults: .venv/installed
@@ -80,7 +97,12 @@ format: .venv/installed
 
 .venv311/installed: pyproject.toml
 	$(PYTHON311) -m venv .venv311
-	.venv311/bin/python $(PIP_INSTALL) torch==2.13.0 megatron-core==0.16.1 numpy pytest -e .
+	.venv311/bin/python $(PIP_INSTALL) torch==2.6.0 megatron-core==0.16.1 $(TESTED_WITH) -e .
+	@touch $@
+
+.torch-%/installed: pyproject.toml
+	$(PYTHON) -m venv .torch-$*
+	.torch-$*/bin/python $(PIP_INSTALL) torch==$* $(TESTED_WITH) -e .
 	@touch $@
 
 # The compiler of CUDA and its headers come from PyPI. nvidia-resiliency-ext there is too old for Megatron-Core, which
@@ -107,4 +129,4 @@ format: .venv/installed
 	@touch $@
 
 clean:
-	rm -rf .venv .venv311 .venv-bridge .venv-nemo .versions .wheels runs build dist *.egg-info
+	rm -rf .venv .venv311 .venv-bridge .venv-nemo .torch-* .versions .wheels runs build dist *.egg-info

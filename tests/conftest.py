@@ -10,6 +10,15 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture(scope="module")
+def uninitialized_memory_is_nan():
+    """torch.empty and its like return NaN (integers: the largest), here and on ranks that `run_ranks` starts."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
 def host(tmp_path_factory, request):
     """Runs of a module, which share a folder."""
     from host_runs import Host

@@ -59,7 +59,15 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
         folder = Path(name)
         context = mp.start_processes(
             _rank,
-            (world_size, folder, dict(os.environ), function, args, timeout),
+            (
+                world_size,
+                folder,
+                dict(os.environ),
+                torch.are_deterministic_algorithms_enabled(),
+                function,
+                args,
+                timeout,
+            ),
             nprocs=world_size,
             join=False,
             start_method="forkserver",
@@ -87,11 +95,13 @@ def _rank(
     world_size: int,
     folder: Path,
     environment: dict[str, str],
+    deterministic: bool,
     function: Callable[..., Any],
     args: tuple,
     timeout: float,
 ) -> None:
     os.environ.update(environment)  # the server has that of its start
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
     with open(folder / f"{rank}.stack", "w") as stack:
         faulthandler.register(signal.SIGUSR1, file=stack)
         torch.set_num_threads(1)

@@ -34,6 +34,7 @@ def one(chat, checkpoint):
     return run(chat, checkpoint, "one")
 
 
+@pytest.mark.slow
 @pytest.mark.host
 def test_advise_matches_metrics_of_first_training_step(chat, checkpoint, one):
     result, shown, out = one
@@ -52,6 +53,7 @@ def test_advise_matches_metrics_of_first_training_step(chat, checkpoint, one):
     assert not list(chat.folder.glob("one/*.pt"))
 
 
+@pytest.mark.slow
 @pytest.mark.host
 def test_advise_under_tp_and_pp_matches_one_rank(chat, checkpoint, one):
     layout = ("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2")

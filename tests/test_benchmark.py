@@ -38,6 +38,7 @@ def rows(tmp_path_factory):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_benchmark_measures_every_combination_and_records_conditions(rows):
     timed = [row for row in rows if not row["note"] and not row["hidden"]]
     names = ["ours: dft", "ours: dft, out of place", "ours: deft", "Megatron unfused", "F.cross_entropy"]
@@ -54,6 +55,7 @@ def test_benchmark_measures_every_combination_and_records_conditions(rows):
         assert float(row["share_of_floor"]) == pytest.approx(floor / moved, rel=0.05, abs=2e-3)
 
 
+@pytest.mark.slow
 def test_benchmark_measures_output_layer_with_loss(rows):
     heads = [row for row in rows if row["hidden"]]
     ours = {"masked tokens dropped", "masked tokens dropped, in chunks", "in chunks", "all the logits"}
@@ -65,6 +67,7 @@ def test_benchmark_measures_output_layer_with_loss(rows):
         assert float(row["total_ms"]) > 0.0 and float(row["gradient_error"]) < 1e-4
 
 
+@pytest.mark.slow
 def test_benchmark_counts_collectives_on_eight_ranks(rows):
     sent = {row["implementation"]: (row["collectives"], row["sent_bytes_per_token"]) for row in rows}
     assert sent["ours: dft"] == ("1", "12.0") and sent["ours: deft"] == ("1", "16.0")
@@ -72,6 +75,7 @@ def test_benchmark_counts_collectives_on_eight_ranks(rows):
     assert sent["F.cross_entropy"][0] == ""
 
 
+@pytest.mark.slow
 def test_benchmark_notes_wrong_and_missing_baselines(rows):
     notes = {row["implementation"]: row["note"] for row in rows if row["note"]}
     assert set(notes) == {
@@ -86,6 +90,7 @@ def test_benchmark_notes_wrong_and_missing_baselines(rows):
     assert all(float(row["gradient_error"]) < 0.05 for row in rows if not row["note"])
 
 
+@pytest.mark.slow
 def test_benchmark_times_nothing_if_correctness_gate_fails(tmp_path):
     wrong = "right = rivals.ours('dft')()\n"
     wrong += "rivals.IMPLEMENTATIONS['ours: dft'] = lambda: lambda x, t, group: right(x, t, group) * 1.01"
@@ -112,6 +117,7 @@ def test_readme_matches_benchmark_results():
         assert path.name in text and (path.with_suffix(".png").exists() or not pictured)
 
 
+@pytest.mark.slow
 def test_report_table_lists_times_ratios_and_missing_baselines(rows):
     written = report()
     text = written.part(rows, written.RESULTS / "some.csv")

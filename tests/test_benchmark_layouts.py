@@ -18,7 +18,7 @@ from benchmark_layouts import disagreements, read, usual_layouts  # noqa: E402
 from megatron_step import Layout, Task  # noqa: E402
 
 pytest.importorskip("megatron.training")  # its generation
-pytestmark = pytest.mark.host
+pytestmark = [pytest.mark.host, pytest.mark.slow]
 
 HIDDEN, VOCAB, SEQUENCE, SAMPLES, MICRO_BATCH = 32, 256, 32, 8, 2
 SIZES = f"--hidden {HIDDEN} --layers 2 --heads 2 --vocab {VOCAB} --seq-length {SEQUENCE} --rounds 1 --steps 2 "

@@ -9,7 +9,7 @@ from host_runs import agree
 
 pytest.importorskip("megatron.training")
 pytest.importorskip("tensorboard")
-pytestmark = pytest.mark.host
+pytestmark = [pytest.mark.host, pytest.mark.slow]
 
 STEPS, SAVED, CRASH = 8, 4, 6  # a checkpoint after every 4 steps; the crash is in the middle of step 6
 RAMP = "dft:start=2,ramp=4"

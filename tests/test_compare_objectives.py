@@ -45,6 +45,7 @@ def results(out):
     return json.loads((out / "results.json").read_text())
 
 
+@pytest.mark.nightly
 def test_report_contains_every_figure(out):
     text = (out / "report.md").read_text()
     assert set(re.findall(r"\]\(figures/(\S+)\)", text)) == set(report.FIGURES)
@@ -53,6 +54,7 @@ def test_report_contains_every_figure(out):
         assert data.startswith(b"\x89PNG") and 2000 < len(data) < 120_000, name
 
 
+@pytest.mark.nightly
 def test_results_contain_every_combination_and_conditions(results):
     settings = results["settings"]
     expected = {(*task, o, 1.0, s) for task in TASKS for o in settings["objectives"] for s in range(2)}
@@ -63,6 +65,7 @@ def test_results_contain_every_combination_and_conditions(results):
     assert all(results["facts"][key] for key in ("device", "date", "commit", "torch", "megatron_dft", "seconds"))
 
 
+@pytest.mark.nightly
 def test_priors_have_mean_p_in_stated_range(results):
     assert len(results["priors"]) == 6
     for row in results["priors"]:
@@ -72,6 +75,7 @@ def test_priors_have_mean_p_in_stated_range(results):
         assert row["prior"] == "weak" or 0.5 * row["p"] < row["p of noisy targets"] < 0.8 * row["p"]
 
 
+@pytest.mark.nightly
 def test_objectives_start_from_same_weights_per_seed(results):
     first = {}
     for run in results["runs"]:
@@ -83,6 +87,7 @@ def test_objectives_start_from_same_weights_per_seed(results):
     assert first["strong", "clean", 0][0]["train nll"] != first["strong", "clean", 1][0]["train nll"]
 
 
+@pytest.mark.nightly
 def test_dft_and_prob_runs_are_equal_and_nll_differs(results):
     assert len(results["same"]) == 12
     assert max(max(row["weights"], row["curves"]) for row in results["same"]) <= 1e-6
@@ -101,6 +106,7 @@ def test_same_returns_weight_and_curve_differences():
     assert found == {"weights": 0.5, "curves": 0.25}  # the objective's own value may differ
 
 
+@pytest.mark.nightly
 def test_gradient_shares_sum_to_one_and_nll_favors_low_p(results):
     for task in TASKS:
         for name in results["settings"]["objectives"]:
@@ -279,6 +285,7 @@ def test_verdict_is_not_tested_without_objective():
 # ---- What is committed ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.nightly
 def test_docs_page_and_verdicts_match_results(out, results):
     places = report.Places(out / "results.json", out / "report.md", out / "figures")
     committed = json.loads(report.DOCS.numbers.read_text())

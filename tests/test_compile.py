@@ -7,6 +7,8 @@ from formulas import example
 from megatron_dft import compiled, parse_objective, vocab_parallel_dft_loss
 from megatron_dft.objectives import of_graph_name
 
+pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXACT = {"rtol": 0.0, "atol": 0.0}
 SPECIFICATIONS = ["nll", "dft", "deft", "entropy:form=complement", "cayley", "dft:start=2,ramp=4"]

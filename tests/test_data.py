@@ -216,6 +216,7 @@ def test_data_help_lists_every_flag():
         assert all(flag in usage for flag in action.option_strings)
 
 
+@pytest.mark.slow
 @pytest.mark.host
 @pytest.mark.parametrize(
     ("form", "ranks", "layout"),

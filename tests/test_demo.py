@@ -13,6 +13,7 @@ import demo
 STEPS = 12
 
 
+@pytest.mark.slow
 @pytest.mark.host
 def test_demo_writes_summary_and_repeats_exactly(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(tmp_path)])

@@ -7,7 +7,7 @@ import pytest
 from host_flags import CP2, DP, MODEL, MODELS, PER_TOKEN, PP2, TP2, training
 from host_runs import ROOT, SCRIPT, agree
 
-pytestmark = pytest.mark.host
+pytestmark = [pytest.mark.host, pytest.mark.slow]
 pytest.importorskip("megatron.training")
 pytest.importorskip("tensorboard")
 
@@ -27,6 +27,7 @@ def variant(host, name, *changes):
     return path
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "pretrain",
     ["from megatron.training.training import pretrain", "from megatron.training.training import pretrain as pretrain"],
@@ -82,6 +83,7 @@ MISSED["refusal passed over"] = (
 )
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", MISSED)
 def test_launcher_fails_if_objective_reaches_no_model(host, name):
     old, new, reason = MISSED[name]

@@ -12,7 +12,7 @@ from launch_script_runs import DEATH, LAUNCH, RUN, SAVED, STEPS, curves_in, envi
 
 pytest.importorskip("megatron.training")
 pytest.importorskip("tensorboard")
-pytestmark = pytest.mark.host
+pytestmark = [pytest.mark.host, pytest.mark.slow]
 
 
 def launch(name: str, words: list[str], log: Path, **more: str) -> int:

@@ -18,7 +18,7 @@ from host_runs import HAS_HYBRID, ROOT, agree
 
 pytest.importorskip("megatron.training")
 pytest.importorskip("tensorboard")
-pytestmark = pytest.mark.host
+pytestmark = [pytest.mark.host, pytest.mark.slow]
 
 STEPS, BATCH = 3, 8
 
@@ -79,7 +79,10 @@ if HAS_HYBRID:
     }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+SMOKE = ("TP with SP", "PP")
+
+
+@pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.smoke if x in SMOKE else ()) for x in LAYOUTS])
 def test_parallel_layout_matches_one_rank(host, flags, name):
     model, layout, ranks = LAYOUTS[name]
     common = f"{flags(model)} {PER_TOKEN} --micro-batch-size 1 --loss-type dft "

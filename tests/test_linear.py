@@ -15,6 +15,8 @@ from megatron_dft import linear_dft_loss, vocab_parallel_dft_loss
 from megatron_dft.compaction import compacted
 from megatron_dft.linear import Split
 
+pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
+
 INTERPRETER = importlib.util.find_spec("triton") is not None and "TRITON_INTERPRET" in os.environ
 SEQUENCE, BATCH, HIDDEN, VOCAB = 8, 3, 8, 48
 TOLERANCE = {"rtol": 0.0, "atol": 1e-12}

@@ -143,6 +143,7 @@ def ratios():
     return run_ranks(1, time_ratios)[0]
 
 
+@pytest.mark.nightly
 @needs_megatron
 @pytest.mark.parametrize(("dtype", "limit"), [("bfloat16", 0.7), ("float32", 1.25)])
 def test_loss_time_is_within_limit_of_megatron_cross_entropy(ratios, dtype, limit):
@@ -196,6 +197,7 @@ def ratios_from_hidden():
     return run_ranks(1, time_ratios_from_hidden)[0]
 
 
+@pytest.mark.nightly
 @needs_megatron
 @pytest.mark.parametrize(("name", "limit"), [("dropped", 0.4), ("both", 0.5), ("chunks", 1.45)])
 def test_output_layer_and_loss_time_is_within_limit(ratios_from_hidden, name, limit):

@@ -21,6 +21,7 @@ def megatron_has_pretrain():
     return importlib.util.find_spec("megatron") and importlib.util.find_spec("megatron.training")
 
 
+@pytest.mark.slow
 @pytest.mark.host
 def test_launcher_without_loss_type_is_bitwise_equal_to_script(chat):
     script_alone = chat.curves(CHAT_MOCK, alone=True)
@@ -28,6 +29,7 @@ def test_launcher_without_loss_type_is_bitwise_equal_to_script(chat):
     assert not any(tag.startswith("dft") for tag in script_alone)
 
 
+@pytest.mark.slow
 @pytest.mark.host
 def test_nll_matches_megatron_run(chat, checkpoint):
     stock = chat.curves(f"{chat.sft} {checkpoint}")
@@ -38,6 +40,7 @@ def test_nll_matches_megatron_run(chat, checkpoint):
     assert {tag for tag in ours if tag.startswith("dft")} > {"dft loss", "dft prob", "dft gate", "dft accuracy"}
 
 
+@pytest.mark.slow
 @pytest.mark.host
 @pytest.mark.parametrize(
     ("ranks", "layout"),
@@ -55,6 +58,7 @@ def test_parallel_layout_matches_one_rank(chat, checkpoint, ranks, layout):
     agree(many, one, 2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.host
 @pytest.mark.parametrize(
     ("ranks", "flags"),
@@ -70,6 +74,7 @@ def test_compaction_and_linear_fused_leave_curves_unchanged(chat, checkpoint, ra
     agree(other, one, 2e-5 if ranks > 1 else 2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.host
 @pytest.mark.skipif(not HAS_HYBRID, reason="pretrain() builds it from 0.19 on")
 @pytest.mark.parametrize(
@@ -94,6 +99,7 @@ def test_hybrid_model_on_packed_sequences_matches_one_rank(chat, ranks, layout):
 DETAILS = "--loss-type dft --loss-metrics full --loss-channels addition,subtraction"
 
 
+@pytest.mark.slow
 @pytest.mark.host
 @pytest.mark.parametrize(
     ("ranks", "layout"),
@@ -111,6 +117,7 @@ def test_histograms_and_channels_match_one_rank(chat, checkpoint, ranks, layout)
     agree(many, one, 2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.host
 def test_channels_match_conversations_of_packed_lines(chat, checkpoint):
     """Two packed lines to a batch, one for each rank."""
@@ -128,6 +135,7 @@ def test_channels_match_conversations_of_packed_lines(chat, checkpoint):
     assert sum(curves["channel/addition tokens"]) == chat.tokens_of("addition", 12)
 
 
+@pytest.mark.slow
 @pytest.mark.host
 def test_sft_packing_matches_unpacked_training(chat, checkpoint):
     """Two conversations to a line, and the same ones in lines of their own: one batch of all of them."""
@@ -147,6 +155,7 @@ def test_sft_packing_matches_unpacked_training(chat, checkpoint):
         assert ours == pytest.approx(theirs, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.host
 def test_dft_reduces_gradient_norm_and_reports_nll(chat, checkpoint):
     stock = chat.curves(f"{chat.sft} {checkpoint}")
@@ -157,6 +166,7 @@ def test_dft_reduces_gradient_norm_and_reports_nll(chat, checkpoint):
     assert dft["dft gate"] == dft["dft prob"]
 
 
+@pytest.mark.slow
 @pytest.mark.host
 def test_entropy_objective_reports_entropy(chat, checkpoint):
     two = chat.curves(f"{chat.sft} {checkpoint} --loss-type entropy --bf16 --tensor-model-parallel-size 2", ranks=2)
@@ -164,6 +174,7 @@ def test_entropy_objective_reports_entropy(chat, checkpoint):
     assert "dft entropy validation" in two
 
 
+@pytest.mark.slow
 @pytest.mark.host
 def test_incompatible_settings_are_rejected_before_model_is_built(chat):
     code, output = chat.start(f"{CHAT_MOCK} --loss-type dft --context-parallel-size 2", ranks=2)
@@ -172,6 +183,7 @@ def test_incompatible_settings_are_rejected_before_model_is_built(chat):
     assert "number of parameters" not in output
 
 
+@pytest.mark.slow
 @pytest.mark.host
 def test_log_describes_replaced_loss_once(chat):
     run = chat.begin(f"{CHAT_MOCK} --loss-type dft --tensor-model-parallel-size 2", ranks=2)
@@ -182,6 +194,7 @@ def test_log_describes_replaced_loss_once(chat):
     assert run.output().count("> megatron_dft: masked tokens skip the output layer\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.host
 @pytest.mark.parametrize(
     ("flags", "said"),
@@ -195,12 +208,14 @@ def test_log_describes_compaction_and_linear_fused(chat, flags, said):
     assert output.count("> megatron_dft: " + said) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.host
 def test_torchrun_matches_forked_ranks(chat, checkpoint):
     flags = f"{chat.sft} {checkpoint} --loss-type dft --tensor-model-parallel-size 2"
     assert chat.torchrun(flags, 2, EXAMPLE)[0] == chat.curves(flags, ranks=2)
 
 
+@pytest.mark.slow
 @pytest.mark.host
 @pytest.mark.parametrize(
     ("flags", "message"),
@@ -284,6 +299,7 @@ def test_launcher_prints_usage_and_rejects_missing_script():
     assert "expected the path of a Python script, got 'no_such.py'" in wrong.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.host
 @pytest.mark.skipif("MEGATRON_LM" not in os.environ, reason="MEGATRON_LM does not name a Megatron-LM checkout")
 def test_pretrain_gpt_of_checkout_matches_example_script(chat, checkpoint):
@@ -296,6 +312,7 @@ def test_pretrain_gpt_of_checkout_matches_example_script(chat, checkpoint):
     agree(theirs, {tag: ours[tag] for tag in theirs}, 1e-6)  # 0.19.0 does not validate after the last step
 
 
+@pytest.mark.slow
 @pytest.mark.host
 @pytest.mark.skipif("MEGATRON_LM" not in os.environ, reason="MEGATRON_LM does not name a Megatron-LM checkout")
 def test_pretrain_hybrid_of_checkout_trains_with_objective(chat):

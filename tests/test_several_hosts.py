@@ -17,7 +17,11 @@ from namespaces import Network, why_not
 pytest.importorskip("megatron.training")
 pytest.importorskip("tensorboard")
 REASON = why_not()
-pytestmark = [pytest.mark.host, pytest.mark.skipif(bool(REASON), reason=f"no network namespaces: {REASON}")]
+pytestmark = [
+    pytest.mark.host,
+    pytest.mark.nightly,
+    pytest.mark.skipif(bool(REASON), reason=f"no network namespaces: {REASON}"),
+]
 
 TIMEOUT_S = 300  # a minute where nothing else runs
 GRADIENTS_MIB = 0.1  # of a half of the model, which is what a data-parallel rank tells the other

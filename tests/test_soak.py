@@ -49,6 +49,7 @@ def violations(run, folder):
     return "\n".join(soak.run_violations(run, folder, {}, limit_s=60.0))
 
 
+@pytest.mark.nightly
 def test_soak_reports_hang_with_stacks_and_leaves_no_process(words, tmp_path):
     run = soak.watch([*words, "20"], tmp_path, 15.0, math.inf, iter(()))
     found = violations(run, tmp_path)
@@ -56,6 +57,7 @@ def test_soak_reports_hang_with_stacks_and_leaves_no_process(words, tmp_path):
     assert gone([run.agent, *itertools.chain(*run.lives)])
 
 
+@pytest.mark.nightly
 def test_soak_reports_unnamed_kill_and_unexplained_restart(words, tmp_path):
     end = time.monotonic() + 40.0
     run = soak.watch([*words, "1000"], tmp_path, 60.0, end, iter([(0.3, "kill")]))
@@ -95,6 +97,7 @@ def test_soak_detects_memory_growth_across_restarts(sizes, grown):
     assert any(soak.memory_violations([], young, 2.0, 16.0)) == grown
 
 
+@pytest.mark.nightly
 def test_soak_detects_lost_or_unreported_data_lines(tmp_path):
     pytest.importorskip("transformers")
     good = soak.write_conversations(tmp_path, 30, 1)
@@ -109,6 +112,8 @@ def test_soak_detects_lost_or_unreported_data_lines(tmp_path):
     assert len(list(soak.data_violations(file, bad, len(good), clean, named))) >= 2
 
 
+@pytest.mark.nightly
+@pytest.mark.timeout(900)
 @pytest.mark.host
 def test_soak_run_killed_during_save_matches_reference(tmp_path, capsys):
     pytest.importorskip("megatron.training")

@@ -15,6 +15,8 @@ from ranks import Collectives, megatron_cross_entropy, needs_megatron, run_ranks
 from megatron_dft import parse_objective, vocab_parallel_dft_loss, vocab_stats
 from megatron_dft.stats import row_names
 
+pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
+
 TOLERANCE = {"rtol": 0.0, "atol": 1e-12}
 EXACT = {"rtol": 0.0, "atol": 0.0, "equal_nan": True}
 VOCAB = 48  # 48, 24 and 12 words per rank

@@ -26,6 +26,8 @@ from megatron_dft.autograd import LossOptions, loss_and_stats
 from megatron_dft.objectives import Objective
 from megatron_dft.stats import COLLISION, ENTROPY, VocabShard
 
+pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
+
 triton_kernels = pytest.importorskip("megatron_dft.triton_kernels")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

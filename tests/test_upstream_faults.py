@@ -10,7 +10,7 @@ from host_runs import agree
 
 from megatron_dft.hosts import compat
 
-pytestmark = pytest.mark.host
+pytestmark = [pytest.mark.host, pytest.mark.slow]
 pytest.importorskip("megatron.training")
 pytest.importorskip("tensorboard")
 

@@ -18,6 +18,8 @@ from kernel_cases import (
 
 from megatron_dft import parse_objective, reference, token_loss, vocab_parallel_dft_loss, vocab_stats
 
+pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
+
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 INF, NAN = math.inf, math.nan
 
