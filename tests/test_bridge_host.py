@@ -9,16 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("megatron.bridge", reason="needs Megatron-Bridge and Transformer Engine: make test-bridge")
 import torch
 from host_flags import CP2, DP, MODEL, MODELS, PER_TOKEN, PP2, SP, TP2, training
 from host_runs import BRIDGE, ROOT, Host, agree
+from noisy_counting import NoisyCounting
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-pytest.importorskip("megatron.bridge", reason="needs Megatron-Bridge and Transformer Engine: make test-bridge")
-from noisy_counting import NoisyCounting
 
 pytestmark = pytest.mark.host
 

@@ -165,10 +165,12 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """Of this checkout; with a + if files differ from it."""
+    """Of this checkout, with a + if files differ from it; "unknown" in a source archive."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return "unknown"
 
     def git(*words: str) -> str:
-        out = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
-        return out.stdout.strip()
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
     return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
