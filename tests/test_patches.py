@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import subprocess
 import sys
 import types
 
@@ -90,3 +91,21 @@ def test_enable_and_undo_restore_megatron(training):
     assert [dict(vars(module)) for module in modules] != before
     run.patches.undo()
     assert [dict(vars(module)) for module in modules] == before
+
+
+@pytest.mark.host
+def test_enable_uses_compiled_dataset_helpers_of_wheel():
+    """Without the CPU layer, which has a stand-in of its own; Megatron alone calls make, for which there is no file."""
+    pytest.importorskip("megatron.core.datasets.helpers_cpp", reason="only a wheel is compiled")
+    code = (
+        "import sys; from megatron.core.datasets import utils; from megatron_dft import DFTConfig\n"
+        "from megatron_dft.hosts import megatron_lm\n"
+        "if sys.argv[1:]: megatron_lm.enable(DFTConfig('dft'))\n"
+        "utils.compile_helpers(); from megatron.core.datasets import helpers_cpp; print('started')"
+    )
+    alone, ours = (
+        subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+        for words in ((), ("ours",))
+    )
+    assert alone.returncode == 1 and "No targets specified and no makefile found" in alone.stderr
+    assert ours.returncode == 0 and ours.stdout.endswith("started\n"), ours.stderr

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import inspect
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from megatron_dft.config import DFTConfig
@@ -107,6 +109,7 @@ def enable(
     run = Run(config)
     add_flags(run.patches)
     sft.enable_formats(run.patches)
+    _use_compiled_helpers(run.patches)
 
     def with_objective(pretrain: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -132,6 +135,15 @@ def enable(
 
     run.patches.wrap(PRETRAIN, with_objective)
     return run
+
+
+def _use_compiled_helpers(patches: Patches) -> None:
+    """A wheel brings the C++ functions of Megatron's data sets compiled, and no Makefile to compile them again."""
+    import megatron.core.datasets.utils as utils
+
+    compiled = importlib.util.find_spec("megatron.core.datasets.helpers_cpp")
+    if compiled and not Path(utils.__file__).with_name("Makefile").exists():
+        patches.put("megatron.core.datasets.utils:compile_helpers", lambda: None)
 
 
 def add_flags(patches: Patches) -> None:

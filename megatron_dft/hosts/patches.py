@@ -135,9 +135,9 @@ REGISTRY = (
     ),
     Patch(
         "megatron.core.datasets.utils:compile_helpers",
-        EMULATION,
-        "is disabled where a compiled helpers_cpp is installed",
-        "a checkout always calls make",
+        f"{OBJECTIVE}, {EMULATION}",
+        "is disabled where helpers_cpp is compiled and there is no Makefile; on the CPU wherever it is compiled",
+        "it always calls make, and a wheel has no Makefile",
     ),
     Patch(
         "megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__",
