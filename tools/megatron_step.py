@@ -198,8 +198,10 @@ class Training:
             reports, grad_norm = self._step()
         if self.loss_stage:
             self.loss_stage.take_ms()
-        sums = sum((report["lm loss"].double() for report in reports), torch.zeros(2, dtype=torch.float64))
-        sums = sums.to(self.device)  # each rank of the last stage has its tokens, tensor-parallel ranks the same
+        zero = torch.zeros(2, dtype=torch.float64, device=self.device)
+        sums = sum(
+            (report["lm loss"].double() for report in reports), zero
+        )  # each rank of the last stage has its tokens, tensor-parallel ranks the same
         dist.all_reduce(sums)
         return float(sums[0] / sums[1]), float(grad_norm), seen.calls
 

@@ -11,6 +11,7 @@ flash-attn the Python files are enough: their archives, unpacked into .rivals/.
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -229,12 +230,19 @@ def _import_unpacked(name: str, stand_ins: dict[str, dict[str, object]]) -> Modu
             raise
     for folder in [UNPACKED / root, *(path for path in (UNPACKED / root).rglob("*") if path.is_dir())]:
         package = folder.relative_to(UNPACKED).as_posix().replace("/", ".")
-        sys.modules[package] = ModuleType(package)
+        sys.modules[package] = _module(package)
         sys.modules[package].__path__ = [str(folder)]
     for module, contents in stand_ins.items():
-        sys.modules[module] = ModuleType(module)
+        sys.modules[module] = _module(module)
         vars(sys.modules[module]).update(contents)
     return importlib.import_module(name)
+
+
+def _module(name: str) -> ModuleType:
+    """An empty module with a spec, for which `importlib.util.find_spec` asks."""
+    module = ModuleType(name)
+    module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
+    return module
 
 
 DFT = "ours: dft"
