@@ -49,10 +49,13 @@ class Rendezvous:
         }
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 300.0) -> list[Any]:
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 300.0, start: str = "forkserver"
+) -> list[Any]:
     """What `function(*args)` returned on each rank, in rank order.
 
-    `function` must be importable (top level of a test module). A rank that raises or dies fails the caller with its
+    `function` must be importable (top level of a test module). Ranks that use a GPU start by "spawn": forked ones are
+    CPU ranks. A rank that raises or dies fails the caller with its
     traceback; ranks that hang for `timeout` seconds fail it with the stack of each.
     """
     with tempfile.TemporaryDirectory() as name:
@@ -70,7 +73,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
             ),
             nprocs=world_size,
             join=False,
-            start_method="forkserver",
+            start_method=start,
         )
         started, deadline = False, time.monotonic() + 300.0  # to import everything, on a busy machine
         try:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from formulas import example
 from kernel_cases import floor
+from ranks import run_ranks
 
 from megatron_dft import linear_dft_loss, parse_objective, vocab_parallel_dft_loss
 
@@ -224,6 +225,30 @@ def test_vocab_chunk_extra_memory_is_at_most_one_sixth_of_full_logits():
             extra[chunk] = torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in results)
             del results
     assert extra[128256] >= 2 * 8192 * 128256 and extra[8192] <= 2 * 8192 * 128256 / 6
+
+
+def on_one_of_two_ranks():
+    """Loss, gradient and statistics of this rank's shard, on the GPU that both ranks share."""
+    results = {}
+    logits, target, upstream = (x.cuda() for x in example(64, 2, vocab=512))
+    shard = logits.float().chunk(2, -1)[torch.distributed.get_rank()].contiguous()
+    group = torch.distributed.group.WORLD
+    for specification in ("dft", "deft", "entropy", "cayley"):
+        options = {"objective": specification, "tp_group": group, "backend": "triton"}
+        results[specification] = [x.cpu() for x in run(shard, target, upstream.float(), **options)]
+    return results
+
+
+def test_two_tp_ranks_on_one_gpu_match_one_rank():
+    """The Triton backend with a real group: gloo, and tensors on the GPU."""
+    ranks = run_ranks(2, on_one_of_two_ranks, start="spawn")
+    logits, target, upstream = (x.cuda() for x in example(64, 2, vocab=512))
+    for specification in ranks[0]:
+        loss, gradient = run(logits.float(), target, upstream.float(), objective=specification, backend="triton")
+        assert torch.equal(ranks[0][specification][0], ranks[1][specification][0])
+        torch.testing.assert_close(ranks[0][specification][0], loss.cpu(), rtol=2e-6, atol=2e-6)
+        ours = torch.cat([rank[specification][1] for rank in ranks], -1)
+        torch.testing.assert_close(ours, gradient.cpu(), rtol=1e-5, atol=2e-6)
 
 
 @pytest.fixture

@@ -1,0 +1,106 @@
+"""Everything that a machine with one GPU can prove, within a time budget: tests, benchmarks, a real pretrain().
+
+    python tools/gpu.py [--budget 480] [--out runs/gpu] [--only tests logits ...]
+
+Nothing is downloaded. Each part is a process of its own with a limit; one that fails or is stopped ends no other. Its
+output goes to OUT/PART.txt, tables go to OUT/*.csv, and the end prints one line per part. Exit status 1 if a part
+failed. Parts that find no time left are named. PYTHONPATH may name a folder of unpacked wheels (megatron-core,
+liger-kernel, ...); MEGATRON_LM a checkout, whose pretrain_gpt.py then runs with Transformer Engine on packed data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+PYTEST = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
+KERNELS = ["tests/test_triton.py", "tests/test_compile.py", "tests/test_gpu.py"]
+
+
+class Part(NamedTuple):
+    """A command of Python, and the seconds after which it is stopped."""
+
+    command: list[str]
+    limit: float
+
+
+def parts(out: Path) -> dict[str, Part]:
+    """In the order in which they run: what proves most in the least time comes first."""
+    spread = ["--numprocesses", "5"] if importlib.util.find_spec("xdist") else []
+    benchmark, layouts = "tools/benchmark.py", "tools/benchmark_layouts.py"
+    found = {
+        "tests": Part([*PYTEST, *spread, *KERNELS], 180),
+        "pretrain": Part([*PYTEST, *spread, "tests/test_gpu_host.py"], 150),
+        "logits": Part([benchmark, "--hidden", "--repetitions", "10", "--out", str(out / "logits.csv")], 150),
+        "heads": Part([benchmark, "--vocab", "--repetitions", "5", "--out", str(out / "heads.csv")], 150),
+        "layouts": Part(
+            [
+                *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", layouts),
+                *("--hidden", "1024", "--vocab", "128256", "--seq-length", "1024", "--micro-batch", "4"),
+                *("--global-batch", "16", "--out", str(out / "layouts.csv")),
+            ],
+            90,
+        ),
+        "doctor": Part(["-m", "megatron_dft.doctor"], 60),
+    }
+    if os.environ.get("MEGATRON_LM") and importlib.util.find_spec("transformer_engine"):
+        found["checkout"] = Part([*PYTEST, "tests/test_scripts.py", "-k", "pretrain_gpt"], 150)
+    return found
+
+
+def run(name: str, part: Part, out: Path, limit: float) -> tuple[bool, str]:
+    """Whether it passed, and its line."""
+    begin = time.monotonic()
+    paths = [str(ROOT), str(ROOT / "examples"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    log = out / f"{name}.txt"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, *part.command], cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
+        )
+        try:
+            code: int | str = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            process.wait()
+            code = f"stopped after {limit:.0f} s"
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    seconds, said = time.monotonic() - begin, lines[-1][:110] if lines else ""
+    return code == 0, f"{'ok' if code == 0 else f'FAILED ({code})'}, {seconds:.0f} s: {said}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--budget", type=float, default=480.0, help="seconds for all parts (default: %(default).0f)")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu", help="default: runs/gpu")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="some parts")
+    wanted = parser.parse_args(arguments)
+    wanted.out.mkdir(parents=True, exist_ok=True)
+    known = parts(wanted.out.resolve())
+    if unknown := set(wanted.only or ()) - set(known):
+        parser.error(f"--only: expected some of {', '.join(known)}, got {', '.join(sorted(unknown))}")
+    deadline, report, passed = time.monotonic() + wanted.budget, {}, True
+    for name in wanted.only or known:
+        left = deadline - time.monotonic()
+        if left < 10.0:
+            report[name] = "not run: no time left"
+            continue
+        good, report[name] = run(name, known[name], wanted.out, min(known[name].limit, left))
+        passed &= good
+        print(f"{name:9} {report[name]}", flush=True)
+    (wanted.out / "report.txt").write_text("".join(f"{name:9} {line}\n" for name, line in report.items()))
+    for name in report:
+        if report[name].startswith("not run"):
+            print(f"{name:9} {report[name]}")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
