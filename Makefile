@@ -60,12 +60,10 @@ test-nemo: .venv-nemo/installed
 faults: .venv/installed
 	$(RUN) tests/faults.py
 
-# On a machine with a GPU (RUN=python3 takes an environment of your own): the kernels first, then the benchmark.
-gpu: export PYTHONPATH := $(CURDIR):$(PYTHONPATH)
+# On a machine with a GPU (RUN=python3 takes an environment of your own): tests, pretrain(), benchmarks, into runs/gpu.
+BUDGET ?= 480
 gpu:
-	$(RUN) -m pytest tests/test_triton.py tests/test_compile.py tests/test_gpu.py
-	$(RUN) tools/benchmark.py
-	$(RUN) tools/report.py
+	$(RUN) tools/gpu.py --budget $(BUDGET)
 
 # The same benchmark of the backend for CPUs, training steps in layouts of 1 to 8 CPU ranks (an hour on two cores), and
 # the tables of README.md and docs/scale.md.

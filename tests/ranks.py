@@ -55,8 +55,8 @@ def run_ranks(
     """What `function(*args)` returned on each rank, in rank order.
 
     `function` must be importable (top level of a test module). Ranks that use a GPU start by "spawn": forked ones are
-    CPU ranks. A rank that raises or dies fails the caller with its
-    traceback; ranks that hang for `timeout` seconds fail it with the stack of each.
+    CPU ranks. A rank that raises or dies fails the caller with its traceback; ranks that hang for `timeout` seconds
+    fail it with the stack of each.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -228,7 +228,7 @@ def test_vocab_chunk_extra_memory_is_at_most_one_sixth_of_full_logits():
 
 
 def on_one_of_two_ranks():
-    """Loss, gradient and statistics of this rank's shard, on the GPU that both ranks share."""
+    """Loss and gradient of this rank's shard, on the GPU that both ranks share."""
     results = {}
     logits, target, upstream = (x.cuda() for x in example(64, 2, vocab=512))
     shard = logits.float().chunk(2, -1)[torch.distributed.get_rank()].contiguous()

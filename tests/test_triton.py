@@ -434,7 +434,7 @@ def two_ranks():
 
 def test_two_tp_ranks_match_full_vocabulary():
     if not INTERPRETED:
-        pytest.skip("needs two ranks; one GPU is one rank")
+        pytest.skip("on a GPU: test_gpu.py::test_two_tp_ranks_on_one_gpu_match_one_rank")
     ranks = run_ranks(2, two_ranks)
     logits, target, upstream = example(4, 2, vocab=24)
     for specification in ("dft", "deft", "entropy:form=ratio"):

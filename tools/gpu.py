@@ -3,8 +3,8 @@
     python tools/gpu.py [--budget 480] [--out runs/gpu] [--only tests logits ...]
 
 Nothing is downloaded. Each part is a process of its own with a limit; one that fails or is stopped ends no other. Its
-output goes to OUT/PART.txt, tables go to OUT/*.csv, and the end prints one line per part. Exit status 1 if a part
-failed. Parts that find no time left are named. PYTHONPATH may name a folder of unpacked wheels (megatron-core,
+output goes to OUT/PART.txt, tables go to OUT/*.csv, and each part prints one line. Exit status 1 if a part failed or
+found no time left. PYTHONPATH may name a folder of unpacked wheels (megatron-core,
 liger-kernel, ...); MEGATRON_LM a checkout, whose pretrain_gpt.py then runs with Transformer Engine on packed data.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-PYTEST = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
+PYTEST = ["-m", "pytest", "-p", "no:cacheprovider"]
 KERNELS = ["tests/test_triton.py", "tests/test_compile.py", "tests/test_gpu.py"]
 
 
@@ -86,19 +86,17 @@ def main(arguments: list[str] | None = None) -> int:
     known = parts(wanted.out.resolve())
     if unknown := set(wanted.only or ()) - set(known):
         parser.error(f"--only: expected some of {', '.join(known)}, got {', '.join(sorted(unknown))}")
-    deadline, report, passed = time.monotonic() + wanted.budget, {}, True
+    deadline, passed = time.monotonic() + wanted.budget, True
+    report: list[str] = []
     for name in wanted.only or known:
         left = deadline - time.monotonic()
-        if left < 10.0:
-            report[name] = "not run: no time left"
-            continue
-        good, report[name] = run(name, known[name], wanted.out, min(known[name].limit, left))
+        good, line = False, "not run: no time left"
+        if left > 10.0:
+            good, line = run(name, known[name], wanted.out, min(known[name].limit, left))
         passed &= good
-        print(f"{name:9} {report[name]}", flush=True)
-    (wanted.out / "report.txt").write_text("".join(f"{name:9} {line}\n" for name, line in report.items()))
-    for name in report:
-        if report[name].startswith("not run"):
-            print(f"{name:9} {report[name]}")
+        report.append(f"{name:9} {line}")
+        print(report[-1], flush=True)
+    (wanted.out / "report.txt").write_text("\n".join(report) + "\n")
     return 0 if passed else 1
 
 

@@ -1,0 +1,43 @@
+"""tools/gpu.py: a part that fails or hangs ends no other, and each gets its line."""
+
+import sys
+
+import pytest
+from ranks import ROOT
+
+sys.path.insert(0, str(ROOT / "tools"))
+import gpu
+
+
+@pytest.fixture
+def parts(monkeypatch):
+    known = {
+        "works": gpu.Part(["-c", "print('three passed')"], 60),
+        "fails": gpu.Part(["-c", "print('two failed'); raise SystemExit(3)"], 60),
+        "hangs": gpu.Part(["-c", "import time; print('begins', flush=True); time.sleep(600)"], 2),
+        "last": gpu.Part(["-c", "print('done')"], 60),
+    }
+    monkeypatch.setattr(gpu, "parts", lambda out: known)
+    return known
+
+
+def test_gpu_command_runs_every_part_after_failures(parts, tmp_path, capsys):
+    assert gpu.main(["--out", str(tmp_path)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [
+        ["works", "ok,"], ["fails", "FAILED"], ["hangs", "FAILED"], ["last", "ok,"]
+    ]  # fmt: skip
+    assert "three passed" in lines[0] and "(3)" in lines[1] and "(stopped after 2 s)" in lines[2]
+    assert (tmp_path / "hangs.txt").read_text() == "begins\n"
+    assert (tmp_path / "report.txt").read_text().splitlines() == lines
+
+
+def test_gpu_command_names_parts_without_time_left(parts, tmp_path, capsys):
+    assert gpu.main(["--out", str(tmp_path), "--budget", "1", "--only", "works"]) == 1
+    assert capsys.readouterr().out.splitlines() == ["works     not run: no time left"]
+
+
+def test_gpu_command_rejects_unknown_parts(parts, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path), "--only", "work"])
+    assert "--only: expected some of works, fails, hangs, last, got work" in capsys.readouterr().err
