@@ -293,7 +293,8 @@ def _wait(ranks: Any, done: Callable[[int], bool], seconds: float) -> list[int]:
 
 def all_reduce(run: Run) -> Iterator[Finding]:
     """Over all ranks, on the backend of the run: is the sum right, and how fast is it?"""
-    backend, device, group = "gloo", torch.device("cpu"), None
+    backend, device = "gloo", torch.device("cpu")
+    group: Any = None
     if not run.on_cpu and torch.cuda.is_available():
         backend, device = "nccl", torch.device("cuda", run.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
