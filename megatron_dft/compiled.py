@@ -1,8 +1,7 @@
 """The loss for torch.compile: two opaque operators, which do what the autograd function does in eager mode.
 
-A compiled graph holds tensors, numbers and strings, so objectives that are objects and process groups have a name in
-it. Options that are numbers may change without a new graph. The gradient is always a new tensor
-here: where it lies in memory is the compiler's business.
+A compiled graph holds tensors, numbers and strings. Objective objects and process groups are therefore passed by name.
+Numeric options may change without a recompile. The gradient is always a new tensor: the compiler places it.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_dft import reference
 from megatron_dft.autograd import LossOptions, check, loss_backward, loss_forward
-from megatron_dft.objectives import Objective, Scheduled, of_graph_name
+from megatron_dft.objectives import Objective, of_graph_name
 
 
 @torch.library.custom_op("megatron_dft::loss", mutates_args=())
@@ -75,11 +74,11 @@ _GROUPS: dict[str, ProcessGroup] = {}  # of the compiled graphs of this process
 
 
 def name_of_objective(objective: Objective) -> str:
-    """`graph_name`, and a guard on each parameter: another value makes another graph."""
-    for field in (*objective.__match_args__, *(("serial",) if isinstance(objective, Scheduled) else ())):
+    """The objective's `graph_name`. Adds a guard on each parameter, or on the object: another one recompiles."""
+    for field in objective.__match_args__ if objective.by_value else ("serial",):
         value, known = getattr(objective, field), objective.graph_value(field)
-        # Never true. Dynamo guards on a value only where it is used; the comparison uses it.
-        if (isinstance(value, str) and value != known) or (isinstance(value, (int, float)) and value != float(known)):
+        # Never true. Dynamo guards only values that are used.
+        if value != (known if isinstance(value, str) else float(known)):
             raise ValueError(field)
     return objective.graph_name()
 

@@ -44,6 +44,7 @@ class Objective:
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()  # statistics beyond the target's log-probability
+    by_value: ClassVar[bool] = False  # whether its fields, numbers and strings, say all: not of a class of the user's
 
     def __call__(self, stats: TokenStats) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
@@ -51,14 +52,28 @@ class Objective:
     def begin(self, iteration: int) -> None:
         """Told by a host before each training iteration 1, 2, ...; only a `Scheduled` objective listens."""
 
-    @torch.compiler.assume_constant_result  # of a method: older Dynamo takes no frozen dataclass as an argument
-    def graph_name(self) -> str:
-        """The string that stands for this objective in a compiled graph, which holds no objects; see `of_graph_name`.
+    def __init_subclass__(cls) -> None:
+        if "by_value" not in vars(cls):
+            cls.by_value = cls.__module__ == __name__
 
-        Equal objectives share a name, except scheduled ones: each has the state of its own run.
+    def __new__(cls, *args: Any, **kwargs: Any) -> Objective:
+        self = super().__new__(cls)
+        object.__setattr__(self, "serial", next(_SERIALS))
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the serial number: a copy gets its own."""
+        return {name: value for name, value in vars(self).items() if name != "serial"}
+
+    # Methods, because Dynamo of torch 2.6 to 2.11 does not accept a frozen dataclass as an argument.
+    @torch.compiler.assume_constant_result
+    def graph_name(self) -> str:
+        """The string by which a compiled graph, which holds no objects, finds this objective; see `of_graph_name`.
+
+        Equal objectives share a name if they are `by_value`.
         """
         for name, known in _OF_GRAPHS.items():
-            if known is self or (known == self and not isinstance(self, Scheduled)):
+            if known is self or (self.by_value and known == self):
                 return name
         name = f"{self} #{len(_OF_GRAPHS)}"
         _OF_GRAPHS[name] = self
@@ -79,6 +94,7 @@ class Objective:
             raise ValueError(f"objective {self.name!r}: expected {expected}, got {str(self)!r}")
 
 
+_SERIALS = itertools.count()
 _OF_GRAPHS: dict[str, Objective] = {}  # objectives in the compiled graphs of this process, by graph_name
 
 
@@ -305,7 +321,7 @@ class Scheduled(Objective):
     then: Objective
     start: int = 0
     ramp: int = 0
-    serial: int = field(default_factory=itertools.count().__next__, init=False, repr=False, compare=False)
+    by_value: ClassVar[bool] = False  # it has the state of its run
     _blend: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

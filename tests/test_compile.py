@@ -1,11 +1,14 @@
 """torch.compile sees the loss as one operator forward and one backward, of either backend; no graph is broken."""
 
+import copy
+from dataclasses import dataclass
+
 import pytest
 import torch
 from formulas import example
 
 from megatron_dft import compiled, parse_objective, vocab_parallel_dft_loss
-from megatron_dft.objectives import of_graph_name
+from megatron_dft.objectives import Objective, of_graph_name
 
 pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
 
@@ -132,6 +135,52 @@ def test_compiled_loss_distinguishes_schedules_and_parameters(backend):
     objectives += [parse_objective(f"entropy:form={form}") for form in ("complement", "exponential")]
     sums = set()
     for objective in objectives * 2:
+        case = (*make_case(), objective)
+        eager = run(function, *case)
+        torch.testing.assert_close(run(compiled, *case), eager, **EXACT)
+        sums.add(eager[0].sum().item())
+    assert len(sums) == len(objectives)
+
+
+@dataclass(frozen=True)
+class Powers(Objective):
+    """p to the sum of some powers, if switched on; its fields are neither numbers nor strings."""
+
+    powers: tuple[float, ...]
+    on: bool = True
+    name = "powers"
+
+    def __call__(self, stats):
+        gate = stats.prob ** sum(self.powers) if self.on else torch.ones_like(stats.prob)
+        return gate * stats.nll, gate
+
+
+class OwnInit(Objective):
+    """Without fields: the parameter is set by hand."""
+
+    name = "own init"
+
+    def __init__(self, k):
+        object.__setattr__(self, "k", k)
+
+    def __call__(self, stats):
+        gate = stats.prob**self.k
+        return gate * stats.nll, gate
+
+
+def test_compiled_loss_distinguishes_custom_objectives(backend):
+    """Whatever their fields are; and copies, whose originals may differ from them later."""
+
+    def function(logits, target, objective):
+        return vocab_parallel_dft_loss(2.0 * logits, target, objective=objective, backend=backend)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    objectives = [Powers((1.0,)), Powers((3.0,)), Powers((1.0,), on=False), OwnInit(0.5), OwnInit(2.0)]
+    copied = copy.deepcopy(objectives[-1])
+    object.__setattr__(copied, "k", 4.0)
+    objectives.append(copied)
+    sums = set()
+    for objective in objectives:
         case = (*make_case(), objective)
         eager = run(function, *case)
         torch.testing.assert_close(run(compiled, *case), eager, **EXACT)
