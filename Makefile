@@ -25,20 +25,20 @@ test: .venv/installed
 test-all: .venv/installed
 	$(RUN) $(PYTEST) -m "not nightly"
 
-test-nightly: .venv/installed test-py311 test-torch-2.8.0 test-torch-2.11.0 test-0.17.1 test-0.18.2 test-bridge test-nemo
+test-nightly: .venv/installed
 	$(RUN) $(PYTEST) -m "not nightly"
-	$(RUN) -m pytest -m nightly
-	$(RUN) tests/faults.py
+	$(RUN) -m pytest --durations 25 -m nightly
+	$(MAKE) --keep-going test-py311 test-torch-2.8.0 test-torch-2.11.0 test-0.17.1 test-0.18.2 test-bridge test-nemo faults
 
-# The oldest of everything: Python 3.11, torch 2.6, megatron-core 0.16.1, without a training loop. .venv has the newest.
+# The oldest supported versions: Python 3.11, torch 2.6, megatron-core 0.16.1 without a training loop. .venv: the newest.
 test-py311: .venv311/installed
 	.venv311/bin/python $(PYTEST) -m "not host and not nightly"
 
-# The torch versions between: core, Triton's interpreter and torch.compile, without Megatron.
+# Intermediate torch versions: core, Triton's interpreter and torch.compile, without Megatron.
 test-torch-2.8.0 test-torch-2.11.0: test-torch-%: .torch-%/installed
 	.torch-$*/bin/python $(PYTEST) -m "not host and not nightly"
 
-# The hosts between: their own wheel, in front of the one in .venv (MEGATRON_LM=/path/to/checkout adds that one to any).
+# Intermediate megatron-core versions, put before the one of .venv. MEGATRON_LM=/path/to/checkout adds a checkout to any.
 test-0.17.1 test-0.18.2: test-%: .versions/%
 	PYTHONPATH=$(CURDIR)/.versions/$* $(RUN) $(PYTEST) tests/test_hook.py tests/test_loss_head.py tests/test_models.py \
 		tests/test_layouts.py tests/test_checkpoints.py

@@ -87,13 +87,15 @@ class Run:
     def wait(self, timeout: float = 120.0) -> int:
         """The exit code, 0 or that of the first rank that failed; the others are killed soon after."""
         deadline = time.monotonic() + timeout
-        while any(process.is_alive() for process in self.processes):
-            time.sleep(0.02)
-            if any(process.exitcode for process in self.processes):
-                deadline = min(deadline, time.monotonic() + 5.0)
-            if time.monotonic() > deadline:
-                self.kill()
-        self.kill()  # what killed ranks have left behind
+        try:
+            while any(process.is_alive() for process in self.processes):
+                time.sleep(0.02)
+                if any(process.exitcode for process in self.processes):
+                    deadline = min(deadline, time.monotonic() + 5.0)
+                if time.monotonic() > deadline:
+                    break
+        finally:  # also when the test is timed out, and what killed ranks have left behind
+            self.kill()
         return next((process.exitcode for process in self.processes if process.exitcode), 0)
 
     def kill(self) -> None:

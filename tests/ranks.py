@@ -1,4 +1,4 @@
-"""Real ranks for the whole pytest run: processes over gloo, forked from one server that has imported what they need.
+"""Real ranks: processes over gloo, forked from one server per pytest process, which has imported what they need.
 
 Importing torch and Megatron takes longer than most tests. The fork server imports both once and becomes a CPU rank of
 Megatron (`rank_preload`); each rank is a fresh fork of it, so nothing is left over from one launch to the next.
@@ -6,6 +6,7 @@ Megatron (`rank_preload`); each rank is a fresh fork of it, so nothing is left o
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import importlib.util
 import multiprocessing
@@ -35,7 +36,7 @@ needs_megatron = pytest.mark.skipif(importlib.util.find_spec("megatron") is None
 
 
 class Rendezvous:
-    """A store to which ranks connect, as they do to that of torchrun: its port is bound before anybody is told it."""
+    """A TCPStore that ranks join like that of torchrun. The constructor binds the port."""
 
     def __init__(self) -> None:
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -50,7 +51,7 @@ class Rendezvous:
 
 
 def run_ranks(
-    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 300.0, start: str = "forkserver"
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 150.0, start: str = "forkserver"
 ) -> list[Any]:
     """What `function(*args)` returned on each rank, in rank order.
 
@@ -75,14 +76,16 @@ def run_ranks(
             join=False,
             start_method=start,
         )
-        started, deadline = False, time.monotonic() + 300.0  # to import everything, on a busy machine
+        started, deadline = False, time.monotonic() + 100.0  # to import everything, on a busy machine
         try:
             while not context.join(timeout=0.5):
                 if not started and len(list(folder.glob("*.stack"))) == world_size:
                     started, deadline = True, time.monotonic() + timeout
                 if time.monotonic() > deadline:
-                    for process in context.processes:
-                        os.kill(process.pid, signal.SIGUSR1)  # write your stack
+                    if started:
+                        for process in context.processes:
+                            with contextlib.suppress(ProcessLookupError):
+                                os.kill(process.pid, signal.SIGUSR1)  # write your stack
                     time.sleep(1.0)
                     stacks = "\n".join(path.read_text() for path in sorted(folder.glob("*.stack")))
                     raise TimeoutError(f"{function.__name__}: a rank hangs after {timeout:.0f} s\n{stacks}")
@@ -103,7 +106,8 @@ def _rank(
     args: tuple,
     timeout: float,
 ) -> None:
-    os.environ.update(environment)  # the server has that of its start
+    os.environ.clear()
+    os.environ.update(environment)  # the server's dates from its start
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     with open(folder / f"{rank}.stack", "w") as stack:
         faulthandler.register(signal.SIGUSR1, file=stack)

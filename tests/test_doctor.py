@@ -39,12 +39,14 @@ class Asked:
     def wait(self, seconds=90.0):
         """Exit codes and outputs, in the order of ranks."""
         deadline = time.monotonic() + seconds
-        for process in self.processes.values():
-            process.join(max(0.0, deadline - time.monotonic()))
-        codes = [process.exitcode for process in self.processes.values()]
-        for process in self.processes.values():
-            if process.is_alive():
-                os.kill(process.pid, signal.SIGKILL)
+        try:
+            for process in self.processes.values():
+                process.join(max(0.0, deadline - time.monotonic()))
+        finally:
+            codes = [process.exitcode for process in self.processes.values()]
+            for process in self.processes.values():
+                if process.is_alive():
+                    os.kill(process.pid, signal.SIGKILL)
         assert None not in codes, (codes, self.outputs())
         return codes, self.outputs()
 
@@ -270,7 +272,8 @@ def test_doctor_uses_megatron_checkout_beside_script(tmp_path):
 def test_doctor_checks_and_times_all_reduce(tmp_path):
     codes, (first, second) = Asked(tmp_path, ["--device", "cpu"], ranks=(0, 1)).wait()
     assert codes == [0, 0], first
-    assert "ok       network: 2 ranks are there" in first and second == ""
+    assert "ok       network: 2 ranks are there" in first
+    assert all(line.startswith("[Gloo]") for line in second.splitlines())  # of torch 2.8
     assert re.search(r"note     network: gloo all-reduce over 2 ranks: \d+ us for 4 bytes, [\d.]+ ms for 4 MiB", first)
 
 

@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+import torch
 from ranks import ROOT
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -13,21 +14,29 @@ import gpu
 def parts(monkeypatch):
     known = {
         "works": gpu.Part(["-c", "print('three passed')"], 60),
+        "skips": gpu.Part(["-m", "pytest", str(ROOT / "tests" / "test_gpu_host.py")], 120),
         "fails": gpu.Part(["-c", "print('two failed'); raise SystemExit(3)"], 60),
-        "hangs": gpu.Part(["-c", "import time; print('begins', flush=True); time.sleep(600)"], 2),
+        "hangs": gpu.Part(["-c", "import time; print('begins', flush=True); time.sleep(600)"], 15),
         "last": gpu.Part(["-c", "print('done')"], 60),
     }
     monkeypatch.setattr(gpu, "parts", lambda out: known)
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
     return known
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="one part is without a GPU")
 def test_gpu_command_runs_every_part_after_failures(parts, tmp_path, capsys):
     assert gpu.main(["--out", str(tmp_path)]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [
-        ["works", "ok,"], ["fails", "FAILED"], ["hangs", "FAILED"], ["last", "ok,"]
+        ["works", "ok,"], ["skips", "FAILED"], ["fails", "FAILED"], ["hangs", "FAILED"], ["last", "ok,"]
     ]  # fmt: skip
-    assert "three passed" in lines[0] and "(3)" in lines[1] and "(stopped after 2 s)" in lines[2]
+    assert (
+        "three passed" in lines[0]
+        and "(nothing was tested)" in lines[1]
+        and "(3)" in lines[2]
+        and "(stopped after 15 s)" in lines[3]
+    )
     assert (tmp_path / "hangs.txt").read_text() == "begins\n"
     assert (tmp_path / "report.txt").read_text().splitlines() == lines
 
@@ -40,4 +49,10 @@ def test_gpu_command_names_parts_without_time_left(parts, tmp_path, capsys):
 def test_gpu_command_rejects_unknown_parts(parts, tmp_path, capsys):
     with pytest.raises(SystemExit):
         gpu.main(["--out", str(tmp_path), "--only", "work"])
-    assert "--only: expected some of works, fails, hangs, last, got work" in capsys.readouterr().err
+    assert "--only: expected some of works, skips, fails, hangs, last, got work" in capsys.readouterr().err
+
+
+def test_gpu_command_requires_gpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    assert gpu.main(["--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().out == "expected a GPU, got none: torch.cuda.is_available() is False\n"

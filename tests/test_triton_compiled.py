@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", minversion="3.3")  # whose compiler has another interface before
+pytest.importorskip("triton", minversion="3.6")  # 3.4 takes 77 registers for a gradient, 3.2 has another interface
 
 CAPABILITIES = [90, 100]
 DTYPES = {"bf16": 8, "fp32": 4}  # logits in 16 bytes; fp16 is like bf16

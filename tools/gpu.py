@@ -2,9 +2,9 @@
 
     python tools/gpu.py [--budget 480] [--out runs/gpu] [--only tests logits ...]
 
-Nothing is downloaded. Each part is a process of its own with a limit; one that fails or is stopped ends no other. Its
-output goes to OUT/PART.txt, tables go to OUT/*.csv, and each part prints one line. Exit status 1 if a part failed or
-found no time left. PYTHONPATH may name a folder of unpacked wheels (megatron-core,
+Nothing is downloaded. Each part is a process with a time limit. A failed or stopped part does not stop the others. Its
+output goes to OUT/PART.txt, tables go to OUT/*.csv, and each part prints one line. Exit status 1 if a part fails or is
+not run. PYTHONPATH may name a folder of unpacked wheels (megatron-core,
 liger-kernel, ...); MEGATRON_LM a checkout, whose pretrain_gpt.py then runs with Transformer Engine on packed data.
 """
 
@@ -13,11 +13,14 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTEST = ["-m", "pytest", "-p", "no:cacheprovider"]
@@ -32,7 +35,7 @@ class Part(NamedTuple):
 
 
 def parts(out: Path) -> dict[str, Part]:
-    """In the order in which they run: what proves most in the least time comes first."""
+    """In order of running: the most informative first."""
     spread = ["--numprocesses", "5"] if importlib.util.find_spec("xdist") else []
     benchmark, layouts = "tools/benchmark.py", "tools/benchmark_layouts.py"
     found = {
@@ -65,14 +68,19 @@ def run(name: str, part: Part, out: Path, limit: float) -> tuple[bool, str]:
         process = subprocess.Popen(
             [sys.executable, *part.command], cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
         )
+        code: int | str = f"stopped after {limit:.0f} s"
         try:
-            code: int | str = process.wait(limit)
+            code = process.wait(limit)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            process.wait()
-            code = f"stopped after {limit:.0f} s"
+            pass
+        finally:  # also after Ctrl-C
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     seconds, said = time.monotonic() - begin, lines[-1][:110] if lines else ""
+    if code == 0 and "pytest" in part.command and " passed" not in said:
+        code = "nothing was tested"
     return code == 0, f"{'ok' if code == 0 else f'FAILED ({code})'}, {seconds:.0f} s: {said}"
 
 
@@ -86,6 +94,9 @@ def main(arguments: list[str] | None = None) -> int:
     known = parts(wanted.out.resolve())
     if unknown := set(wanted.only or ()) - set(known):
         parser.error(f"--only: expected some of {', '.join(known)}, got {', '.join(sorted(unknown))}")
+    if not torch.cuda.is_available():
+        print("expected a GPU, got none: torch.cuda.is_available() is False")
+        return 1
     deadline, passed = time.monotonic() + wanted.budget, True
     report: list[str] = []
     for name in wanted.only or known:

@@ -138,7 +138,7 @@ def enable(
 
 
 def _use_compiled_helpers(patches: Patches) -> None:
-    """A wheel brings the C++ functions of Megatron's data sets compiled, and no Makefile to compile them again."""
+    """Disable compile_helpers() for a wheel: helpers_cpp is already compiled, and there is no Makefile."""
     import megatron.core.datasets.utils as utils
 
     compiled = importlib.util.find_spec("megatron.core.datasets.helpers_cpp")

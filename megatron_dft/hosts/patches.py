@@ -136,7 +136,7 @@ REGISTRY = (
     Patch(
         "megatron.core.datasets.utils:compile_helpers",
         f"{OBJECTIVE}, {EMULATION}",
-        "is disabled where helpers_cpp is compiled and there is no Makefile; on the CPU wherever it is compiled",
+        "is disabled if helpers_cpp is compiled and, without --device cpu, there is no Makefile",
         "it always calls make, and a wheel has no Makefile",
     ),
     Patch(
