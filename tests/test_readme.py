@@ -69,3 +69,11 @@ def test_docs_links_and_headings_exist(name):
             titles = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
             anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
             assert heading in anchors, f"{link}#{heading}"
+
+
+def test_readme_dates_suites_that_ci_does_not_run():
+    table = README.split("Last\ngreen runs:")[1].split("\n\n")[1]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    assert len(rows) >= 6
+    for *_, date, commits in rows:
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d", date) and re.fullmatch(r"[0-9a-f]{7}(, [0-9a-f]{7})*", commits)
