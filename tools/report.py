@@ -58,7 +58,7 @@ def section() -> str:
     files = results()
     parts = [part(read(path), path) for path in files] + [layouts_part(read(path), path) for path in layouts()]
     if not any("NVIDIA" in path.name for path in files):
-        parts.insert(0, "**On GPUs: not measured yet.** `make gpu` tests the kernels there and writes this table.\n")
+        parts.insert(0, "**On GPUs: not measured yet.** `make gpu` writes the files there.\n")
     parts.append(missing([row for path in files for row in read(path)]))
     return BEGIN + "\n" + "\n".join(parts) + "\n" + END
 
@@ -98,8 +98,12 @@ def part(rows: Rows, path: Path) -> str:
 
 
 def missing(rows: Rows) -> str:
-    """Who could not be measured, and why."""
-    notes = {f"{row['implementation']}: {row['note']}": None for row in rows if row["note"]}
+    """What could not be measured on a device, and why."""
+    names: dict[tuple[str, str], dict[str, None]] = {}
+    for row in rows:
+        if row["note"]:
+            names.setdefault((row["device"], row["note"]), {})[row["implementation"]] = None
+    notes = [f"on {device}, {', '.join(found)}: {note}" for (device, note), found in names.items()]
     return "Not in these tables: " + "; ".join(notes) + ".\n" if notes else ""
 
 
