@@ -4,8 +4,7 @@
 
 Nothing is downloaded. Each part is a process with a time limit. A failed or stopped part does not stop the others. Its
 output goes to OUT/PART.txt, tables go to OUT/*.csv, and each part prints one line. Exit status 1 if a part fails or is
-not run. PYTHONPATH may name a folder of unpacked wheels (megatron-core,
-liger-kernel, ...); MEGATRON_LM a checkout, whose pretrain_gpt.py then runs with Transformer Engine on packed data.
+not run. PYTHONPATH may name a folder of unpacked wheels (megatron-core, liger-kernel, ...).
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ def parts(out: Path) -> dict[str, Part]:
     """In order of running: the most informative first."""
     spread = ["--numprocesses", "5"] if importlib.util.find_spec("xdist") else []
     benchmark, layouts = "tools/benchmark.py", "tools/benchmark_layouts.py"
-    found = {
+    return {
         "tests": Part([*PYTEST, *spread, *KERNELS], 180),
         "pretrain": Part([*PYTEST, *spread, "tests/test_gpu_host.py"], 150),
         "logits": Part([benchmark, "--hidden", "--repetitions", "10", "--out", str(out / "logits.csv")], 150),
@@ -53,9 +52,6 @@ def parts(out: Path) -> dict[str, Part]:
         ),
         "doctor": Part(["-m", "megatron_dft.doctor"], 60),
     }
-    if os.environ.get("MEGATRON_LM") and importlib.util.find_spec("transformer_engine"):
-        found["checkout"] = Part([*PYTEST, "tests/test_scripts.py", "-k", "pretrain_gpt"], 150)
-    return found
 
 
 def run(name: str, part: Part, out: Path, limit: float) -> tuple[bool, str]:
