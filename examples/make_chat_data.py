@@ -1,6 +1,6 @@
 """Write a small chat data set of worked arithmetic, clean and noisy, and a tokenizer for it. No download.
 
-    python examples/make_chat_data.py OUT_DIR [--noise 0.4] [--noise-kind both] [--seed 1]
+    python examples/make_chat_data.py OUT_DIR [--noise 0.4] [--noise-kind both] [--seed 1] [--packed]
 
     base_train.jsonl    4000 conversations, clean
     noisy_train.jsonl    600 conversations, a share of which (--noise) is wrong as real data is wrong:
@@ -10,10 +10,10 @@
     valid.jsonl          400 conversations, clean; no training file has one of these sums in any wording or order
     tokenizer/          a Hugging Face tokenizer of whole words, single digits and signs
 
-A line is a packed sequence in the form that Megatron's --sft reads: {"messages": [system, user, assistant, ...]},
-where each system message begins another conversation; "channels" has the topic of each, for --loss-channels. A
-conversation has about 54 tokens, 29 of them trained (the assistant's), and a line as many conversations as fit into
---seq-length.
+A line is a conversation, {"messages": [system, user, assistant], "channel": "addition"}, for megatron_dft.data: about
+54 tokens, 29 of them trained (the assistant's). With --packed a line holds as many conversations as fit into
+--seq-length, in the form that Megatron's own --sft reads: each system message begins another conversation, and
+"channels" names the topic of each.
 """
 
 from __future__ import annotations
@@ -31,6 +31,13 @@ SYSTEM = "Show every step."
 PLACES = 2  # digits of the numbers
 THINGS = ("pencils", "apples", "stamps", "tickets", "nails", "cards")
 TOKENS = r" ?[A-Za-z]+| ?[^\sA-Za-z]|\s"  # a word, a digit or a sign, each with the space before it
+# What Megatron's prompt format nemotron-nano-v2 writes.
+TEMPLATE = (
+    "{% for m in messages %}{{ '<SPECIAL_10>' if m['role'] == 'system' else '<SPECIAL_11>' }}"
+    "{{ m['role'].capitalize() + '\\n' + m['content'] + '\\n' }}"
+    "{% if m['role'] == 'assistant' %}{{ '<SPECIAL_12>\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<SPECIAL_11>Assistant\\n' }}{% endif %}"
+)
 SPECIAL = ("<unk>", "<SPECIAL_10>", "<SPECIAL_11>", "<SPECIAL_12>")  # of Megatron's nemotron-nano-v2 prompt format
 
 
@@ -139,6 +146,7 @@ def make_tokenizer(items: Iterable[Conversation], folder: Path):
         eos_token="<SPECIAL_12>",
         additional_special_tokens=list(SPECIAL[1:3]),
     )
+    fast.chat_template = TEMPLATE
     fast.save_pretrained(folder)
     return fast
 
@@ -163,8 +171,9 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--noise", type=float, default=0.4, help="share of wrong replies in noisy_train (0.4)")
     parser.add_argument("--noise-kind", choices=("both", "swap", "slip"), default="both", help="how they are (both)")
-    parser.add_argument("--seq-length", type=int, default=256, help="tokens in a line (256)")
+    parser.add_argument("--seq-length", type=int, default=256, help="tokens in a packed line (256)")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--packed", action="store_true", help="lines for Megatron's own --sft")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
 
@@ -188,14 +197,14 @@ def main() -> None:
         return frame + sum(len(tokenizer.tokenize(message["content"])) for message in conversation)
 
     for name, items in files.items():
-        lines = pack(items, length, args.seq_length)
-        packed = [{"messages": line, "channels": [topic_of[m["content"]] for m in line[1::3]]} for line in lines]
-        text = "".join(json.dumps(line) + "\n" for line in packed)
-        (args.out / f"{name}.jsonl").write_text(text)
+        topics = [topic_of[messages[1]["content"]] for messages in items]
+        lines: list[dict] = [{"messages": m, "channel": topic} for m, topic in zip(items, topics, strict=True)]
+        if args.packed:
+            packed = pack(items, length, args.seq_length)
+            lines = [{"messages": line, "channels": [topic_of[m["content"]] for m in line[1::3]]} for line in packed]
+        (args.out / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         tokens = sum(map(length, items))
-        print(
-            f"  {name:<12}{len(items):5d} conversations, {tokens:7d} tokens, {len(lines):5d} lines of {args.seq_length}"
-        )
+        print(f"  {name:<12}{len(items):5d} conversations, {tokens:7d} tokens, {len(lines):5d} lines")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def main(words: list[str]) -> None:
         if "--full-validation" in words:
             raise ValueError("--full-validation: expected --advise-batches, which says how much data is read; drop it")
         if importlib.util.find_spec("matplotlib") is None:  # before the model is loaded
-            raise ValueError("expected matplotlib, for the picture, got none; pip install 'megatron_dft[tools]'")
+            raise ValueError("expected matplotlib, for the picture, got none; pip install 'megatron_dft[advisor]'")
     except ValueError as error:
         sys.exit(f"megatron_dft.advise: {error}")
     _one_rank_alone()

@@ -33,6 +33,8 @@ from megatron_dft.objectives import nearest
 RECIPES = "megatron.bridge.recipes"
 STEPS = "megatron.bridge.training"
 OVERRIDES = "megatron.bridge.training.utils.omegaconf_utils"
+INSTANTIATE = "megatron.bridge.utils.instantiate_utils"
+DATASET = "megatron_dft.hosts.bridge_data"  # a module of ours whose class `_target_:` may name
 
 
 def main(words: list[str]) -> None:
@@ -86,30 +88,64 @@ def requested(
 
 
 def override(cfg: Any, sections: Mapping[str, Any], overrides: list[str]) -> None:
-    """Apply the file, then KEY=VALUE, by Bridge's own means. What it would skip with a warning is an error here."""
-    host = importlib.import_module(OVERRIDES)
+    """Apply the file, then KEY=VALUE, by Bridge's own means. What it would skip with a warning is an error here.
+
+    A section whose `_target_` is another class than the recipe's replaces that of the recipe. Bridge would merge both.
+    """
+    host, classes = importlib.import_module(OVERRIDES), importlib.import_module(INSTANTIATE)
     from omegaconf import OmegaConf
 
-    check_keys(sections, cfg)
     overrides = [word.lstrip("+") for word in overrides]
+    targets = _targets(sections, overrides)
+    check_keys({**sections, **targets}, cfg)
     for word in overrides:
         given: Any = None
-        for name in reversed(word.partition("=")[0].split(".")):
+        path = word.partition("=")[0].split(".")
+        for name in reversed(path):
             given = {name: given}
-        check_keys(given, cfg)
+        check_keys({path[0]: targets.get(path[0], given[path[0]])}, cfg)
+    replaced = [name for name, section in targets.items() if section["_target_"] != _class_of(getattr(cfg, name))]
+    classes.register_allowed_target_prefix(DATASET)
     warnings = _Warnings(logging.WARNING)
     logging.getLogger(OVERRIDES).addHandler(warnings)
     try:
         tree, kept = host.create_omegaconf_dict_config(cfg)
+        for name in replaced:
+            tree[name] = {}
+        kept = {path: value for path, value in kept.items() if path.split(".")[1] not in replaced}
         # With ++, keys may be new to the tree: those of mappings, and of sections such as peft that Bridge leaves out.
         tree = host.parse_hydra_overrides(OmegaConf.merge(tree, sections), [f"++{word}" for word in overrides])
-        host.apply_overrides(cfg, OmegaConf.to_container(tree, resolve=True), kept)
+        settings: Any = OmegaConf.to_container(tree, resolve=True)
+        for name in replaced:
+            setattr(cfg, name, classes.instantiate(settings.pop(name), mode=classes.InstantiationMode.STRICT))
+        host.apply_overrides(cfg, settings, kept)
     except host.OverridesError as error:
         raise ValueError(f"KEY=VALUE: {error}") from None
+    except classes.InstantiationException as error:
+        raise ValueError(f"{name}: {error}") from None
     finally:
         logging.getLogger(OVERRIDES).removeHandler(warnings)
     if warnings.lines:
         raise ValueError("; ".join(warnings.lines))
+
+
+def _targets(sections: Mapping[str, Any], overrides: list[str]) -> dict[str, dict[str, str]]:
+    """Sections that name their class, each with nothing but `_target_`."""
+    targets = {
+        name: section["_target_"]
+        for name, section in sections.items()
+        if isinstance(section, Mapping) and "_target_" in section
+    }
+    for word in overrides:
+        key, _, value = word.partition("=")
+        name, _, rest = key.partition(".")
+        if rest == "_target_":
+            targets[name] = value
+    return {name: {"_target_": target} for name, target in targets.items()}
+
+
+def _class_of(section: Any) -> str:
+    return f"{type(section).__module__}.{type(section).__qualname__}"
 
 
 def check_keys(given: Mapping[str, Any], settings: Any, path: str = "") -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from megatron_dft.config import DFTConfig
-from megatron_dft.hosts import cpu
+from megatron_dft.hosts import cpu, sft
 
 
 class Run(Protocol):
@@ -48,6 +48,8 @@ def run(argv: list[str], program: str, enable: Callable[[DFTConfig], Run]) -> No
         if on_cpu:
             script_arguments = cpu.complete_arguments(script_arguments)
             cpu.enable()
+        if not config.enabled:
+            _refuse_token_files(script_arguments)
         prepared = enable(config) if config.enabled else None
     except ValueError as error:
         sys.exit(f"{program}: {error}")
@@ -68,6 +70,13 @@ def _enable(config: DFTConfig) -> Run:
     from megatron_dft.hosts import megatron_lm
 
     return megatron_lm.enable(config)
+
+
+def _refuse_token_files(arguments: list[str]) -> None:
+    """Without an objective Megatron would read them as JSON."""
+    for word in arguments:
+        if word.endswith(".arrow") and sft.is_token_file(word):
+            raise ValueError(f"{word}: a token file requires --loss-type; nll is the plain cross entropy")
 
 
 def device_of(argv: list[str]) -> tuple[bool, list[str]]:

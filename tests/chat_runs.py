@@ -27,7 +27,8 @@ class ChatHost(Host):
         super().__init__(folder)
         make_data = str(ROOT / "examples" / "make_chat_data.py")
         # Lines of 240 tokens leave room for the padding that context parallelism adds to each conversation.
-        subprocess.run([sys.executable, make_data, str(folder / "chat"), "--seq-length", "240"], check=True)
+        packed = [sys.executable, make_data, str(folder / "chat"), "--seq-length", "240", "--packed"]
+        subprocess.run(packed, check=True)
         chat = folder / "chat"
         self.sft = CHAT_MODEL + (
             "--sft --tokenizer-type SFTTokenizer --sft-tokenizer-prompt-format nemotron-nano-v2 "

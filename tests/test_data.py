@@ -1,46 +1,42 @@
-"""Chat data to packed lines: nothing is lost silently, and Megatron trains on exactly the tokens that were counted."""
+"""Chat data to token files: what is counted is what is stored, and no file is ever lost."""
 
 import io
 import json
+import os
+import pickle
+import random
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 pytest.importorskip("transformers")
+pytest.importorskip("pyarrow")
 
-from chat_examples import CHATML, talk, tokenizer
+from chat_examples import CHATML, THINKING, talk, tokenizer
 from host_runs import EXAMPLE, Host
 
-from megatron_dft import data
+from megatron_dft.data import __main__ as command
+from megatron_dft.data.token_file import Header, Row, TokenFile, sample_of
 
 GOOD = [
     {"messages": talk("one", "two"), "channel": "maths"},
     {"messages": talk("what is the sum of one and two", "maybe", "no", "yes", system="the system"), "channel": "code"},
     {"prompt": "one and ", "completion": "two"},
-    {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
-    {"messages": [*talk("sum"), {"role": "tool", "content": "two"}, {"role": "assistant", "content": "two"}]},
+    {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+    {"messages": [*talk("sum", "one"), {"role": "tool", "content": "two"}, {"role": "assistant", "content": "two"}]},
 ]
 BAD = {
     '{"messages": [': "not JSON",
-    "": "empty line",
-    "[1]": "not a conversation: expected an object with messages, got list",
-    '{"text": "a"}': "no messages: expected messages, or prompt and completion, got text",
-    '{"messages": []}': "no messages",
-    '{"prompt": "a", "completion": 3}': "no messages",
-    json.dumps({"messages": talk("one")}): "no assistant",
-    json.dumps({"messages": talk("one", "  ")}): "empty reply: message 1",
-    json.dumps({"messages": [{"role": "assistant", "content": "a"}]}): "reply to nobody: message 0",
-    json.dumps({"messages": [{"role": "bot", "content": "a"}]}): "bad message: message 0: expected a role of",
-    json.dumps({"messages": [{"role": "user", "content": ["a"]}]}): "bad message: message 0: expected content that is",
-    json.dumps({"messages": [*talk("a", "b"), {"role": "system", "content": "a"}]}): "late system message: message 2",
-    json.dumps({"messages": [{**talk("a")[0], "tool_calls": [1]}, talk("a", "b")[1]]}): "tool calls: message 0",
-    json.dumps({"messages": talk("a", "b"), "channel": 3}): "bad channel: expected a name without a comma, got 3",
-    json.dumps({"messages": talk("a", "\ud800")}): "not text: ",
-    json.dumps({"messages": talk("a", "b"), "channel": "c,d"}): "bad channel: expected a name without a comma",
-    json.dumps({"messages": talk("a", "yes " * 200)}): "tokens, a line has 96",
+    "[1]": "expected an object, got list",
+    json.dumps({"messages": talk("one")}): "no assistant message",
+    json.dumps({"messages": talk("a", "b"), "images": ["x"]}): "unsupported field: 'images'",
+    json.dumps({"messages": talk("a", "yes " * 200)}): "tokens, --seq-length 96",
 }
 
 
@@ -58,195 +54,313 @@ def folder(tmp_path_factory):
     return path
 
 
-def prepare(folder, name, *words, tokenizer="tokenizer"):
-    out = folder / f"{name}.train.jsonl"
-    data.main([str(folder / f"{name}.jsonl"), "--tokenizer", str(folder / tokenizer), "--out", str(out), *words])
-    return [json.loads(line) for line in out.read_text().splitlines()], json.loads(
-        out.with_suffix(".report.json").read_text()
-    )
+def prepare(folder, source, *argv, out=None):
+    """The token file and the report."""
+    out = out or folder / f"{source.name}.arrow"
+    command.main([str(source), "--tokenizer", str(folder / "tokenizer"), "--out", str(out), *argv])
+    return TokenFile(str(out)), json.loads(out.with_name(f"{out.name}.report.json").read_text())
 
 
-def conversations(lines):
-    """All of them, with their channels, in no order."""
+def sequences(file):
+    """(channel, ids, ids that train) of every conversation, in no order."""
     found = []
-    for line in lines:
-        parts = []
-        for message in line["messages"]:
-            parts += [[]] if message["role"] == "system" else []
-            parts[-1].append((message["role"], message["content"]))
-        found += zip(line["channels"], map(tuple, parts), strict=True)
+    for row in map(file.__getitem__, range(len(file))):
+        ends = np.cumsum(row.lengths)
+        for end, length, channel in zip(ends, row.lengths, row.channels, strict=True):
+            ids, weights = row.input_ids[end - length : end], row.loss_weights[end - length : end]
+            found.append((file.header.channels[channel], tuple(ids.tolist()), tuple(ids[weights == 1].tolist())))
     return Counter(found)
 
 
-def wanted(records, stem):
-    found = []
-    for record in records:
-        messages, channel = data.conversation_of(record)
-        found.append((channel or stem, tuple((m["role"], m["content"]) for m in messages)))
-    return Counter(found)
-
-
-@pytest.mark.parametrize("packing", ["best-fit", "first-fit", "none"])
-def test_data_packs_each_valid_line_once_and_reports_each_invalid_line(folder, packing, capsys):
-    lines, report = prepare(folder, "law", "--seq-length", "96", "--packing", packing)
-    assert conversations(lines) == wanted(GOOD, "law")
-    assert all(line["messages"][0]["role"] == "system" for line in lines)
-    assert (len(lines) == len(GOOD)) == (packing == "none")
-    rejected = [json.loads(x) for x in (folder / "law.train.rejected.jsonl").read_text().splitlines()]
-    text = (folder / "law.jsonl").read_text().splitlines()
-    assert [text[x["line"] - 1] for x in rejected] == list(BAD)
+@pytest.mark.parametrize("flags", ["", "--packing none", "--workers 2", "--context-parallel-size 4"])
+def test_data_stores_each_valid_record_once_and_names_each_invalid_one(folder, flags, capsys):
+    argv = ["--seq-length", "96", "--max-rejected", "0.6", "--workers", "1", *flags.split()]
+    file, report = prepare(folder, folder / "law.jsonl", *argv)
+    found = sequences(file)
+    assert sum(found.values()) == len(GOOD)
+    tok = tokenizer()
+    texts = {(name, tok.decode(ids), tok.decode(trained)) for name, ids, trained in found}
+    maths = "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\ntwo<|im_end|>\n"
+    assert ("maths", maths, "two<|im_end|>\n") in texts
+    assert {name for name, _, _ in texts} == {"maths", "code", "law"}
+    assert any(trained == "maybe<|im_end|>\nyes<|im_end|>\n" for _, _, trained in texts)
+    assert (len(file) == len(GOOD)) == ("none" in flags)
+    rejected = [json.loads(x) for x in (folder / "law.jsonl.arrow.rejected.jsonl").read_text().splitlines()]
+    lines = (folder / "law.jsonl").read_text().splitlines()
+    assert [lines[x["line"] - 1] for x in rejected] == list(BAD)
     for entry, reason in zip(rejected, BAD.values(), strict=True):
         assert reason in entry["reason"] and entry["file"] == str(folder / "law.jsonl")
-    assert (report["conversations"], report["rejected"]) == (len(GOOD), len(BAD))
-    assert report["rejected_for"]["no messages"] == 3 and report["rejected_for"]["too long"] == 1
-    assert set(report["channels"]) == {"maths", "code", "law"}
-    printed = capsys.readouterr()
-    assert f"{folder / 'law.jsonl'}:1: not JSON" in printed.err and "--loss-channels code,law,maths" in printed.out
+    assert (report["records"], report["rejected"]) == (len(GOOD) + len(BAD), len(BAD))
+    assert report == file.header.statistics
+    assert report["tokens_that_train"] == sum(len(x[2]) * n for x, n in found.items())
+    assert f"{folder / 'law.jsonl'}:1: not JSON" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", ["", "--context-parallel-size 4", "--packing first-fit --open-lines 3"])
-def test_packed_lines_fit_seq_length_and_report_adds_up(folder, flags):
-    lines, report = prepare(folder, "long", "--seq-length", "96", *flags.split())
-    tok = tokenizer()
-    multiple = 8 if "context" in flags else 1
-    total = 0
-    for line in lines:
-        used = 0
-        for part in split(line["messages"]):
-            length = len(tok.apply_chat_template(part, return_dict=False))
-            total += length
-            used += -(-length // multiple) * multiple
-        assert used <= 96
-    assert report["tokens"] == total and report["lines"] == len(lines)
-    assert report["packing_efficiency"] == pytest.approx(total / (96 * len(lines)))
-    assert report["length"]["max"] <= 96 and report["length"]["min"] > 0
-    assert sum(x["tokens"] for x in report["channels"].values()) == total
+@pytest.mark.parametrize("cp", [1, 2, 4])
+def test_rows_fit_seq_length_with_context_parallel_padding(folder, cp):
+    file, report = prepare(folder, folder / "long.jsonl", "--seq-length", "104", "--context-parallel-size", str(cp))
+    multiple = 2 * cp if cp > 1 else 1
+    rows = [file[i] for i in range(len(file))]
+    assert all(sum(-(-n // multiple) * multiple for n in row.lengths) <= 104 for row in rows)
+    assert sum(int(row.lengths.sum()) for row in rows) == report["tokens"]
+    assert report["packing_efficiency"] == pytest.approx(report["tokens"] / (104 * len(rows)))
+    assert sum(x["tokens"] for x in report["channels"].values()) == report["tokens"]
+    lengths = [int(row.lengths.max()) for row in rows]
+    assert lengths != sorted(lengths, reverse=True)  # shuffled
 
 
-def split(messages):
-    parts = []
-    for message in messages:
-        if message["role"] == "system":
-            parts.append([])
-        if message["role"] != "system" or message["content"]:
-            parts[-1].append(message)
-    return parts
+def test_sample_of_shifts_pads_and_masks():
+    header = SimpleNamespace(seq_length=12, multiple=4, pad_id=0)
+    ids, weights = np.array([5, 6, 7, 8, 9], np.int32), np.array([0, 1, 1, 0, 1], np.float16)
+    sample = sample_of(Row(ids, weights, np.array([3, 2], np.int32), np.array([1, 0], np.int32)), header)
+    assert sample.tokens.tolist() == [5, 6, 7, 0, 8, 9, 0, 0, 0, 0, 0, 0]
+    assert sample.labels.tolist() == [6, 7, -100, -100, 9, *[-100] * 7]
+    assert sample.loss_mask.tolist() == [1, 1, 0, 0, 1, *[0] * 7]
+    assert sample.position_ids.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7]
+    assert sample.cu_seqlens.tolist() == [0, 4, 12] and sample.channels.tolist() == [1] * 4 + [0] * 8
 
 
-def test_too_long_truncate_drops_conversations_without_trained_tokens(folder, tmp_path):
+def test_sample_of_never_trains_on_first_token_or_across_conversations(folder):
+    """A full row, every token of which was to train."""
+    header = SimpleNamespace(seq_length=6, multiple=1, pad_id=0)
+    row = Row(np.arange(1, 7), np.ones(6), np.array([2, 4]), np.array([0, 0]))
+    assert sample_of(row, header).labels.tolist() == [2, -100, 4, 5, 6, -100]
+
+
+@pytest.mark.parametrize("form", ["completion", "chat"])
+def test_empty_prompt_counts_what_trains(folder, tmp_path, form):
+    records = [{"prompt": "", "completion": "one two yes"}, {"prompt": "", "completion": "no"}]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(x) + "\n" for x in records))
+    file, report = prepare(folder, tmp_path / "x.jsonl", "--seq-length", "64", "--format", form)
+    samples = [sample_of(file[i], file.header) for i in range(len(file))]
+    assert sum(int((sample.labels >= 0).sum()) for sample in samples) == report["tokens_that_train"]
+    if form == "completion":
+        assert report["tokens"] - report["tokens_that_train"] == 2  # the first token of each
+
+
+def test_data_splits_conversation_that_template_rewrites(folder, tmp_path, capsys):
+    tokenizer(THINKING).save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "x.jsonl").write_text(json.dumps({"messages": talk("one", "yes", "two", "no")}))
+    file, report = prepare(tmp_path, tmp_path / "x.jsonl", "--seq-length", "128")
+    trained = sorted(tokenizer().decode(ids) for _, _, ids in sequences(file))
+    assert trained == [f"<think>\n\n</think>\n\n{reply}<|im_end|>\n" for reply in ("no", "yes")]
+    assert (report["sequences"], report["one_sequence_per_turn"]) == (2, 1)
+    assert "1 conversations became one sequence per assistant turn" in capsys.readouterr().out
+
+
+def test_too_long_truncate_rejects_sequences_without_trained_tokens(folder, tmp_path):
     records = [talk("one", "yes " * 200), talk("yes " * 200, "one"), talk("one", "two")]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps({"messages": x}) + "\n" for x in records))
-    tokenizer().save_pretrained(tmp_path / "tokenizer")
-    lines, report = prepare(tmp_path, "x", "--seq-length", "64", "--too-long", "truncate")
-    assert (len(lines), report["truncated"], report["rejected"]) == (2, 1, 1)
-    assert report["rejected_for"] == {"nothing trains": 1}
-    assert report["length"]["max"] == 64 and report["packing_efficiency"] <= 1.0
+    flags = ["--seq-length", "64", "--too-long", "truncate", "--max-rejected", "0.5"]
+    file, report = prepare(folder, tmp_path / "x.jsonl", *flags)
+    assert (len(file), report["truncated"], report["rejected"]) == (2, 1, 1)
+    assert report["rejected_for"] == {"nothing trains": 1} and report["length"]["max"] == 64
 
 
-def test_data_rejects_only_lines_with_invalid_utf8(tmp_path):
-    tokenizer().save_pretrained(tmp_path / "tokenizer")
-    good = json.dumps(GOOD[0]).encode()
-    (tmp_path / "x.jsonl").write_bytes(
-        b"\xef\xbb\xbf" + good + b"\n" + good.replace(b"one", b"\xff\xfe") + b"\r\n" + good
-    )
-    _, report = prepare(tmp_path, "x", "--seq-length", "64")
-    assert report["conversations"] == 2 and report["rejected_for"] == {"not UTF-8": 1}
-
-
-@pytest.mark.parametrize("flag", ["--seq-length", "--open-lines", "--context-parallel-size"])
-def test_data_flags_require_positive_numbers(folder, flag, capsys):
-    with pytest.raises(SystemExit):
-        data.main([str(folder / "law.jsonl"), "--tokenizer", str(folder / "tokenizer"), flag, "0"])
-    assert f"{flag}: expected 1 or more, got 0" in capsys.readouterr().err
-
-
-def test_data_removes_stale_rejected_file(folder, tmp_path):
-    tokenizer().save_pretrained(tmp_path / "tokenizer")
-    (tmp_path / "x.jsonl").write_text("nothing\n")
-    assert prepare(tmp_path, "x", "--seq-length", "64")[0] == []
-    assert (tmp_path / "x.train.rejected.jsonl").exists()
-    (tmp_path / "x.jsonl").write_text(json.dumps(GOOD[0]))
-    assert len(prepare(tmp_path, "x", "--seq-length", "64")[0]) == 1
-    assert not (tmp_path / "x.train.rejected.jsonl").exists()
-
-
-def test_data_packs_stdin_in_one_pass(folder, tmp_path, monkeypatch):
+def test_data_reads_pipe(folder, tmp_path, monkeypatch):
     text = "".join(json.dumps(x) + "\n" for x in GOOD).encode()
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(text)))
-    out = tmp_path / "out.jsonl"
-    words = ["-", "--tokenizer", str(folder / "tokenizer"), "--out", str(out), "--seq-length", "96"]
-    data.main([*words, "--packing", "first-fit", "--channel", "web"])
-    assert conversations(map(json.loads, out.read_text().splitlines())) == wanted(GOOD, "web")
+    out = tmp_path / "out.arrow"
+    argv = ["-", "--tokenizer", str(folder / "tokenizer"), "--out", str(out), "--seq-length", "96", "--workers", "1"]
+    command.main([*argv, "--channel", "web"])
+    assert sum(sequences(TokenFile(str(out))).values()) == len(GOOD)
+    assert TokenFile(str(out)).header.channels == ["maths", "code", "web"]
 
 
-def test_preview_marks_trained_tokens(folder, capsys):
-    data.main([str(folder / "law.jsonl"), "--tokenizer", str(folder / "tokenizer"), "--preview", "4"])
-    shown = capsys.readouterr().out
-    assert "law.jsonl:1: not JSON" in shown and "law.jsonl:2: maths" in shown
-    assert "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n[two<|im_end|>]" in shown
-    encoded = data.encoder(str(folder / "tokenizer"), "chat")[1]([talk("one", "two")])[0]
-    assert "\033[1;32mtwo<|im_end|>\033[0m" in data.rendering(tokenizer(), encoded, True)
+def test_chat_template_file_and_kwargs_override_tokenizer(folder, tmp_path):
+    (tmp_path / "t.jinja").write_text(CHATML.replace("m['content']", "(m['content'] + ending)"))
+    (tmp_path / "x.jsonl").write_text(json.dumps(GOOD[0]))
+    flags = ["--chat-template", str(tmp_path / "t.jinja"), "--chat-template-kwargs", '{"ending": " yes"}']
+    file, _ = prepare(folder, tmp_path / "x.jsonl", "--seq-length", "64", *flags)
+    ((_, _, trained),) = sequences(file)
+    assert tokenizer().decode(trained) == "two yes<|im_end|>\n"
+    assert file.header.fingerprint["chat_template_kwargs"] == {"ending": " yes"}
+
+
+# -- nothing is lost
+
+
+def refused(argv, reason):
+    with pytest.raises(SystemExit) as end:
+        command.main(argv)
+    assert str(end.value.code).startswith("megatron_dft.data: ") and reason in end.value.code, end.value.code
+
+
+def test_nothing_usable_keeps_earlier_file(folder, tmp_path):
+    (tmp_path / "x.jsonl").write_text(json.dumps(GOOD[0]))
+    out = tmp_path / "x.jsonl.arrow"
+    prepare(folder, tmp_path / "x.jsonl", "--seq-length", "64", out=out)
+    before = out.read_bytes()
+    argv = [str(tmp_path / "x.jsonl"), "--tokenizer", str(folder / "tokenizer"), "--seq-length", "64"]
+    argv += ["--out", str(out), "--workers", "1"]
+    for text in ("nothing\n", "", "\n\n", json.dumps({"messages": talk("a")})):
+        (tmp_path / "x.jsonl").write_text(text)
+        refused(argv, "no conversation can be used")
+        assert out.read_bytes() == before
+    (tmp_path / "x.jsonl").write_text(f"{json.dumps(GOOD[0])}\nnothing\n")
+    refused(argv, "1 of 2 records are rejected (50.0%, --max-rejected 1.0%)")
+    assert out.read_bytes() == before
+    assert json.loads((tmp_path / "x.jsonl.arrow.rejected.jsonl").read_text())["line"] == 2
+    assert not [path for path in tmp_path.iterdir() if "unfinished" in path.name]
+    command.main([*argv, "--max-rejected", "0.5"])
+    (tmp_path / "x.jsonl").write_text(json.dumps(GOOD[0]))
+    command.main(argv)
+    assert not (tmp_path / "x.jsonl.arrow.rejected.jsonl").exists()
+
+
+@pytest.mark.parametrize("kind", ["same path", "other spelling", "link", "report"])
+def test_data_never_writes_its_input(folder, tmp_path, kind):
+    source = tmp_path / ("x.arrow.report.json" if kind == "report" else "x.jsonl")
+    source.write_text(json.dumps(GOOD[0]))
+    os.link(source, tmp_path / "link.jsonl")
+    out = {
+        "same path": source,
+        "other spelling": tmp_path / ".." / tmp_path.name / "x.jsonl",
+        "link": tmp_path / "link.jsonl",
+        "report": tmp_path / "x.arrow",
+    }[kind]
+    argv = [str(source), "--tokenizer", str(folder / "tokenizer"), "--seq-length", "64", "--out", str(out)]
+    refused(argv, "is an input, and would be overwritten")
+    assert source.read_text() == json.dumps(GOOD[0])
+
+
+def test_side_files_of_shards_are_apart(folder, tmp_path):
+    (tmp_path / "x.jsonl").write_text(json.dumps(GOOD[0]))
+    for shard in ("train.shard0", "train.shard1"):
+        prepare(folder, tmp_path / "x.jsonl", "--seq-length", "64", out=tmp_path / shard)
+    assert {path.name for path in tmp_path.iterdir() if path.name.startswith("train")} == {
+        f"train.shard{i}{ending}" for i in (0, 1) for ending in ("", ".report.json")
+    }
+
+
+@pytest.mark.nightly
+def test_data_killed_at_any_moment_leaves_old_or_new_file(folder, tmp_path):
+    """50 random moments of the run. Afterwards a run cleans up what was left."""
+    (tmp_path / "x.jsonl").write_text((folder / "long.jsonl").read_text() * 20)
+    argv = [sys.executable, "-m", "megatron_dft.data", str(tmp_path / "x.jsonl"), "--tokenizer"]
+    argv += [str(folder / "tokenizer"), "--seq-length", "104", "--out", str(tmp_path / "x.arrow")]
+    start = time.monotonic()
+    subprocess.run(argv, check=True, capture_output=True)
+    whole = time.monotonic() - start
+    old = (tmp_path / "x.arrow").read_bytes()
+    rng, finished = random.Random(1), 0
+    for _ in range(50):
+        run = subprocess.Popen([*argv, "--channel", "new"], stdout=-3, stderr=-3, start_new_session=True)
+        time.sleep(rng.uniform(0.3, 1.1) * whole)
+        finished += run.poll() is not None
+        os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+        stored = (tmp_path / "x.arrow").read_bytes()
+        if stored != old:
+            assert TokenFile(str(tmp_path / "x.arrow")).header.channels == ["new"]
+            assert len(TokenFile(str(tmp_path / "x.arrow"))) > 0
+            (tmp_path / "x.arrow").write_bytes(old)
+    assert finished < 50
+    subprocess.run(argv, check=True, capture_output=True)
+    assert not [path for path in tmp_path.iterdir() if "unfinished" in path.name]
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("argv", "reason"),
     [
-        ("nothing.jsonl --tokenizer .", "nothing.jsonl: expected a JSONL file, found none"),
-        ("- --tokenizer .", "-: expected files, which best-fit reads twice, got a pipe"),
-        ("{law} --tokenizer {tok}", "expected --seq-length and --out, or --preview N"),
-        ("{law} --tokenizer /nowhere --preview 1", "--tokenizer: expected the folder of a tokenizer"),
+        ("nothing.jsonl --tokenizer {tok}", "nothing.jsonl"),
+        ("{law} --tokenizer {tok}", "--seq-length and --out are required, or --preview N"),
+        ("{law} --tokenizer /nowhere --preview 1", "--tokenizer /nowhere: expected the folder of a tokenizer"),
+        ("{law} --tokenizer {tok} --preview 1 --chat-template /nowhere", "--chat-template /nowhere: expected a Jinja"),
+        ("{law} --tokenizer {tok} --preview 1 --format completion --chat-template {law}", "uses no chat template"),
         (
             "{law} --tokenizer {tok} --out {out} --seq-length 100 --context-parallel-size 2 "
             "--tensor-model-parallel-size 2 --sequence-parallel",
-            "--seq-length: expected a multiple of 8 .* got 100; use 96",
+            "--seq-length 100: expected a multiple of 8 for --context-parallel-size 2",
         ),
+        ("{law} --tokenizer {tok} --out {tok} --seq-length 96", "expected the path of a file"),
+        ("{law} --tokenizer {tok} --preview-html {law}", "it is an input, and would be overwritten"),
     ],
 )
-def test_data_rejects_invalid_arguments(folder, words, expected):
-    places = {"law": folder / "law.jsonl", "tok": folder / "tokenizer", "out": folder / "never.jsonl"}
-    with pytest.raises(SystemExit, match=f"megatron_dft.data: {expected}"):
-        data.main([word.format(**places) for word in words.split()])
-    assert not (folder / "never.jsonl").exists()
+def test_data_refuses_invalid_arguments(folder, argv, reason):
+    places = {"law": folder / "law.jsonl", "tok": folder / "tokenizer", "out": folder / "never.arrow"}
+    refused([word.format(**places) for word in argv.split()], reason)
+    assert not (folder / "never.arrow").exists()
 
 
-def test_data_help_lists_every_flag():
-    command = [sys.executable, "-m", "megatron_dft.data", "--help"]
-    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for action in data._parser()._actions:
-        assert all(flag in usage for flag in action.option_strings)
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        *((flag, "0") for flag in ("--seq-length", "--context-parallel-size", "--workers", "--preview")),
+        *(("--max-rejected", value) for value in ("-0.1", "2", "x")),
+        *(("--chat-template-kwargs", value) for value in ("x", "[1]")),
+        ("--channel", "a,b"),
+    ],
+)
+def test_data_refuses_invalid_values(folder, flag, value, capsys):
+    with pytest.raises(SystemExit):
+        command.main([str(folder / "law.jsonl"), "--tokenizer", str(folder / "tokenizer"), f"{flag}={value}"])
+    assert flag in capsys.readouterr().err
+
+
+def test_data_help_shows_defaults():
+    run = subprocess.run([sys.executable, "-m", "megatron_dft.data", "--help"], capture_output=True, text=True)
+    assert run.returncode == 0 and "--max-rejected SHARE" in run.stdout and "(default: 0.01)" in run.stdout
+
+
+# -- token files
+
+
+def test_token_file_is_memory_mapped_and_picklable(folder):
+    file, _ = prepare(folder, folder / "long.jsonl", "--seq-length", "104")
+    again = pickle.loads(pickle.dumps(file))
+    assert len(pickle.dumps(file)) < 500 and len(again) == len(file)
+    for i in (0, len(file) - 1):
+        assert (again[i].input_ids == file[i].input_ids).all()
+    with pytest.raises(IndexError):
+        file[len(file)]
+
+
+def test_token_file_refuses_other_files(folder, tmp_path):
+    file, _ = prepare(folder, folder / "long.jsonl", "--seq-length", "104")
+    data = (folder / "long.jsonl.arrow").read_bytes()
+    for content in (b"", b"ARROW1", data[: len(data) // 2], data.replace(b'"version": 1', b'"version": 9')):
+        (tmp_path / "x").write_bytes(content)
+        with pytest.raises(ValueError, match=f"{tmp_path / 'x'}: expected a token file"):
+            TokenFile(str(tmp_path / "x"))
+    with pytest.raises(ValueError, match="expected a token file"):
+        TokenFile(str(tmp_path / "nothing"))
+    assert isinstance(file.header, Header)
+
+
+def test_reading_a_sample_takes_less_than_a_millisecond(folder):
+    file, _ = prepare(folder, folder / "long.jsonl", "--seq-length", "4096")
+    start = time.perf_counter()
+    for _ in range(100):
+        for i in range(len(file)):
+            sample_of(file[i], file.header)
+    assert (time.perf_counter() - start) / 100 / len(file) < 1e-3
 
 
 @pytest.mark.slow
 @pytest.mark.host
-@pytest.mark.parametrize(
-    ("form", "ranks", "layout"),
-    [
-        ("chat", 2, "--context-parallel-size 2"),
-        ("completion", 1, ""),
-        ("nemotron-nano-v2", 1, ""),
-    ],
-)
+@pytest.mark.parametrize(("form", "ranks", "layout"), [("chat", 2, "--context-parallel-size 2"), ("completion", 1, "")])
 def test_data_report_matches_tokens_trained_by_megatron(tmp_path, form, ranks, layout):
-    """One iteration over all lines, on CPU ranks: nothing is cut, every channel has its tokens."""
+    """One iteration over all rows, on CPU ranks: nothing is cut, every channel has its tokens."""
     pytest.importorskip("megatron.training")
-    special = ["<SPECIAL_10>", "<SPECIAL_11>", "<SPECIAL_12>"]
-    as_eos = tokenizer(CHATML, pad_token="<|im_end|>", eos_token="<|im_end|>", unk_token="<unk>")
-    as_eos.add_special_tokens({"additional_special_tokens": special})
-    as_eos.save_pretrained(tmp_path / "tokenizer")
+    tokenizer(CHATML, pad_token="<|im_end|>", eos_token="<|im_end|>").save_pretrained(tmp_path / "tokenizer")
     records = [
-        {"messages": talk("one " * (i % 5 + 1), "yes no " * (i % 9 + 1)), "channel": ("maths", "code", "law")[i % 3]}
+        {
+            "messages": talk("one " * (i % 5), "yes <|im_end|>no " * (i % 9 + 1)),
+            "channel": ("maths", "code", "law")[i % 3],
+        }
         for i in range(40)
     ]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(x) + "\n" for x in records))
-    lines, report = prepare(tmp_path, "x", "--seq-length", "64", "--format", form, *layout.split())
+    file, report = prepare(tmp_path, tmp_path / "x.jsonl", "--seq-length", "128", "--format", form, *layout.split())
     flags = (
-        "--num-layers 1 --hidden-size 16 --num-attention-heads 2 --seq-length 64 --max-position-embeddings 64 "
+        "--num-layers 1 --hidden-size 16 --num-attention-heads 2 --seq-length 128 --max-position-embeddings 128 "
         "--position-embedding-type rope --normalization RMSNorm --disable-bias-linear --attention-dropout 0 "
         "--hidden-dropout 0 --make-vocab-size-divisible-by 64 --train-iters 1 --lr 1e-3 --lr-decay-style constant "
-        f"--global-batch-size {len(lines)} --micro-batch-size 1 --eval-iters 0 --eval-interval 100 --log-interval 1 "
-        "--tensorboard-log-interval 1 --num-workers 0 --sft --tokenizer-type SFTTokenizer "
-        f"--sft-tokenizer-prompt-format {form} --no-create-attention-mask-in-dataloader --calculate-per-token-loss "
-        f"--tokenizer-model {tmp_path / 'tokenizer'} --train-data-path {tmp_path / 'x.train.jsonl'} "
+        f"--global-batch-size {len(file)} --micro-batch-size 1 --eval-iters 0 --eval-interval 100 --log-interval 1 "
+        "--tensorboard-log-interval 1 --num-workers 0 --sft --tokenizer-type HuggingFaceTokenizer "
+        "--no-create-attention-mask-in-dataloader --calculate-per-token-loss "
+        f"--tokenizer-model {tmp_path / 'tokenizer'} --train-data-path {tmp_path / 'x.jsonl.arrow'} "
         f"--data-cache-path {tmp_path / 'cache'} --loss-type nll --loss-channels maths,code {layout}"
     )
     curves = Host(tmp_path).curves(flags, ranks=ranks, script=EXAMPLE)

@@ -15,8 +15,7 @@ FLOORS = {
     "version": 0,
     "stats": 0,
     "channels": 0,
-    "chat": 0,
-    "packing": 0,
+    "data": 1,
     "objectives": 1,
     "reference": 2,
     "triton_kernels": 2,
@@ -31,7 +30,6 @@ FLOORS = {
     "hosts": 6,
     "launch": 7,
     "bridge": 7,
-    "data": 7,
     "advise": 8,
     "doctor": 8,
     "__init__": 9,
@@ -63,14 +61,15 @@ def test_imports_point_to_lower_layers_only(name):
     assert own in FLOORS, f"{name}.py has no floor yet"
     for dotted in imported(name):
         if dotted.split(".")[0] == "megatron_dft":
-            below = FLOORS[room(dotted)] < FLOORS[own] or own == room(dotted) == "hosts"
+            below = FLOORS[room(dotted)] < FLOORS[own] or own == room(dotted) in ("hosts", "data")
             assert below, f"{name}.py (floor {FLOORS[own]}) imports {dotted}"
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_only_hosts_import_megatron(name):
     foreign = {dotted.split(".")[0] for dotted in imported(name)} & HOST_PACKAGES
-    assert not foreign or name.startswith("hosts/"), f"{name}.py imports {foreign}"
+    allowed = {"transformers"} if name.startswith("data/") else set()
+    assert foreign <= allowed or name.startswith("hosts/"), f"{name}.py imports {foreign}"
 
 
 def test_package_import_imports_no_host():

@@ -8,8 +8,6 @@ import pytest
 import torch
 from host_runs import EXAMPLE, Host
 
-from megatron_dft.hosts import sft
-from megatron_dft.hosts.patches import Patches
 from megatron_dft.hosts.sft import ChannelDataset, _by_token, _whole, check_settings, damage, data_paths, with_checks
 
 pytest.importorskip("tokenizers")
@@ -88,24 +86,6 @@ def test_channels_missing_from_data_are_rejected(tmp_path):
         with_checks(lambda counts: [bare], settings, ("other", "maths"))([1])
 
 
-@pytest.mark.host
-def test_sft_tokenizer_replaces_megatron_class_and_is_picklable(tmp_path):
-    module = pytest.importorskip("megatron_dft.hosts.sft_tokenizer")
-    from megatron.core.tokenizers.text import libraries
-
-    tokenizer().save_pretrained(tmp_path)
-    with Patches() as patches:
-        sft.enable_formats(patches)
-        ours = libraries.SFTTokenizer(str(tmp_path), "completion")
-        assert isinstance(ours, libraries.SFTTokenizer) and libraries.SFTTokenizer is module.SFTTokenizer
-        theirs = libraries.SFTTokenizer(str(tmp_path), "default")
-    assert libraries.SFTTokenizer is not module.SFTTokenizer
-    conversation = talk("one", "two")
-    ids = ours.tokenize_conversation(conversation, True, False)[0]
-    assert (pickle.loads(pickle.dumps(ours)).tokenize_conversation(conversation, True, False)[0] == ids).all()
-    assert isinstance(theirs, module.SFTTokenizer) and theirs._prompt_format == "default"
-
-
 def test_data_paths_match_megatron_blend_parsing():
     blend = pytest.importorskip("megatron.core.datasets.utils").get_blend_from_list
     for words in (["a"], ["0.3", "a", "0.7", "b"], ["1e-3", "a"], [".5", "a", "3", "b"], ["a", "b"], ["1", "2", "3"]):
@@ -136,6 +116,7 @@ DAMAGED = {  # what is wrong with a line, and how it is called
     GOOD.replace(b'"two"', b"2"): "bad message: message 2: .* got int and 'assistant'",
     GOOD.replace(b'"user"', b'"bot"'): "bad message: message 1: .* got str and 'bot'",
     json.dumps({"messages": talk("one", system="sum")}).encode(): "no assistant",
+    GOOD.replace(b'"two"', b'" \\n"'): "empty reply: message 2",
 }
 
 
@@ -164,7 +145,7 @@ def test_sft_run_rejects_invalid_line_before_training(tmp_path, line):
     tokenizer().save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "x.jsonl").write_bytes(b"\n".join([GOOD, b"", line, GOOD]))
     flags = FLAGS + (
-        "--no-create-attention-mask-in-dataloader --sft-tokenizer-prompt-format completion --loss-type dft "
+        "--no-create-attention-mask-in-dataloader --sft-tokenizer-prompt-format nemotron-nano-v2 --loss-type dft "
         f"--tokenizer-model {tmp_path / 'tokenizer'} --train-data-path {tmp_path / 'x.jsonl'} "
     )
     code, output = Host(tmp_path).start(flags, script=EXAMPLE)
@@ -176,12 +157,14 @@ def test_sft_run_rejects_invalid_line_before_training(tmp_path, line):
 def test_sft_run_accepts_messages_with_unequal_keys(tmp_path):
     """datasets stores them as an extension type, which says nothing about the lines."""
     pytest.importorskip("megatron.training")
-    tokenizer().save_pretrained(tmp_path / "tokenizer")
+    of_format = tokenizer(unk_token="<unk>")
+    of_format.add_special_tokens({"additional_special_tokens": ["<SPECIAL_10>", "<SPECIAL_11>", "<SPECIAL_12>"]})
+    of_format.save_pretrained(tmp_path / "tokenizer")
     lines = [talk("one", "two"), talk("one", "two")]
     lines[0][0]["name"], lines[1][1]["tags"] = "first", ["a", {"b": 1}]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps({"messages": line}) + "\n" for line in lines))
     flags = FLAGS + (
-        "--no-create-attention-mask-in-dataloader --sft-tokenizer-prompt-format completion --loss-type dft "
+        "--no-create-attention-mask-in-dataloader --sft-tokenizer-prompt-format nemotron-nano-v2 --loss-type dft "
         f"--tokenizer-model {tmp_path / 'tokenizer'} --train-data-path {tmp_path / 'x.jsonl'} "
     )
     code, output = Host(tmp_path).start(flags, script=EXAMPLE)

@@ -107,7 +107,7 @@ def test_soak_detects_lost_or_unreported_data_lines(tmp_path):
     bad, named = soak.damaged(good, random.Random(1), 40), Counter()
     file.write_bytes(soak.merged(good, bad))
     assert not list(soak.data_violations(file, bad, len(good), clean, named))
-    assert named.total() == 40 and {"empty line", "not JSON", "not UTF-8", "no messages"} <= set(named)
+    assert named.total() == 40 and {"not JSON", "no messages"} <= set(named)
     file.write_bytes(soak.merged([*good[:-1], b"{}"], bad))  # a line is lost
     assert len(list(soak.data_violations(file, bad, len(good), clean, named))) >= 2
 

@@ -4,14 +4,14 @@
 
 Conversations are written once. From them alone comes the clean training data, and on it the reference: one run of
 --iterations that nothing disturbs. Then rounds until the time is up. Each damages the conversations anew, at random
-places (empty lines, truncated copies, random bytes, characters missing, wrong types), prepares them with
+places (truncated copies, random bytes, characters missing, wrong types), prepares them with
 megatron_dft.data and trains on what comes out, from scratch. A random rank is killed (SIGKILL): of five times once in
 the middle of a save, once before training has begun, twice at any time; the fifth time it is frozen (SIGSTOP), which
 nobody notices before the timeout. torchrun starts all ranks again; they go on from their last checkpoint. What must
 hold:
 
     data       each damaged line is named with number and reason; kept + left out = read; the training data is that of
-               the clean lines, byte for byte; given to --sft as it is, the damaged file is refused with file and line
+               the clean lines, row by row; given to --sft as it is, the damaged file is refused with file and line
     tokens     the reference trains each token once per epoch
     curves     each iteration, those done twice too, has in TensorBoard what the reference has there, to the last bit
                (not on the console: Megatron shows the second iteration of a life as a mean with the first)
@@ -56,14 +56,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 import make_chat_data  # noqa: E402
 
+from megatron_dft.data.token_file import TokenFile  # noqa: E402
+
 LENGTH, BATCH, TIMEOUT_MINUTES = 128, 4, 1
 FLAGS = f"""
 --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length {LENGTH} --max-position-embeddings {LENGTH}
 --position-embedding-type rope --normalization RMSNorm --disable-bias-linear --attention-dropout 0 --hidden-dropout 0
 --make-vocab-size-divisible-by 64 --lr 1e-3 --lr-decay-style constant --global-batch-size {BATCH} --micro-batch-size 1
 --clip-grad 1.0 --eval-iters 0 --eval-interval 1000000 --log-interval 1 --tensorboard-log-interval 1 --num-workers 0
---sft --tokenizer-type SFTTokenizer --sft-tokenizer-prompt-format completion --no-create-attention-mask-in-dataloader
---calculate-per-token-loss --loss-type dft --distributed-timeout-minutes {TIMEOUT_MINUTES} --device cpu
+--sft --tokenizer-type SFTTokenizer --sft-tokenizer-prompt-format nemotron-nano-v2
+--no-create-attention-mask-in-dataloader --calculate-per-token-loss --loss-type dft --distributed-timeout-minutes {TIMEOUT_MINUTES} --device cpu
 """
 ITERATION = re.compile(rb"iteration +(\d+)/ *\d+ \|")
 UNTIMED = re.compile("lm loss|dft |grad-norm|learning-rate|valid tokens(?! per)")
@@ -107,7 +109,6 @@ def damaged(good: list[bytes], rng: random.Random, count: int) -> dict[int, byte
     """Damaged lines by the number that each is to have in the file, between all the good ones."""
     wrong = [b"[1]", b"null", b'"text"', b'{"messages": 3}', b'{"messages": [{"role": "user", "content": null}]}']
     kinds = [
-        lambda line: rng.choice((b"", b"  ", b"\t")),
         lambda line: line[: rng.randrange(1, len(line))],
         lambda line: rng.randbytes(rng.randrange(8, 80)).replace(b"\n", b"?") + b"\xff",
         lambda line: line.replace(rng.choice((b"}", b":", b'"')), b"", 1),
@@ -124,28 +125,35 @@ def merged(good: list[bytes], bad: dict[int, bytes]) -> bytes:
 
 
 def train_file(file: Path) -> Path:
-    return file.with_suffix(".train.jsonl")
+    return file.with_suffix(".arrow")
 
 
 def prepared(file: Path) -> dict[str, Any]:
-    """Pack a file of conversations with megatron_dft.data; its report."""
+    """Tokenize and pack a file of conversations with megatron_dft.data; its report."""
     words = [sys.executable, "-m", "megatron_dft.data", str(file), "--tokenizer", str(file.parent / "tokenizer")]
-    words += ["--format", "completion", "--seq-length", str(LENGTH), "--out", str(train_file(file))]
+    words += ["--seq-length", str(LENGTH), "--out", str(train_file(file))]
+    words += ["--max-rejected", "1", "--channel", "soak"]
     subprocess.run(words, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, timeout=600)
-    return json.loads(train_file(file).with_suffix(".report.json").read_text())
+    return json.loads(Path(f"{train_file(file)}.report.json").read_text())
 
 
 def data_violations(file: Path, bad: dict[int, bytes], good: int, clean: Path, named: Counter[str]) -> Iterator[str]:
     """What megatron_dft.data has lost, or has not named; counts the reasons that it names."""
     report, out = prepared(file), train_file(file)
-    rejected = [json.loads(line) for line in out.with_suffix(".rejected.jsonl").read_text().splitlines()]
+    rejected = [json.loads(line) for line in Path(f"{out}.rejected.jsonl").read_text().splitlines()]
     named.update(entry["reason"].partition(":")[0] for entry in rejected)
     if [entry["line"] for entry in rejected] != list(bad):
         yield f"{file}: expected lines {list(bad)} to be named, got {[entry['line'] for entry in rejected]}"
-    if (report["conversations"], report["rejected"]) != (good, len(bad)):
+    if (report["sequences"], report["rejected"]) != (good, len(bad)):
         yield f"{file}: expected {good} lines kept and {len(bad)} left out, got {report}"
-    if out.read_bytes() != train_file(clean).read_bytes():
-        yield f"{out}: expected the training data of the good lines, byte for byte; {train_file(clean)} differs"
+    if rows(out) != rows(train_file(clean)):
+        yield f"{out}: expected the rows of the good lines; {train_file(clean)} differs"
+
+
+def rows(path: Path) -> list[tuple[bytes, ...]]:
+    """What a token file holds."""
+    file = TokenFile(str(path))
+    return [tuple(part.tobytes() for part in vars(file[i]).values()) for i in range(len(file))]
 
 
 # --- one torchrun
@@ -393,8 +401,8 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     clean = folder / "clean.jsonl"
     clean.write_bytes(merged(good, {}))
     trained = prepared(clean)
-    epochs = math.lcm(trained["lines"], BATCH) // trained["lines"]
-    whole = epochs * trained["lines"] // BATCH  # iterations after which each token has trained equally often
+    epochs = math.lcm(trained["rows"], BATCH) // trained["rows"]
+    whole = epochs * trained["rows"] // BATCH  # iterations after which each token has trained equally often
     if options.iterations < whole:
         raise ValueError(f"--iterations: expected {whole} or more, whole epochs of the data; got {options.iterations}")
 
@@ -430,8 +438,8 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def refusal_violations(run: Run, folder: Path, file: Path, bad: dict[int, bytes]) -> Iterator[str]:
-    """The damaged file as it is: --sft must name the first line that is not empty, and not train."""
-    first = min(number for number, line in bad.items() if line.strip())
+    """The damaged file as it is: --sft must name the first such line, and not train."""
+    first = min(bad)
     if run.iterations or not run.code or f"{file}:{first}: " not in (folder / "log.txt").read_text(errors="replace"):
         yield f"--sft: expected it to refuse {file}:{first}, got {len(run.iterations)} iterations, {folder}/log.txt"
 

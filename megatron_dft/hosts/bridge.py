@@ -46,9 +46,11 @@ def finetune(
     from megatron.bridge.training.gpt_step import forward_step as gpt_forward_step
 
     step = forward_step or gpt_forward_step
+    lines = [*prepare(cfg, config), *announcement(cfg, config)] if config.enabled else []
+    check_data(cfg, config)
     if not config.enabled:
         return host_finetune(cfg, step, callbacks=callbacks)
-    for line in (*prepare(cfg, config), *announcement(cfg, config)):
+    for line in lines:
         _print_first(line)
     installations: list[Installation] = []
     _hook_model(cfg.model, functools.partial(_install, config=config, installations=installations))
@@ -69,9 +71,16 @@ def show(cfg: Any, config: DFTConfig, forward_step: Callable[..., Any] | None = 
 
     for line in prepare(cfg, config) if config.enabled else ():
         _print_first(line)
+    check_data(cfg, config)
     runtime_config_update(cfg)
     cfg.print_yaml()
     _print_first(f"{config}, {getattr(forward_step, '__module__', 'gpt_step')}")
+
+
+def check_data(cfg: Any, config: DFTConfig) -> None:
+    """Check token files against the run (`bridge_data.py`). Other data sets are not checked."""
+    if hasattr(cfg.dataset, "check_token_files"):
+        cfg.dataset.check_token_files(cfg, config.detail.channels)
 
 
 def prepare(cfg: Any, config: DFTConfig) -> list[str]:
@@ -107,7 +116,7 @@ def _aligned(cfg: Any) -> Iterator[str]:
         reason = "because the loss is divided by the tokens of all ranks"
         yield from put("ddp", cfg.ddp, "average_in_collective", False, reason)
     packing = getattr(data, "offline_packing_specs", None)
-    if packing is not None:
+    if packing is not None and not hasattr(data, "check_token_files"):  # token files are padded already
         sequence_ranks = model.tensor_model_parallel_size if model.sequence_parallel else 1
         multiple = math.lcm(*(size * sequence_ranks * (2 if size > 1 else 1) for size in sizes))
         multiple = math.lcm(packing.pad_seq_to_mult or 1, multiple)

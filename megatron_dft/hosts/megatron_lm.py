@@ -108,17 +108,20 @@ def enable(
     compat.check_pretrain(signature)
     run = Run(config)
     add_flags(run.patches)
-    sft.enable_formats(run.patches)
     _use_compiled_helpers(run.patches)
 
     def with_objective(pretrain: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             run.begin()
             call = signature.bind(*args, **kwargs)
+            settings = _settings(call)
+            compat.check_settings(settings, config)
+            sft.check_settings(settings)
+            call.arguments[DATASETS] = sft.dataset_provider(call.arguments[DATASETS], settings, config.detail.channels)
             prepare(call)
             with Patches() as patches, contextlib.ExitStack() as undo:
                 undo.callback(run.installations.clear)
-                progress = _prepare(call, _settings(call), run, undo)
+                progress = _prepare(call, settings, run, undo)
                 progress.follow(patches)
                 try:
                     result = pretrain(*call.args, **call.kwargs)
@@ -185,15 +188,12 @@ def _settings(call: inspect.BoundArguments) -> Any:
 def _prepare(call: inspect.BoundArguments, settings: Any, run: Run, undo: contextlib.ExitStack) -> Progress:
     """Put the objective into the arguments of pretrain(). The result follows its training loop."""
     config = run.config
-    compat.check_settings(settings, config)
-    sft.check_settings(settings)
     validation = MetricAccumulator()
     totals = None if getattr(settings, "hybrid_context_parallel", False) else micro_batches
     call.arguments["forward_step_func"] = with_metrics(
         call.arguments["forward_step_func"], config, micro_batches=totals, validation=validation
     )
     _hook_model(call, functools.partial(_install, run=run), undo)
-    call.arguments[DATASETS] = sft.with_checks(call.arguments[DATASETS], settings, config.detail.channels)
     _announce(settings, config)
     return Progress(config.objective, config.detail, validation, run.check_step, run.check_masks)
 

@@ -45,13 +45,6 @@ REGISTRY = (
         "extra_args_provider belongs to the script",
     ),
     Patch(
-        "megatron.core.tokenizers.text.libraries:SFTTokenizer",
-        OBJECTIVE,
-        "adds the prompt formats chat and completion for --sft",
-        "prompt formats cannot be registered",
-        "0.18 - dev",
-    ),
-    Patch(
         f"{TRAINING}:train_step",
         DURING,
         "begins the iteration of a scheduled objective, outside of a CUDA graph; counts tokens over iterations",

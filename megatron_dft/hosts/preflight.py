@@ -228,7 +228,10 @@ def objective(settings: Any, config: DFTConfig | None, without_gpu: bool) -> Ite
 def files(settings: Any) -> Iterator[Finding]:
     """What the run reads and writes."""
     for path in () if settings.mock_data else sft.data_paths(settings):
-        yield from _conversations(path) if getattr(settings, "sft", False) else _indexed(path)
+        if sft.is_token_file(path):
+            yield from _tokens(path, settings)
+        else:
+            yield from _conversations(path) if getattr(settings, "sft", False) else _indexed(path)
     tokenizer = settings.tokenizer_model
     if tokenizer and not os.path.exists(tokenizer):
         if tokenizer.startswith(("/", ".", "~")) or tokenizer.count("/") != 1:
@@ -266,6 +269,21 @@ def _indexed(path: str) -> Iterator[Finding]:
     missing = [path + ending for ending in (".bin", ".idx") if not os.path.isfile(path + ending)]
     if missing:
         yield trouble("files", f"data at {path}", f"no {' and no '.join(missing)}", "name it without its ending")
+
+
+def _tokens(path: str, settings: Any) -> Iterator[Finding]:
+    """Whether a token file fits the run."""
+    from megatron_dft.data.token_file import TokenFile
+    from megatron_dft.hosts import token_data
+
+    try:
+        file = TokenFile(path)
+        token_data.check_fit(path, file.header, settings)
+    except ValueError as error:
+        yield Finding("trouble", "files", str(error))
+        return
+    trained = file.header.statistics["tokens_that_train"]
+    yield Finding("ok", "files", f"{path}: {len(file)} rows of {file.header.seq_length} tokens, {trained} tokens train")
 
 
 def _conversations(path: str) -> Iterator[Finding]:

@@ -1,8 +1,8 @@
-"""What Megatron-LM's --sft lacks: other prompt formats, invalid lines by name, and where conversations come from.
+"""The data of Megatron-LM's --sft: token files, and checks of Megatron's own JSONL format.
 
-    prompt formats   --sft-tokenizer-prompt-format chat | completion    (`chat.py`) beside Megatron's own
-    invalid lines    end the run before it trains, with file, line number and reason
-    channels         `channels`, a name for each conversation of a packed line, or `channel`, one for the line
+    token files      a data set of ours in place of the script's (`token_data.py`)
+    invalid lines    of JSONL end the run before it trains, with file, line number and reason
+    channels         of JSONL: `channels`, a name for each conversation of a packed line, or `channel`, for the line
 
 Megatron alone refuses a line that is no JSON, without its number, fails in the iteration that reads one whose messages
 or contents are missing, and trains on nothing where no assistant speaks. Empty lines hold nothing and are passed over.
@@ -23,23 +23,11 @@ from typing import Any
 import torch
 
 from megatron_dft.channels import OTHER, with_channels
-from megatron_dft.chat import FORMATS, IGNORE_INDEX, ChatFormat, Conversation, Encoded, spans_of
-from megatron_dft.hosts.patches import Patches
 from megatron_dft.objectives import nearest
 
 ROLES = ("system", "user", "assistant", "tool")
 MEGATRON_FORMATS = ("nemotron-nano-v2", "nemotron-h-aligned")  # of which Megatron masks what is not the assistant's
 DATA = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
-Encode = Callable[[list[Conversation]], list[Encoded | ValueError]]
-
-
-def enable_formats(patches: Patches) -> None:
-    """Teach Megatron's tokenizer for --sft the formats `chat` and `completion`."""
-    try:
-        from megatron_dft.hosts.sft_tokenizer import SFTTokenizer
-    except ModuleNotFoundError:
-        return  # a Megatron without --sft, which will say so
-    patches.put("megatron.core.tokenizers.text.libraries:SFTTokenizer", SFTTokenizer)
 
 
 def check_settings(settings: Any) -> None:
@@ -53,13 +41,23 @@ def check_settings(settings: Any) -> None:
 def data_paths(settings: Any) -> list[str]:
     """The files in Megatron's lists of paths, or of weights and paths in turn, as Megatron reads them."""
     paths: list[str] = []
-    for name in DATA:
-        given = getattr(settings, name, None) or []
-        words = given.split() if isinstance(given, str) else list(given)
+    for given in _path_lists(settings):
+        words = given.split() if isinstance(given, str) else list(given or ())
         if len(words) % 2 == 0 and all(map(_is_number, words[::2])):
             words = words[1::2]
         paths += words
     return paths
+
+
+def _path_lists(settings: Any) -> Iterator[Any]:
+    for name in DATA:
+        yield getattr(settings, name, None)
+    if path := getattr(settings, "data_args_path", None):
+        with open(path) as file:
+            yield file.read()
+    if path := getattr(settings, "per_split_data_args_path", None):
+        with open(path) as file:
+            yield from json.load(file).values()
 
 
 def _is_number(word: str) -> bool:
@@ -68,6 +66,38 @@ def _is_number(word: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def is_token_file(path: str) -> bool:
+    """Whether a path names an Arrow file."""
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        return file.read(6) == b"ARROW1"
+
+
+def token_files(settings: Any) -> list[str]:
+    """The token files among the data paths. Raises ValueError if there are others beside them."""
+    paths = data_paths(settings)
+    found = [path for path in paths if is_token_file(path)]
+    for path in paths:
+        if found and path not in found:
+            raise ValueError(
+                f"{path}: expected a token file, as {found[0]} is; prepare it with python -m megatron_dft.data"
+            )
+    return found
+
+
+def dataset_provider(provider: Callable[..., Any], settings: Any, channels: tuple[str, ...]) -> Callable[..., Any]:
+    """The provider of data sets for `pretrain()`: of token files, or the script's own with checks."""
+    paths = token_files(settings)
+    if not paths:
+        return with_checks(provider, settings, channels)
+    from megatron_dft.hosts import token_data
+
+    if channels:
+        _check_names(channels, token_data.channels_of(paths), settings.rank == 0)
+    return token_data.provider(settings, paths, channels)
 
 
 def with_checks(provider: Callable[..., Any], settings: Any, channels: tuple[str, ...]) -> Callable[..., Any]:
@@ -80,7 +110,7 @@ def with_checks(provider: Callable[..., Any], settings: Any, channels: tuple[str
 
     @functools.wraps(provider)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        masking = getattr(settings, "sft_tokenizer_prompt_format", None) in (*FORMATS, *MEGATRON_FORMATS)
+        masking = getattr(settings, "sft_tokenizer_prompt_format", None) in MEGATRON_FORMATS
         try:
             provided = provider(*args, **kwargs)
         except Exception as error:
@@ -90,7 +120,7 @@ def with_checks(provider: Callable[..., Any], settings: Any, channels: tuple[str
         if masking and not all(map(_whole, tables)):
             _refuse_damage(settings, None)
         if channels and tables:
-            _check_names(channels, tables)
+            _check_names(channels, _names_in(tables), getattr(settings, "rank", 0) == 0)
         return _replaced(provided, functools.partial(_named, names=channels)) if channels else provided
 
     return wrapped
@@ -103,8 +133,8 @@ def _refuse_damage(settings: Any, error: Exception | None) -> None:
     for path in filter(os.path.isfile, data_paths(settings)):
         if reason := damage(path):
             raise ValueError(
-                f"{reason}, so nothing in this line can be trained on; python -m megatron_dft.data names all such "
-                "lines and writes a file without them"
+                f"{reason}. Nothing in this line can be trained on; python -m megatron_dft.data names all such lines "
+                "and prepares the others"
             ) from error
 
 
@@ -129,32 +159,38 @@ def _whole(table: Any) -> bool:
         for rows in table.column("messages").chunks:
             rows.validate(full=True)  # text that is no UTF-8
             roles, contents = (compute.struct_field(rows.flatten(), name) for name in ("role", "content"))
-            replies = compute.list_parent_indices(rows).filter(compute.equal(roles, "assistant"))
+            spoken = compute.equal(roles, "assistant")
+            replies = compute.list_parent_indices(rows).filter(spoken)
             nulls = rows.null_count + roles.null_count + contents.null_count
             if nulls or contents.type != pyarrow.string() or not set(roles.unique().to_pylist()) <= set(ROLES):
                 return False
-            if len(replies.unique()) < len(rows):
+            blank = compute.equal(compute.utf8_trim_whitespace(contents.filter(spoken)), "")
+            if len(replies.unique()) < len(rows) or compute.any(blank).as_py():
                 return False
     except (pyarrow.ArrowException, KeyError, AttributeError):  # another type, no such column
         return False
     return True
 
 
-def _check_names(channels: tuple[str, ...], tables: list[Any]) -> None:
-    """Refuse a channel that no line of the data has; name those that are counted as `other`."""
+def _names_in(tables: list[Any]) -> set[str]:
+    """Channels that lines of JSONL name."""
     found: set[str] = set()
     for table in tables:
         for column in {"channel", "channels"} & set(table.column_names):
             for value in table.column(column).to_pylist():
                 found |= {name for name in (value if isinstance(value, list) else [value]) if name}
+    return found
+
+
+def _check_names(channels: tuple[str, ...], found: set[str], prints: bool) -> None:
+    """Refuse a channel that the data does not have; name those that are counted as `other`."""
     for name in channels:
         if name != OTHER and name not in found:
             known = f"they name {', '.join(sorted(found)[:20])}{nearest(name, found)}" if found else "they name none"
             raise ValueError(f"--loss-channels: no line of the data has the channel {name!r}; {known}")
-    if rest := sorted(found - set(channels)):
-        from megatron.training import print_rank_0
-
-        print_rank_0(f"> megatron_dft: channels that are reported as {OTHER!r}: {', '.join(rest[:20])}")
+    rest = sorted(found - set(channels))
+    if rest and prints:
+        print(f"> megatron_dft: channels that are reported as {OTHER!r}: {', '.join(rest[:20])}", flush=True)
 
 
 def damage(path: str) -> str | None:
@@ -181,41 +217,9 @@ def _fault(line: bytes) -> str | None:
                 f"bad message: message {i}: expected content that is text and a role of {', '.join(ROLES)}, "
                 f"got {type(content).__name__} and {role!r}"
             )
+        if role == "assistant" and not content.strip():
+            return f"empty reply: message {i}: expected text of the assistant"
     return None if any(x["role"] == "assistant" for x in messages) else "no assistant: nothing in it would train"
-
-
-def encoder(folder: str, form: str) -> tuple[Any, Encode]:
-    """A tokenizer, and the function by which Megatron will tokenize conversations in this format.
-
-    Raises:
-        ValueError: for a folder without a tokenizer, or a tokenizer that the format cannot use.
-    """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    try:
-        from transformers import AutoTokenizer
-    except ModuleNotFoundError as error:
-        raise ValueError(f"expected transformers, got none ({error}); pip install 'megatron_dft[tools]'") from None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"--tokenizer: expected the folder of a tokenizer, got {folder!r} ({reason})") from None
-    if form in FORMATS:
-        chat = ChatFormat(tokenizer, form)
-        chat.pad_id  # noqa: B018 (raises where there is none)
-        return tokenizer, chat.encode
-    from megatron.core.tokenizers.text.libraries.sft_tokenizer import SFTTokenizer
-
-    host = SFTTokenizer(folder, form)
-    return tokenizer, lambda conversations: [_by_megatron(host, conversation) for conversation in conversations]
-
-
-def _by_megatron(host: Any, conversation: Conversation) -> Encoded | ValueError:
-    try:
-        ids, targets = host.tokenize_conversation(conversation, return_target=True, add_generation_prompt=False)
-    except (ValueError, AssertionError) as error:
-        return ValueError(str(error).partition("\n")[0])
-    return Encoded(ids.tolist(), spans_of((targets != IGNORE_INDEX).tolist()))
 
 
 class ChannelDataset(torch.utils.data.Dataset):

@@ -1,0 +1,210 @@
+"""Tokenize and pack chat data; name what cannot be used.
+
+    python -m megatron_dft.data chat.jsonl --tokenizer FOLDER --seq-length 4096 --out train.arrow
+
+Train on the result with
+
+    ... -m megatron_dft.launch pretrain_gpt.py ARGUMENTS --sft --train-data-path train.arrow --loss-type dft
+
+Input: JSONL, JSON arrays, parquet, also .gz or .zst; folders; - for a pipe. Records: `messages`, ShareGPT, Alpaca, or
+prompt and completion. See docs/data.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from megatron_dft.data import preview, sources
+from megatron_dft.data.prepare import Plan, prepare, side_files
+from megatron_dft.data.tokens import FORMATS, ConversationTokenizer
+
+
+def main(argv: list[str]) -> None:
+    """Check what can be checked at once, then show or write."""
+    args = _parser().parse_args(argv)
+    try:
+        files = sources.expand(args.files)
+        tokenizer = _tokenizer(args)
+        if args.preview or args.preview_html:
+            return _preview(args, files, tokenizer)
+        if args.out is None or args.seq_length is None:
+            raise ValueError("--seq-length and --out are required, or --preview N")
+        plan = Plan(
+            files=files,
+            out=args.out,
+            seq_length=args.seq_length,
+            context_parallel_size=args.context_parallel_size,
+            tensor_model_parallel_size=args.tensor_model_parallel_size,
+            sequence_parallel=args.sequence_parallel,
+            channel=args.channel,
+            truncate=args.too_long == "truncate",
+            pack=args.packing == "best-fit",
+            max_rejected=args.max_rejected,
+            workers=args.workers,
+        )
+        show(prepare(plan, tokenizer), plan.out)
+    except (ValueError, OSError) as error:
+        sys.exit(f"megatron_dft.data: {error}")
+
+
+def _tokenizer(args: argparse.Namespace) -> ConversationTokenizer:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false" if args.workers > 1 else "true"
+    try:
+        from transformers import AutoTokenizer
+    except ModuleNotFoundError as error:
+        raise ValueError(f"transformers is missing ({error}); pip install 'megatron_dft[data]'") from None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    except Exception as error:  # whatever a broken folder makes it raise
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--tokenizer {args.tokenizer}: expected the folder of a tokenizer ({reason})") from None
+    template = None
+    if args.chat_template is not None:
+        if args.format != "chat":
+            raise ValueError(f"--chat-template: --format {args.format} uses no chat template; drop one of them")
+        try:
+            template = args.chat_template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--chat-template {args.chat_template}: expected a Jinja file ({error})") from None
+    try:
+        return ConversationTokenizer(tokenizer, args.format, template, args.chat_template_kwargs)
+    except ValueError as error:
+        raise ValueError(f"{args.chat_template or args.tokenizer}: {error}") from None
+
+
+def _preview(args: argparse.Namespace, files: list[str], tokenizer: ConversationTokenizer) -> None:
+    items = preview.shown(islice(sources.records(files), args.preview or 100), tokenizer, args.channel)
+    if args.preview_html:
+        if any(
+            os.path.exists(file) and args.preview_html.exists() and args.preview_html.samefile(file) for file in files
+        ):
+            raise ValueError(f"--preview-html {args.preview_html}: it is an input, and would be overwritten")
+        args.preview_html.write_text(preview.as_html(items), encoding="utf-8", errors="backslashreplace")
+        print(args.preview_html)
+        return
+    for item in items:
+        print(preview.as_text(item, sys.stdout.isatty()))
+
+
+def show(report: dict[str, Any], out: Path) -> None:
+    """The statistics as text."""
+    length, share = report["length"], report["tokens_that_train"] / report["tokens"]
+    print(
+        f"{report['records']} records, {report['rejected']} rejected, {report['truncated']} truncated; "
+        f"{report['sequences']} sequences, {report['tokens']} tokens, of which {share:.1%} train"
+    )
+    for reason, count in report["rejected_for"].items():
+        print(f"  rejected: {reason}: {count}")
+    if report["one_sequence_per_turn"]:
+        print(
+            f"  {report['one_sequence_per_turn']} conversations became one sequence per assistant turn: the chat "
+            "template writes earlier turns differently once more follows"
+        )
+    print("tokens of a sequence: " + ", ".join(f"{name} {value:.0f}" for name, value in length.items()))
+    for name, numbers in report["channels"].items():
+        print(
+            f"  {name}: {numbers['sequences']} sequences, {numbers['tokens']} tokens, "
+            f"{numbers['tokens_that_train']} train"
+        )
+    print(
+        f"{report['rows']} rows of {report['seq_length']} tokens, {report['packing_efficiency']:.1%} used; one "
+        f"sequence to a row would use {report['unpacked_efficiency']:.1%}"
+    )
+    print(f"{out}; {side_files(out)['report']}" + f"; {side_files(out)['rejected']}" * bool(report["rejected_for"]))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m megatron_dft.data",
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("files", nargs="+", metavar="FILE", help="files, folders, or - for a pipe")
+    add("--tokenizer", required=True, metavar="FOLDER", help="folder of a fast tokenizer of transformers")
+    add("--out", type=Path, metavar="FILE", help="token file to write")
+    add("--seq-length", type=_positive, metavar="N", help="tokens of a row, as in the training run")
+    add(
+        "--format",
+        choices=FORMATS,
+        default="chat",
+        help="chat: the chat template, assistant turns train; completion: contents as they are, assistant turns and "
+        "the end of the text train (default: %(default)s)",
+    )
+    add("--chat-template", type=Path, metavar="FILE", help="Jinja template to use instead of the tokenizer's")
+    add(
+        "--chat-template-kwargs",
+        type=_json_object,
+        default={},
+        metavar="JSON",
+        help='variables of the chat template, as {"enable_thinking": false}',
+    )
+    add("--channel", type=_name, metavar="NAME", help="channel of records that name none (default: their file's name)")
+    add("--packing", choices=("best-fit", "none"), default="best-fit", help="none: one sequence to a row")
+    add(
+        "--too-long",
+        choices=("drop", "truncate"),
+        default="drop",
+        help="sequences that are longer than a row (default: %(default)s, counted as rejected)",
+    )
+    add(
+        "--max-rejected",
+        type=_share,
+        default=0.01,
+        metavar="SHARE",
+        help="write nothing and exit with code 1 if a larger share of the records is rejected (default: %(default)s)",
+    )
+    add("--context-parallel-size", type=_positive, default=1, metavar="N", help="as in the training run")
+    add("--tensor-model-parallel-size", type=_positive, default=1, metavar="N", help="as in the training run")
+    add("--sequence-parallel", action="store_true", help="as in the training run")
+    add("--preview", type=_positive, default=0, metavar="N", help="show the first N records as they train, and stop")
+    add("--preview-html", type=Path, metavar="FILE", help="the same (100 records, or --preview N) as a page of HTML")
+    add(
+        "--workers",
+        type=_positive,
+        default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        metavar="N",
+        help="processes (default: one per core)",
+    )
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {number}")
+    return number
+
+
+def _share(text: str) -> float:
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"expected a share from 0 to 1, got {text}")
+    return number
+
+
+def _name(text: str) -> str:
+    if not text or "," in text:
+        raise argparse.ArgumentTypeError(f"expected a name without a comma, got {text!r}")
+    return text
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a JSON object ({error})") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text}")
+    return value
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

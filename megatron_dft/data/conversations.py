@@ -1,0 +1,282 @@
+"""Records of chat data -> conversations.
+
+    {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
+    {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}        ShareGPT
+    {"instruction": "...", "input": "...", "output": "..."}                                        Alpaca
+    {"prompt": "...", "completion": "..."}         `response` for `completion`; texts, or lists of messages
+
+Beside the turns a record may have
+
+    channel                a name: metrics are reported for each channel
+    system                 the system message
+    tools                  JSON schemas of functions, for the chat template
+    chat_template_kwargs   variables of the chat template, as {"enable_thinking": false}
+    weight, loss, train    0 or false: nothing in the conversation trains; also `training`, `trainable`, `loss_weight`
+
+and a message, beside role and content (text, or a list of text parts),
+
+    reasoning_content      thoughts, also as `reasoning`, `thinking` or `thought`: the chat template has to write them
+    tool_calls, tool_call_id, name        for the chat template
+    weight, loss, train    0 or false: the turn is context, and does not train
+
+A field that would change what trains and is not listed here is refused by name, unless it is empty. Fields that
+describe a record, as `id` or `source`, are ignored.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+ROLES = {
+    "system": "system",
+    "developer": "developer",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function": "tool",
+}
+TURNS = ("messages", "conversations", "instruction", "prompt")  # one of them in a record
+ANSWERS = ("completion", "response", "output")
+REASONING = ("reasoning_content", "reasoning", "thinking", "thought")
+WEIGHTS = ("weight", "loss", "train", "training", "trainable", "loss_weight")
+SAID = {"role", "content", "from", "value"}
+TEMPLATE_FIELDS = ("tool_calls", "tool_call_id", "name")
+# Fields that say something that this package cannot do; others describe, and are ignored.
+UNSUPPORTED_OF_RECORD = {
+    *("images", "image", "videos", "video", "audios", "audio", "documents", "functions", "function_call"),
+    *("chosen", "rejected", "label", "history", "input", "output", "completion", "response", "reasoning_content"),
+    *("chat_template", "loss_mask", "labels", "input_ids", "prefix", "suffix", "examples", "context"),
+}
+UNSUPPORTED_OF_MESSAGE = {
+    *("images", "image", "videos", "video", "audios", "audio", "function_call", "refusal", "prefix", "continue"),
+    *("tools", "documents", "audio_url", "image_url", "text", "value", "channel", "loss_mask", "recipient"),
+}
+
+
+@dataclass
+class Conversation:
+    """Turns, and which of them train.
+
+    Attributes:
+        messages: for the chat template: role, content, and what it needs of `TEMPLATE_FIELDS`.
+        turns: indices of the assistant messages that train.
+        channel: data source, if the record names one.
+        kwargs: tools and variables of the chat template.
+    """
+
+    messages: list[dict[str, Any]]
+    turns: list[int]
+    channel: str | None = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+def conversation_of(record: Mapping[str, Any]) -> Conversation:
+    """The conversation of a record.
+
+    Raises:
+        ValueError: it cannot be used; the reason begins with its kind, up to a colon.
+    """
+    messages, read = _turns(record)
+    for name in sorted(UNSUPPORTED_OF_RECORD.intersection(record)):
+        if name not in read and _says_something(record.get(name)):
+            raise ValueError(f"unsupported field: {name!r}; remove it from the data")
+    if _says_something(system := record.get("system", record.get("system_prompt"))):
+        if messages and messages[0].get("role", messages[0].get("from")) == "system":
+            raise ValueError("two system messages: one in `system`, one among the messages")
+        messages = [{"role": "system", "content": system}, *messages]
+    conversation = Conversation([], [], _channel(record), _template_kwargs(record))
+    weighs = _weight(record, "the conversation")
+    for i, message in enumerate(messages):
+        shown, trains = _message(message, i)
+        conversation.messages.append(shown)
+        if shown["role"] == "assistant" and trains and weighs:
+            conversation.turns.append(i)
+    _check_order(conversation.messages)
+    if not any(message["role"] == "assistant" for message in conversation.messages):
+        raise ValueError("no assistant message: nothing contributes to the loss")
+    if not conversation.turns:
+        raise ValueError("no weight: every assistant message has weight 0, so nothing contributes to the loss")
+    return conversation
+
+
+def _turns(record: Mapping[str, Any]) -> tuple[list[Any], tuple[str, ...]]:
+    """Messages, and the fields they were read from."""
+    given = [name for name in TURNS if _says_something(record.get(name)) or record.get(name) == ""]
+    if len(given) > 1:
+        raise ValueError(f"ambiguous: the record has {' and '.join(map(repr, given))}; keep one of them")
+    if not given:
+        names = ", ".join(sorted(record)) or "nothing"
+        raise ValueError(f"no messages: expected one of {', '.join(TURNS)}, got {names[:200]}")
+    name = given[0]
+    if name in ("messages", "conversations"):
+        value = record[name]
+        if isinstance(value, str):
+            value = _from_json(value, name)
+        if not isinstance(value, list):
+            raise ValueError(f"no messages: expected a list in {name!r}, got {type(value).__name__}")
+        return value, (name,)
+    answers = [key for key in ANSWERS if record.get(key) is not None]
+    if len(answers) != 1:
+        got = " and ".join(map(repr, answers)) or "none"
+        raise ValueError(f"no messages: expected one of {', '.join(ANSWERS)} beside {name!r}, got {got}")
+    prompt, answer = record[name], record[answers[0]]
+    if name == "instruction" and _says_something(extra := record.get("input")):
+        if not isinstance(prompt, str) or not isinstance(extra, str):
+            raise ValueError("no messages: expected texts in 'instruction' and 'input'")
+        return [*_spoken(f"{prompt}\n{extra}", "user", name), *_spoken(answer, "assistant", answers[0])], (
+            name,
+            "input",
+            answers[0],
+        )
+    return [*_spoken(prompt, "user", name), *_spoken(answer, "assistant", answers[0])], (name, answers[0])
+
+
+def _spoken(value: Any, role: str, name: str) -> list[Any]:
+    """A text as one message; a list of messages as it is."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if isinstance(value, list):
+        return value
+    raise ValueError(f"no messages: expected a text or a list of messages in {name!r}, got {type(value).__name__}")
+
+
+def _from_json(text: str, name: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise ValueError(f"no messages: expected a list in {name!r}, got a text that is not JSON") from None
+
+
+def _message(message: Any, i: int) -> tuple[dict[str, Any], bool]:
+    """The message as the template takes it, and whether it trains."""
+    if not isinstance(message, dict):
+        raise ValueError(f"bad message: message {i}: expected an object, got {type(message).__name__}")
+    if "role" in message and "from" in message:
+        raise ValueError(f"bad message: message {i}: it has 'role' and 'from'; keep one of them")
+    given = message.get("role", message.get("from"))
+    role = ROLES.get(given) if isinstance(given, str) else None
+    if role is None:
+        raise ValueError(f"bad message: message {i}: expected a role of {', '.join(ROLES)}, got {given!r}")
+    text_field = "value" if "from" in message else "content"
+    for name in sorted(UNSUPPORTED_OF_MESSAGE.intersection(message)):
+        if name != text_field and _says_something(message.get(name)):
+            raise ValueError(f"unsupported field: message {i}: {name!r}; remove it from the data")
+    shown: dict[str, Any] = {"role": role, "content": _content(message.get(text_field), i)}
+    trains = True
+    if not message.keys() <= SAID:
+        _add_template_fields(shown, message, i)
+        trains = _weight(message, f"message {i}")
+    if role == "assistant" and not shown["content"].strip() and not {"tool_calls", "reasoning_content"} & shown.keys():
+        raise ValueError(f"empty reply: message {i}")
+    return shown, trains
+
+
+def _add_template_fields(shown: dict[str, Any], message: dict[str, Any], i: int) -> None:
+    """Tool calls and thoughts, which the template writes beside the content."""
+    for name in TEMPLATE_FIELDS:
+        if _says_something(message.get(name)):
+            shown[name] = _tool_calls(message[name], i) if name == "tool_calls" else message[name]
+    thoughts = [value for name in REASONING if _says_something(value := message.get(name))]
+    if ("tool_calls" in shown or thoughts) and shown["role"] != "assistant":
+        raise ValueError(f"bad message: message {i}: tool calls or thoughts of a message of {shown['role']}")
+    if thoughts:
+        if not isinstance(thoughts[0], str) or any(thought != thoughts[0] for thought in thoughts):
+            raise ValueError(f"bad thoughts: message {i}: expected one text")
+        shown["reasoning_content"] = thoughts[0]
+
+
+def _content(value: Any, i: int) -> str:
+    """A text, or the texts of a list of parts, one after the other."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise ValueError(f"bad message: message {i}: expected text or a list of text parts, got {type(value).__name__}")
+    texts = []
+    for part in value:
+        if isinstance(part, dict) and part.get("type", "text") != "text":
+            raise ValueError(
+                f"unsupported content: message {i}: a part of type {part['type']!r}; only text is trained on"
+            )
+        text = part.get("text") if isinstance(part, dict) else part
+        if not isinstance(text, str):
+            raise ValueError(f"bad message: message {i}: a part without text")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _tool_calls(calls: Any, i: int) -> list[Any]:
+    """Templates take arguments as objects; data often has them as JSON text."""
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise ValueError(f"bad message: message {i}: expected a list of objects in tool_calls")
+    parsed = []
+    for call in calls:
+        function = call.get("function", call)
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError(f"bad message: message {i}: a tool call without the name of a function")
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments or "{}")
+            except ValueError:
+                raise ValueError(f"bad message: message {i}: arguments of a tool call that are no JSON") from None
+        function = {**function, "arguments": arguments}
+        parsed.append({"type": "function", **call, "function": function} if "function" in call else function)
+    return parsed
+
+
+def _template_kwargs(record: Mapping[str, Any]) -> dict[str, Any]:
+    kwargs = record.get("chat_template_kwargs") or {}
+    if not isinstance(kwargs, dict):
+        raise ValueError(f"bad chat_template_kwargs: expected an object, got {type(kwargs).__name__}")
+    reserved = {"messages", "tools", "add_generation_prompt", "chat_template", "tokenize", "documents"} & set(kwargs)
+    if reserved:
+        raise ValueError(f"bad chat_template_kwargs: {sorted(reserved)[0]!r} is no variable of a template")
+    tools = record.get("tools")
+    if isinstance(tools, str):
+        tools = _from_json(tools, "tools") if tools.strip() else None
+    if not tools:
+        return dict(kwargs)
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError("bad tools: expected a list of JSON schemas")
+    return {**kwargs, "tools": tools}
+
+
+def _channel(record: Mapping[str, Any]) -> str | None:
+    channel = record.get("channel")
+    if channel is None or (isinstance(channel, str) and channel and "," not in channel):
+        return channel
+    raise ValueError(f"bad channel: expected a name without a comma, got {channel!r}")
+
+
+def _weight(fields: Mapping[str, Any], where: str) -> bool:
+    """Whether it trains."""
+    given = {name: fields[name] for name in WEIGHTS if fields.get(name) is not None}
+    for name, value in given.items():
+        if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+            raise ValueError(f"unsupported weight: {where}: {name}: expected 0, 1, false or true, got {value!r}")
+    if len(set(map(bool, given.values()))) > 1:
+        raise ValueError(f"unsupported weight: {where}: {' and '.join(given)} contradict each other")
+    return all(given.values())
+
+
+def _check_order(messages: list[dict[str, Any]]) -> None:
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant" and all(m["role"] in ("system", "developer") for m in messages[:i]):
+            raise ValueError(f"reply to nothing: message {i} is the assistant's, and no user spoke before it")
+        if message["role"] == "tool" and not any(m["role"] == "assistant" for m in messages[:i]):
+            raise ValueError(f"bad message: message {i}: a tool's result before any message of the assistant")
+
+
+def _says_something(value: Any) -> bool:
+    return value not in (None, "", [], {}, False)

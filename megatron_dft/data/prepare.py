@@ -1,0 +1,366 @@
+"""From files of chat data to a token file.
+
+Worker processes parse, render and tokenize; this process reads, packs and writes. Tokens wait in a temporary file
+beside the output until all lengths are known. Memory grows by about 200 bytes per sequence, not with its length.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import multiprocessing
+import os
+import sys
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from megatron_dft.data import sources, token_file
+from megatron_dft.data.conversations import conversation_of
+from megatron_dft.data.packing import best_fit
+from megatron_dft.data.sources import Record
+from megatron_dft.data.token_file import Header, Row
+from megatron_dft.data.tokens import ConversationTokenizer, Encoded
+
+BATCH = 256  # records of a task of a worker
+ALONE = 8  # batches before worker processes are started
+SHOWN = 10  # rejected records that are printed
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do with the records.
+
+    Attributes:
+        files: paths; folders and `-` too.
+        out: path of the token file.
+        seq_length: tokens of a row.
+        context_parallel_size, tensor_model_parallel_size, sequence_parallel: of the training run.
+        channel: name of the data source of records that name none. Default: the name of their file.
+        truncate: cut conversations that are longer than a row, instead of rejecting them.
+        pack: several conversations to a row.
+        max_rejected: share of records that may be rejected.
+        workers: processes; 1: this one.
+    """
+
+    files: list[str]
+    out: Path
+    seq_length: int
+    context_parallel_size: int = 1
+    tensor_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+    channel: str | None = None
+    truncate: bool = False
+    pack: bool = True
+    max_rejected: float = 0.01
+    workers: int = 1
+
+    @property
+    def multiple(self) -> int:
+        """Megatron pads each conversation to a multiple of it."""
+        return 2 * self.context_parallel_size if self.context_parallel_size > 1 else 1
+
+    def check(self) -> None:
+        """Raises ValueError for a length that cannot be split over the ranks, or an output that is an input."""
+        cp, tp = self.context_parallel_size, self.tensor_model_parallel_size
+        whole = self.multiple * (tp if self.sequence_parallel else 1)
+        if self.seq_length % whole:
+            raise ValueError(
+                f"--seq-length {self.seq_length}: expected a multiple of {whole} for --context-parallel-size {cp} and "
+                f"--tensor-model-parallel-size {tp}{' with --sequence-parallel' * self.sequence_parallel}; use "
+                f"{self.seq_length // whole * whole or whole}"
+            )
+        if not self.out.name or self.out.is_dir():
+            raise ValueError(f"--out {self.out}: expected the path of a file")
+        for path in (self.out, *side_files(self.out).values()):
+            if any(os.path.exists(file) and path.exists() and os.path.samefile(file, path) for file in self.files):
+                raise ValueError(f"--out {self.out}: {path} is an input, and would be overwritten; choose another name")
+
+
+def side_files(out: Path) -> dict[str, Path]:
+    """Files beside the token file: its statistics, and the records that were rejected."""
+    return {"report": out.with_name(f"{out.name}.report.json"), "rejected": out.with_name(f"{out.name}.rejected.jsonl")}
+
+
+@dataclass
+class Statistics:
+    """What came in, what went out, what was rejected and why."""
+
+    records: int = 0
+    rejected: int = 0
+    truncated: int = 0
+    split: int = 0  # conversations that became one sequence per assistant turn
+    reasons: Counter[str] = field(default_factory=Counter)
+    lengths: array = field(default_factory=lambda: array("i"))
+    trained: array = field(default_factory=lambda: array("i"))
+    channels: array = field(default_factory=lambda: array("i"))
+    names: dict[str, int] = field(default_factory=dict)
+
+    def report(self, rows: int, seq_length: int) -> dict[str, Any]:
+        """Counts, in records, sequences, tokens."""
+        lengths, trained, channels = map(np.asarray, (self.lengths, self.trained, self.channels))
+        of_channels = {}
+        for name, number in sorted(self.names.items()):
+            mine = channels == number
+            of_channels[name] = {
+                "sequences": int(mine.sum()),
+                "tokens": int(lengths[mine].sum()),
+                "tokens_that_train": int(trained[mine].sum()),
+            }
+        quantiles = {"min": 0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1}
+        return {
+            "records": self.records,
+            "rejected": self.rejected,
+            "rejected_for": dict(self.reasons.most_common()),
+            "one_sequence_per_turn": self.split,
+            "sequences": len(lengths),
+            "truncated": self.truncated,
+            "tokens": int(lengths.sum()),
+            "tokens_that_train": int(trained.sum()),
+            "length": {
+                "mean": float(lengths.mean()),
+                **{name: float(np.quantile(lengths, q, method="nearest")) for name, q in quantiles.items()},
+            },
+            "channels": of_channels,
+            "rows": rows,
+            "seq_length": seq_length,
+            "packing_efficiency": int(lengths.sum()) / (rows * seq_length),
+            "unpacked_efficiency": int(lengths.sum()) / (len(lengths) * seq_length),
+        }
+
+
+def prepare(plan: Plan, tokenizer: ConversationTokenizer) -> dict[str, Any]:
+    """Write the token file; returns the statistics.
+
+    Raises:
+        ValueError: nothing can be used, or more is rejected than `max_rejected`. No file is written then, except the
+            list of what was rejected.
+    """
+    plan.check()
+    plan.out.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        files = {name: stack.enter_context(_Unfinished(path)) for name, path in _targets(plan.out).items()}
+        spill = stack.enter_context(_Unfinished(plan.out.with_name(f"{plan.out.name}.tokens")))
+        statistics = Statistics()
+        with files["rejected"].path.open("w") as rejected, spill.path.open("wb") as tokens:
+            _tokenize(plan, tokenizer, statistics, rejected, tokens)
+        if statistics.rejected:
+            files["rejected"].finish()
+        _check(plan, statistics)
+        sizes = [-(-length // plan.multiple) * plan.multiple for length in statistics.lengths]
+        rows = best_fit(sizes, plan.seq_length) if plan.pack else [[i] for i in range(len(sizes))]
+        report = statistics.report(len(rows), plan.seq_length)
+        stored = np.memmap(spill.path, dtype=np.int32, mode="r")
+        header = Header(
+            seq_length=plan.seq_length,
+            multiple=plan.multiple,
+            context_parallel_size=plan.context_parallel_size,
+            tensor_model_parallel_size=plan.tensor_model_parallel_size,
+            sequence_parallel=plan.sequence_parallel,
+            pad_id=tokenizer.pad_id,
+            max_id=int(max(np.abs(stored).max() - 1, tokenizer.pad_id)),
+            channels=list(statistics.names),
+            fingerprint=tokenizer.fingerprint(),
+            statistics=report,
+        )
+        if plan.pack:  # best fit orders them by length
+            np.random.default_rng(0).shuffle(rows)
+        token_file.write(files["out"].path, header, _rows(rows, statistics, stored))
+        files["out"].finish()
+        files["report"].path.write_text(json.dumps(report, indent=2) + "\n")
+        files["report"].finish()
+        if not statistics.rejected:  # a list of an earlier run would be wrong
+            side_files(plan.out)["rejected"].unlink(missing_ok=True)
+    return report
+
+
+def _targets(out: Path) -> dict[str, Path]:
+    return {"out": out, **side_files(out)}
+
+
+class _Unfinished:
+    """A temporary file in the same folder, renamed by `finish`, removed otherwise."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.path = target.with_name(f".{target.name}.unfinished-{os.getpid()}")
+
+    def __enter__(self) -> _Unfinished:
+        for left in self.target.parent.glob(f".{self.target.name}.unfinished-*"):  # of a process that was killed
+            if not os.path.exists(f"/proc/{left.name.rpartition('-')[2]}") and os.path.isdir("/proc/self"):
+                left.unlink(missing_ok=True)
+        return self
+
+    def finish(self) -> None:
+        """Put the file in its place."""
+        self.path.replace(self.target)
+
+    def __exit__(self, *_: object) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def _check(plan: Plan, statistics: Statistics) -> None:
+    rejected = side_files(plan.out)["rejected"]
+    reasons = ", ".join(f"{reason} ({count})" for reason, count in statistics.reasons.most_common(3))
+    if not statistics.lengths:
+        raise ValueError(f"no conversation can be used, and {plan.out} is not written: {reasons or 'no records'}")
+    share = statistics.rejected / statistics.records
+    if share > plan.max_rejected:
+        raise ValueError(
+            f"{statistics.rejected} of {statistics.records} records are rejected ({share:.1%}, --max-rejected "
+            f"{plan.max_rejected:.1%}), and {plan.out} is not written: {reasons}. {rejected} names them"
+        )
+
+
+# -- tokenizing, in worker processes
+
+
+def _tokenize(
+    plan: Plan, tokenizer: ConversationTokenizer, statistics: Statistics, rejected: IO[str], tokens: IO[bytes]
+) -> None:
+    """Append the tokens of all records, as signed numbers: id + 1, negative where the token does not train."""
+    for file, number, channel, sequences, reasons, cut in _progress(_outcomes(plan, tokenizer), plan.files):
+        statistics.records += 1
+        statistics.rejected += not sequences
+        statistics.split += len(sequences) + len(reasons) > 1
+        statistics.truncated += cut
+        for reason in reasons:
+            _reject(statistics, rejected, file, number, reason, plan.out)
+        for stored in sequences:
+            numbers = np.frombuffer(stored, dtype=np.int32)
+            tokens.write(stored)
+            statistics.lengths.append(len(numbers))
+            statistics.trained.append(int((numbers > 0).sum()))
+            statistics.channels.append(statistics.names.setdefault(channel, len(statistics.names)))
+
+
+def _reject(statistics: Statistics, rejected: IO[str], file: str, number: int, reason: str, out: Path) -> None:
+    statistics.reasons[reason.partition(":")[0]] += 1
+    rejected.write(json.dumps({"file": file, "line": number, "reason": reason}) + "\n")
+    count = statistics.reasons.total()
+    if count <= SHOWN:
+        print(f"{file}:{number}: {reason}", file=sys.stderr)
+    if count == SHOWN:
+        print(f"(all others in {side_files(out)['rejected']} only)", file=sys.stderr)
+
+
+_worker: tuple[Plan, ConversationTokenizer] | None = None  # of a worker process
+
+
+def _start_worker(plan: Plan, tokenizer: ConversationTokenizer) -> None:
+    global _worker
+    _worker = plan, tokenizer
+
+
+def _work(records: list[Record]) -> list[Any]:
+    assert _worker is not None
+    return encode_records(records, *_worker)
+
+
+def _outcomes(plan: Plan, tokenizer: ConversationTokenizer) -> Iterator[tuple[int, list[Any]]]:
+    """Of batches of records, in order, with the bytes that were read."""
+    batches = _batches(sources.records(plan.files))
+    for batch in batches if plan.workers == 1 else islice(batches, ALONE):
+        yield batch[-1].done, encode_records(batch, plan, tokenizer)
+    rest = next(batches, None)
+    if rest is None:
+        return
+    batches = chain([rest], batches)
+    # Not forked: libraries may hold threads.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(plan.workers, context, _start_worker, (plan, tokenizer)) as pool:
+        waiting: collections.deque[tuple[int, Any]] = collections.deque()
+        try:
+            for batch in batches:
+                waiting.append((batch[-1].done, pool.submit(_work, batch)))
+                while len(waiting) > 3 * plan.workers:
+                    done, future = waiting.popleft()
+                    yield done, future.result()
+            for done, future in waiting:
+                yield done, future.result()
+        except BrokenProcessPool:
+            raise ValueError("a worker process was killed, perhaps for its memory; use fewer --workers") from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
+    iterator = iter(records)
+    while batch := list(islice(iterator, BATCH)):
+        yield batch
+
+
+def encode_records(records: list[Record], plan: Plan, tokenizer: ConversationTokenizer) -> list[Any]:
+    """For each record: file, number, channel, its sequences as bytes, reasons against others, whether one was cut."""
+    found: list[Any] = []
+    for record in records:
+        try:
+            found.append(conversation_of(sources.parse(record)))
+        except ValueError as error:
+            found.append(error)
+    encoded = iter(tokenizer.encode([x for x in found if not isinstance(x, ValueError)]))
+    outcomes: list[Any] = []
+    for record, conversation in zip(records, found, strict=True):
+        sequences = conversation if isinstance(conversation, ValueError) else next(encoded)
+        if isinstance(sequences, ValueError):
+            reason = str(sequences) if sequences is conversation else f"bad conversation: {sequences}"
+            outcomes.append((record.file, record.number, "", [], [reason], False))
+            continue
+        channel = conversation.channel or plan.channel or sources.channel_of(record.file)
+        kept: list[bytes] = []
+        reasons: list[str] = []
+        cut = False
+        for sequence in sequences:
+            if reason := unusable(sequence, plan.seq_length, plan.truncate):
+                reasons.append(reason)
+            else:
+                kept.append(_stored(sequence, plan.seq_length))
+                cut |= len(sequence.ids) > plan.seq_length
+        outcomes.append((record.file, record.number, channel, kept, reasons, cut))
+    return outcomes
+
+
+def unusable(sequence: Encoded, seq_length: int, truncate: bool) -> str:
+    """Why a sequence is left out; empty if it is not."""
+    if len(sequence.ids) > seq_length and not truncate:
+        return f"too long: {len(sequence.ids)} tokens, --seq-length {seq_length}"
+    if not any(first < min(last, seq_length) for first, last in sequence.spans):
+        return "nothing trains: its replies have no tokens" + " within --seq-length" * (len(sequence.ids) > seq_length)
+    return ""
+
+
+def _stored(sequence: Encoded, seq_length: int) -> bytes:
+    numbers = -1 - np.array(sequence.ids[:seq_length], dtype=np.int32)
+    for first, last in sequence.spans:
+        np.negative(numbers[first:last], out=numbers[first:last])
+    return numbers.tobytes()
+
+
+def _rows(rows: list[list[int]], statistics: Statistics, stored: np.ndarray) -> Iterator[Row]:
+    lengths = np.asarray(statistics.lengths)
+    channels = np.asarray(statistics.channels)
+    ends = np.cumsum(lengths)
+    for row in rows:
+        numbers = np.concatenate([stored[ends[i] - lengths[i] : ends[i]] for i in row])
+        yield Row(np.abs(numbers) - 1, (numbers > 0).astype(np.float16), lengths[row], channels[row])
+
+
+def _progress(outcomes: Iterable[tuple[int, list[Any]]], files: list[str]) -> Iterator[Any]:
+    """The outcomes one by one, with a bar of the bytes that are read."""
+    from tqdm import tqdm
+
+    sizes = [os.path.getsize(file) for file in files if os.path.isfile(file)]
+    total = sum(sizes) if len(sizes) == len(files) else None
+    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
+        for done, batch in outcomes:
+            yield from batch
+            bar.update(done - bar.n)

@@ -1,0 +1,475 @@
+"""Chat templates: conversation -> text, and the part of the text that each assistant turn generates.
+
+    {% generation %}     a template that marks what it generates: the marks are used as they are
+    otherwise            an assistant turn begins behind the generation prompt and ends where the next turn begins, its
+                         closing token included. Both places are found by rendering the conversation up to that turn
+
+A template that renders a turn differently once more follows (Qwen3 drops thoughts) gives one sample per assistant
+turn: the conversation up to and including it, of which that turn alone is generated. No text is ever searched for the
+text of a message.
+
+Costs one rendering per conversation if its messages hold nothing but text: the first conversation with a sequence of
+roles is analysed, later ones are compared with it. Everything else takes three renderings per turn.
+
+Templates are rendered by transformers, in its sandbox, for at most `TIME_LIMIT` seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import re
+import signal
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+Message = dict[str, Any]
+Span = tuple[int, int]
+
+TIME_LIMIT = 10.0  # seconds for one conversation
+LONG = 12  # messages; a longer sequence of roles is analysed by its beginning and its end
+MARKS = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
+BEGIN, END = "\ufdd0", "\ufdd1"  # Unicode noncharacters around what a template marks
+FIELDS = frozenset(("reasoning_content", "tool_calls"))  # of messages, which a template has to write
+THOUGHTS = "</think>"  # what ends thoughts within a content
+OPENED = re.compile(r"\s*(<[^<>]*think[^<>]*>)?\s*")  # what a generation prompt may open that a reply leaves out
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A text, and which characters of it each assistant turn generates.
+
+    Attributes:
+        turns: index of the message of each span.
+    """
+
+    text: str
+    spans: tuple[Span, ...]
+    turns: tuple[int, ...]
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer, or another one for it.
+
+    Args:
+        tokenizer: of transformers.
+        template: Jinja source. Default: the tokenizer's own.
+        kwargs: variables of the template for all conversations, as `enable_thinking`.
+
+    Raises:
+        ValueError: no template; one that cannot be rendered; one that ends no reply.
+    """
+
+    def __init__(self, tokenizer: Any, template: str | None = None, kwargs: dict[str, Any] | None = None) -> None:
+        self.tokenizer = tokenizer
+        try:
+            self.source: str = template or tokenizer.get_chat_template()
+        except ValueError:
+            raise ValueError(
+                "the tokenizer has no chat template; pass --chat-template FILE, or --format completion for plain text"
+            ) from None
+        self.kwargs = kwargs or {}
+        self.marked = _with_marks(self.source)
+        self.parts = False  # whether the template expects contents as lists of parts
+        self._shape = lru_cache(maxsize=1024)(self._shape_of)
+        self._unwritten = lru_cache(maxsize=1024)(self._unwritten_of)
+        self._learn()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ChatTemplate, (self.tokenizer, self.source, self.kwargs)
+
+    def render(self, messages: list[Message], turns: list[int], **kwargs: Any) -> list[Rendered]:
+        """The samples of a conversation.
+
+        Args:
+            messages: as the template takes them.
+            turns: indices of the assistant messages that train.
+            kwargs: tools, and variables of the template, for this conversation.
+
+        Raises:
+            ValueError: the template refuses it, exceeds `TIME_LIMIT`, or leaves unclear what a turn generates.
+        """
+        with _time_limit():
+            self._check_written(messages, kwargs)
+            if self.marked:
+                return [self._marked(messages, turns, kwargs)]
+            return self._like_others(messages, turns, kwargs) or self._exact(messages, turns, kwargs)
+
+    def _check_written(self, messages: list[Message], kwargs: dict[str, Any]) -> None:
+        """Raises ValueError if the template leaves out a message, or a field that it should show."""
+        for name in kwargs.keys() - {"tools"}:
+            if name not in self.source:
+                raise ValueError(f"chat_template_kwargs: the chat template has no variable {name!r}")
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant" and THOUGHTS in message["content"]:
+                thoughts, _, rest = message["content"].rpartition(THOUGHTS)
+                answer = {**message, "content": rest}
+                if thoughts.strip().removeprefix("<think>").strip() and self._text(
+                    [*messages[:i], message], kwargs
+                ) == self._text([*messages[:i], answer], kwargs):
+                    raise ValueError(f"message {i}: the chat template drops the thoughts before {THOUGHTS}")
+        if all(len(message) == 2 for message in messages) and not kwargs.get("tools"):
+            if missing := self._unwritten(tuple(message["role"] for message in messages), json.dumps(kwargs)):
+                raise ValueError(missing)
+            return
+        named = [{**m, "content": _sentinel(i)} if m["content"] else m for i, m in enumerate(messages)]
+        text = self._text(named, kwargs)
+        for i, message in enumerate(named):
+            if message["content"] and message["content"] not in text:
+                raise ValueError(f"message {i}: the chat template does not write a message of {message['role']} here")
+        if kwargs.get("tools") and text == self._text(named, {**kwargs, "tools": None}):
+            raise ValueError("tools: the chat template does not write them")
+        for i, message in enumerate(messages):
+            for field in FIELDS.intersection(message):
+                without = {name: value for name, value in message.items() if name != field}
+                with_it, without_it = ([*messages[:i], shown] for shown in (message, without))
+                if self._text(with_it, kwargs) == self._text(without_it, kwargs):
+                    raise ValueError(f"message {i}: the chat template does not write {field}")
+
+    def _unwritten_of(self, roles: tuple[str, ...], kwargs: str) -> str:
+        """Why messages with these roles cannot be shown; empty if they can."""
+        text = self._text([{"role": r, "content": _sentinel(i)} for i, r in enumerate(roles)], json.loads(kwargs))
+        for i, role in enumerate(roles):
+            if _sentinel(i) not in text:
+                return f"message {i}: the chat template does not write a message of {role} here"
+        return ""
+
+    def _text(self, messages: list[Message], kwargs: dict[str, Any], source: str = "", prompt: bool = False) -> str:
+        options = {"tools": None, **self.kwargs, **kwargs}
+        try:
+            return self.tokenizer.apply_chat_template(
+                [_in_parts(message) for message in messages] if self.parts else messages,
+                chat_template=source or self.source,
+                tokenize=False,
+                add_generation_prompt=prompt,
+                **options,
+            )
+        except TimeoutError:
+            raise
+        except Exception as error:  # a template refuses a conversation by raising anything
+            raise ValueError(f"the chat template refuses it: {type(error).__name__}: {error}") from None
+
+    def _learn(self) -> None:
+        """Generation prompt, and what closes a reply, in the middle of a conversation and at its end."""
+        user, assistant = ({"role": role, "content": _sentinel(i)} for i, role in enumerate(("user", "assistant")))
+        with _time_limit():
+            try:
+                self.parts = _sentinel(0) not in self._text([user], {})
+            except ValueError:
+                self.parts = True
+            asked = self._text([user], {})
+            if _sentinel(0) not in asked:
+                raise ValueError("the chat template does not write what a user says")
+            prompt = self._text([user], {}, prompt=True)
+            self.header = prompt[self._agree(prompt, asked) :]
+            self.closing = self._text([user, assistant], {}).rpartition(_sentinel(1))[2]
+            try:
+                going_on = self._text([user, assistant], {}, prompt=True).rpartition(_sentinel(1))[2]
+            except ValueError:  # no reply may follow another
+                going_on = self.closing + self.header
+        self.closing_within = going_on.removesuffix(self.header)
+        if not self.marked and not self.closing.strip():
+            raise ValueError(
+                "the chat template writes nothing behind a reply, so the model would not learn to end one; pass "
+                "--chat-template FILE with a template that does, or that marks what trains with {% generation %}"
+                + _training_template(self.source)
+            )
+
+    def _agree(self, text: str, other: str) -> int:
+        """How many characters two texts begin with in common, without the beginning of a token of one of them."""
+        pairs = enumerate(zip(text, other, strict=False))
+        common = next((i for i, (a, b) in pairs if a != b), min(len(text), len(other)))
+        if common == len(other) or common == len(text):
+            return common
+        for either in (text, other):
+            encoding = self.tokenizer.backend_tokenizer.encode(either, add_special_tokens=False)
+            token = encoding.char_to_token(common)
+            if token is not None:
+                common = min(common, encoding.token_to_chars(token)[0])
+        return common
+
+    # -- what a turn generates, by renderings up to it
+
+    def _exact(self, messages: list[Message], turns: list[int], kwargs: dict[str, Any]) -> list[Rendered]:
+        if not turns:
+            return [Rendered(self._text(messages, kwargs), (), ())]
+
+        @cache
+        def until(count: int, prompt: bool) -> str:
+            return self._text(messages[:count], kwargs, prompt=prompt)
+
+        def begin(text: str, i: int) -> int:
+            if not i:
+                raise ValueError("message 0: a reply to nothing; the first message is the assistant's")
+            prompt = until(i, True)
+            if text.startswith(prompt):
+                missing = not prompt.endswith(self.header) and text.startswith(self.header, len(prompt))
+                return len(prompt) + len(self.header) * missing  # no generation prompt behind a tool's result
+            before = prompt.removesuffix(self.header)
+            agreed = self._agree(text, prompt)
+            if agreed <= len(before) or not OPENED.fullmatch(prompt[agreed:]):
+                raise ValueError(
+                    f"message {i}: the chat template does not begin this reply with its generation prompt "
+                    f"{prompt[-40:]!r}; it writes {text[len(before) : len(prompt)][:40]!r}. Set variables of the "
+                    "template with --chat-template-kwargs, or mark replies with {% generation %}"
+                )
+            return agreed
+
+        def end(text: str, i: int) -> int:
+            if i == len(messages) - 1:
+                return len(text)
+            with contextlib.suppress(ValueError):
+                prompt = until(i + 1, True)
+                before = prompt.removesuffix(self.header)
+                if before + self.header == prompt and text.startswith(before):
+                    return len(before)
+            if text.startswith(until(i + 1, False)):
+                return len(until(i + 1, False))
+            raise ValueError(f"message {i}: the chat template does not show where this reply ends")
+
+        def same(text: str, span: Span, i: int) -> bool:
+            """Whether the turn reads as it does while it is the last."""
+            last = until(i + 1, False)
+            within, alone = text[slice(*span)], last[begin(last, i) :]
+            if within == alone:
+                return True
+            closed = self.closing_within.strip() and within.endswith(self.closing_within)
+            return bool(
+                closed
+                and alone.endswith(self.closing)
+                and within.removesuffix(self.closing_within) == alone.removesuffix(self.closing)
+            )
+
+        text = until(len(messages), False)
+        with contextlib.suppress(ValueError):
+            spans = tuple((begin(text, i), end(text, i)) for i in turns)
+            if all(same(text, span, i) for span, i in zip(spans, turns, strict=True)):
+                return [Rendered(text, spans, tuple(turns))]
+        samples = []
+        for i in turns:
+            text = until(i + 1, False)
+            samples.append(Rendered(text, ((begin(text, i), len(text)),), (i,)))
+        return samples
+
+    # -- the same, from an analysis of conversations with the same roles
+
+    def _like_others(self, messages: list[Message], turns: list[int], kwargs: dict[str, Any]) -> list[Rendered] | None:
+        """None if a message holds more than text, or if the template does not write the text as it is."""
+        roles = tuple(message["role"] for message in messages)
+        plain = all(len(message) == 2 and type(message.get("content")) is str for message in messages)
+        if not plain or "tools" in kwargs or turns != _assistants(roles):
+            return None
+        samples = []
+        for shape in self._shape(roles, json.dumps(kwargs, sort_keys=True)):
+            parts, places, at = [shape.pieces[0]], [], len(shape.pieces[0])
+            for message, strip, piece in zip(messages, shape.strips, shape.pieces[1:], strict=False):
+                content = strip(message["content"])
+                places.append((at, at + len(content)))
+                parts += (content, piece)
+                at += len(content) + len(piece)
+            text = "".join(parts)
+            if text != self._text(messages[: len(places)], kwargs):
+                return None
+            spans = tuple((places[i][0] - before, places[i][1] + behind) for i, before, behind, _ in shape.spans)
+            for (begin, _), (_, _, _, left_out) in zip(spans, shape.spans, strict=True):
+                if left_out and text.startswith(left_out[0], begin):
+                    return None  # the reply may go on as the generation prompt does
+            samples.append(Rendered(text, spans, tuple(i for i, _, _, _ in shape.spans)))
+        return samples or None
+
+    def _shape_of(self, roles: tuple[str, ...], kwargs: str) -> list[Shape]:
+        """One shape per sample; empty if there is none."""
+        messages: list[Message] = [{"role": role, "content": _sentinel(i)} for i, role in enumerate(roles)]
+        options = json.loads(kwargs)
+        with contextlib.suppress(ValueError, LookupError):
+            if len(roles) > LONG:
+                return [self._long_shape(messages, roles, kwargs)]
+            samples = self._exact(messages, _assistants(roles), options)
+            shapes = []
+            for sample in samples:
+                shown = messages if len(samples) == 1 else messages[: sample.turns[0] + 1]
+                pieces, strips = self._pieces(shown, options)
+                if _filled(pieces, shown) != sample.text:
+                    return []
+                starts = [sample.text.index(message["content"]) for message in shown]
+                spans = [
+                    (
+                        i,
+                        starts[i] - first,
+                        last - starts[i] - len(shown[i]["content"]),
+                        self._left_out(sample.text[:first]),
+                    )
+                    for (first, last), i in zip(sample.spans, sample.turns, strict=True)
+                ]
+                shapes.append(Shape(pieces, strips, spans))
+            return shapes
+        return []
+
+    def _long_shape(self, messages: list[Message], roles: tuple[str, ...], kwargs: str) -> Shape:
+        """From the beginning and the end of the conversation: what stands between messages there stands between all."""
+        head = LONG // 2
+        tail = next(i for i in range(len(roles) - head, len(roles)) if roles[i] == roles[head])
+        short = roles[:head] + roles[tail:]
+        (known,) = self._shape(short, kwargs)
+        before = {(short[i - 1], known.pieces[i]): (n, left_out) for i, n, _, left_out in known.spans}
+        behind = {(i == len(short) - 1, known.pieces[i + 1]): n for i, _, n, _ in known.spans}
+        pieces, strips = self._pieces(messages, json.loads(kwargs))
+        spans = []
+        for i in _assistants(roles):
+            count, left_out = before[roles[i - 1], pieces[i]]
+            spans.append((i, count, behind[i == len(roles) - 1, pieces[i + 1]], left_out))
+        return Shape(pieces, strips, spans)
+
+    def _left_out(self, before: str) -> str:
+        """The end of the generation prompt that a text does not have before a reply."""
+        kept = next(n for n in range(len(self.header), -1, -1) if before.endswith(self.header[:n]))
+        return self.header[kept:]
+
+    def _pieces(self, messages: list[Message], kwargs: dict[str, Any]) -> tuple[list[str], list[Callable[[str], str]]]:
+        """What the template writes around each content, and what it strips from it."""
+        pieces = _around(self._text(messages, kwargs), messages)
+        spaced = [{**message, "content": f"\t {message['content']}\t "} for message in messages]
+        found = _around(self._text(spaced, kwargs), messages)
+        strips: list[Callable[[str], str]] = []
+        for i in range(len(messages)):
+            left, right = found[i].endswith("\t "), found[i + 1].startswith("\t ")
+            strips.append((str if right else str.rstrip) if left else (str.lstrip if right else str.strip))
+        return pieces, strips
+
+    # -- marks of the template
+
+    def _marked(self, messages: list[Message], turns: list[int], kwargs: dict[str, Any]) -> Rendered:
+        text = self._text(messages, kwargs)
+        if BEGIN in text or END in text:
+            raise ValueError(f"a message holds U+{ord(BEGIN):X} or U+{ord(END):X}, which are no characters")
+        parts = re.split(f"([{BEGIN}{END}])", self._text(messages, kwargs, self.marked))
+        if "".join(part for part in parts if part not in (BEGIN, END)) != text:
+            raise ValueError("the chat template changes what it marks with {% generation %} afterwards")
+        spans: list[Span] = []
+        at = depth = 0
+        for part in parts:
+            if part == BEGIN:
+                spans += [(at, at)] * (depth == 0)
+                depth += 1
+            elif part == END:
+                depth -= 1
+                spans[-1] = (spans[-1][0], at)
+            else:
+                at += len(part)
+        spans = [(first, last) for first, last in spans if first < last]
+        if turns and not spans:
+            raise ValueError("the chat template marks nothing with {% generation %}")
+        assistants = _assistants(message["role"] for message in messages)
+        if turns == assistants:
+            owners = turns if len(turns) == len(spans) else [-1] * len(spans)
+            return Rendered(text, tuple(spans), tuple(owners))
+        begins = [self._place(text, messages, i, kwargs) for i in assistants]
+        owners = [assistants[max(bisect_right(begins, first) - 1, 0)] for first, _ in spans]
+        kept = [(span, i) for span, i in zip(spans, owners, strict=True) if i in turns]
+        return Rendered(text, tuple(span for span, _ in kept), tuple(i for _, i in kept))
+
+    def _place(self, text: str, messages: list[Message], i: int, kwargs: dict[str, Any]) -> int:
+        """Where a message begins. For templates with marks, whose marks do not tell which message they belong to."""
+        before = self._text(messages[:i], kwargs, prompt=True).removesuffix(self.header) if i else ""
+        if not text.startswith(before):
+            raise ValueError(
+                f"message {i}: the chat template renders what comes before it differently when more follows, so its "
+                "marks cannot be matched with turns that do not train"
+            )
+        return len(before)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a template writes for a sequence of roles.
+
+    Attributes:
+        pieces: text before, between and behind the contents.
+        strips: str, str.strip, ... of each content.
+        spans: for each turn that is generated its index, the characters before its content, those behind it, and the
+            end of the generation prompt that this turn does not have.
+    """
+
+    pieces: list[str]
+    strips: list[Callable[[str], str]]
+    spans: list[tuple[int, int, int, str]]
+
+
+def _sentinel(i: int) -> str:
+    return f"qz{i}zq"
+
+
+def _in_parts(message: Message) -> Message:
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+
+
+def _assistants(roles: Iterable[str]) -> list[int]:
+    return [i for i, role in enumerate(roles) if role == "assistant"]
+
+
+def _around(text: str, messages: list[Message]) -> list[str]:
+    """The text without the contents, which are sentinels. Raises ValueError if one is not there once, in order."""
+    pieces = []
+    for message in messages:
+        piece, found, text = text.partition(message["content"])
+        if not found or message["content"] in text:
+            raise ValueError
+        pieces.append(piece)
+    return [*pieces, text]
+
+
+def _filled(pieces: list[str], messages: list[Message]) -> str:
+    contents = [*(message["content"] for message in messages), ""]
+    return "".join(part for pair in zip(pieces, contents, strict=True) for part in pair)
+
+
+def _with_marks(source: str) -> str:
+    """The template with characters around what it marks; empty if it marks nothing."""
+
+    def tag(match: re.Match[str]) -> str:
+        left, closing, right = match.groups()
+        return f"{{%{left} {'endcall' if closing else 'call _marked()'} {right}%}}"
+
+    if not MARKS.search(COMMENT.sub("", source)):
+        return ""
+    return f"{{% macro _marked() %}}{BEGIN}{{{{ caller() }}}}{END}{{% endmacro %}}\n" + MARKS.sub(tag, source)
+
+
+def _training_template(source: str) -> str:
+    """Where an installed TRL has a template with marks for this model."""
+    spec = importlib.util.find_spec("trl")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        for file in sorted(Path(folder, "chat_templates").glob("*.jinja")):
+            marked = file.with_name(f"{file.stem}_training.jinja")
+            if file.read_text(encoding="utf-8").strip() == source.strip() and marked.is_file():
+                return f", as {marked} of TRL does"
+    return ""
+
+
+@contextlib.contextmanager
+def _time_limit() -> Iterator[None]:
+    """Raise ValueError after `TIME_LIMIT`. In the main thread of a process; elsewhere there is no limit."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError
+
+    handler = signal.signal(signal.SIGALRM, stop)
+    remaining, interval = signal.setitimer(signal.ITIMER_REAL, TIME_LIMIT)
+    try:
+        yield
+    except TimeoutError:
+        raise ValueError(f"the chat template did not end within {TIME_LIMIT:.0f} s") from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, remaining, interval)
+        signal.signal(signal.SIGALRM, handler)

@@ -1,0 +1,181 @@
+"""Token files: tokenized, packed conversations in an Arrow file that training maps into memory.
+
+A row is one sequence of training:
+
+    input_ids     int32    tokens of its conversations, one after the other, without padding
+    loss_weights  float16  of each token as a target: 0 or 1. 0 for the first token of a conversation
+    lengths       int32    tokens of each conversation
+    channels      int32    of each conversation, an index into the names of `Header.channels`
+
+The schema's metadata holds the `Header`: how the file was made, and the statistics of the data.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+VERSION = 1
+ROWS = 256  # of a record batch
+COLUMNS = {"input_ids": pa.int32(), "loss_weights": pa.float16(), "lengths": pa.int32(), "channels": pa.int32()}
+KEY = b"megatron_dft"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One packed sequence, as stored. Arrays may be views of the mapped file."""
+
+    input_ids: np.ndarray
+    loss_weights: np.ndarray
+    lengths: np.ndarray
+    channels: np.ndarray
+
+
+@dataclass(frozen=True)
+class Header:
+    """How a token file was made.
+
+    Attributes:
+        seq_length: tokens of a row, padding included.
+        multiple: each conversation is padded to a multiple of it: 2 x context-parallel ranks, or 1.
+        context_parallel_size, tensor_model_parallel_size, sequence_parallel: as given.
+        pad_id: token id of padding.
+        max_id: largest token id.
+        channels: names of data sources.
+        fingerprint: tokenizer and chat template (`ConversationTokenizer.fingerprint`).
+        statistics: what `python -m megatron_dft.data` reports.
+    """
+
+    seq_length: int
+    multiple: int
+    context_parallel_size: int
+    tensor_model_parallel_size: int
+    sequence_parallel: bool
+    pad_id: int
+    max_id: int
+    channels: list[str]
+    fingerprint: dict[str, Any]
+    statistics: dict[str, Any]
+
+
+def write(path: Path, header: Header, rows: Iterable[Row]) -> None:
+    """Write a token file. For a file that appears complete or not at all, rename it afterwards."""
+    metadata = {KEY: json.dumps({"version": VERSION, **asdict(header)}).encode()}
+    schema = pa.schema([(name, pa.list_(kind)) for name, kind in COLUMNS.items()], metadata)
+    batch: list[Row] = []
+    with path.open("wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for row in rows:
+            batch.append(row)
+            if len(batch) == ROWS:
+                writer.write_batch(_record_batch(batch, schema))
+                batch.clear()
+        if batch:
+            writer.write_batch(_record_batch(batch, schema))
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _record_batch(rows: list[Row], schema: pa.Schema) -> pa.RecordBatch:
+    columns = []
+    for name, kind in COLUMNS.items():
+        parts = [getattr(row, name) for row in rows]
+        offsets = np.cumsum([0, *map(len, parts)], dtype=np.int32)
+        values = np.concatenate(parts).astype(kind.to_pandas_dtype(), copy=False)
+        columns.append(pa.ListArray.from_arrays(offsets, pa.array(values)))
+    return pa.record_batch(columns, schema=schema)
+
+
+class TokenFile:
+    """A token file, open for reading. It can be pickled: data loader workers open it themselves.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        ValueError: no token file, an incomplete one, or one of another version.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        try:
+            self._reader = pa.ipc.open_file(pa.memory_map(path))
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ValueError(f"{path}: expected a token file of python -m megatron_dft.data ({error})") from None
+        stored = json.loads((self._reader.schema.metadata or {}).get(KEY, b"{}"))
+        if stored.pop("version", None) != VERSION:
+            raise ValueError(
+                f"{path}: expected a token file of version {VERSION}; write it again with python -m megatron_dft.data"
+            )
+        self.header = Header(**{field.name: stored[field.name] for field in fields(Header)})
+        self._batches = [self._reader.get_batch(i) for i in range(self._reader.num_record_batches)]
+        self._ends = np.cumsum([batch.num_rows for batch in self._batches]).tolist()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenFile, (self.path,)
+
+    def __len__(self) -> int:
+        """Rows."""
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> Row:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = bisect.bisect_right(self._ends, index)
+        batch = self._batches[number]
+        place = index - (self._ends[number] - batch.num_rows)
+        return Row(*(_values(batch.column(name), place) for name in COLUMNS))
+
+
+def _values(column: pa.ListArray, place: int) -> np.ndarray:
+    first, last = column.offsets[place].as_py(), column.offsets[place + 1].as_py()
+    return column.values.slice(first, last - first).to_numpy()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A row as training reads it, padded to `seq_length`.
+
+    Attributes:
+        tokens, position_ids: int64 [s]; positions start at 0 in each conversation.
+        labels: int64 [s]; of each token the next one, -100 where that does not train.
+        loss_mask: float32 [s]; the weight of each label.
+        channels: int64 [s]; of each label, an index into `Header.channels`.
+        cu_seqlens: int32 [conversations + 1]; where conversations begin, with their padding. The last one reaches to
+            the end of the row.
+    """
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    loss_mask: np.ndarray
+    position_ids: np.ndarray
+    channels: np.ndarray
+    cu_seqlens: np.ndarray
+
+
+def sample_of(row: Row, header: Header) -> Sample:
+    """Pad a row, and shift its tokens to labels."""
+    length = header.seq_length
+    padded = -(-row.lengths // header.multiple) * header.multiple
+    starts = np.cumsum([0, *padded[:-1]])
+    cu_seqlens = np.array([*starts, length], dtype=np.int32)
+    within = np.arange(len(row.input_ids)) - np.repeat(np.cumsum([0, *row.lengths[:-1]]), row.lengths)
+    places = np.repeat(starts, row.lengths) + within
+    tokens = np.full(length, header.pad_id, dtype=np.int64)
+    tokens[places] = row.input_ids
+    trains = within > 0
+    targets, weights = places[trains] - 1, row.loss_weights[trains]
+    loss_mask = np.zeros(length, dtype=np.float32)
+    loss_mask[targets] = weights
+    labels = np.full(length, -100, dtype=np.int64)
+    labels[targets] = np.where(weights > 0, row.input_ids[trains], -100)
+    sizes = np.diff(cu_seqlens)
+    position_ids = np.arange(length) - np.repeat(cu_seqlens[:-1], sizes)
+    return Sample(tokens, labels, loss_mask, position_ids, np.repeat(row.channels.astype(np.int64), sizes), cu_seqlens)

@@ -1,0 +1,162 @@
+"""Token files (`megatron_dft.data`) as the data set of Megatron-Bridge.
+
+In a YAML file for `python -m megatron_dft.bridge`, in place of the data set of the recipe:
+
+    dataset:
+      _target_: megatron_dft.hosts.bridge_data.TokenFileDataset
+      train_path: train.arrow
+      valid_path: valid.arrow
+
+Samples have the keys of Bridge's offline packing. `cu_seqlens_q` are where conversations begin, padding included.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy
+import torch
+from megatron.bridge.data.base import DatasetBuildContext, DatasetProvider
+from megatron.bridge.data.packing.config import PackedSequenceSpecs
+from torch.utils.data import Dataset
+
+from megatron_dft.data.token_file import TokenFile, sample_of
+from megatron_dft.hosts.token_data import (
+    Layout,
+    check_channels,
+    check_layout,
+    check_tokenizer,
+    check_vocabulary,
+    row_number,
+    tensors_of,
+)
+
+
+@dataclass(kw_only=True)
+class TokenFileDataset(DatasetProvider):
+    """The `dataset` section of a run that trains on token files.
+
+    Attributes:
+        train_path: the token file for training. Its rows are shuffled anew in each epoch, by `seed`.
+        valid_path: the token file for validation, in order. None: no validation. There is no test data set.
+        seed: of the order of rows.
+        dataloader_type: "single" is the only one, because the order of rows is made here.
+    """
+
+    train_path: str
+    valid_path: str | None = None
+    seed: int = 1234
+    dataloader_type: Literal["single", "cyclic", "batch", "external"] | None = "single"
+
+    # Bridge reads these of its own data sets. Without annotations they are no settings, and no checkpoint stores them.
+    # The first one makes the stages in the middle of a pipeline receive cu_seqlens.
+    enable_offline_packing = True
+    pad_to_max_length = True
+
+    def __post_init__(self) -> None:
+        self._model: Any = None
+        self._channels: tuple[str, ...] = ()
+
+    @property
+    def seq_length(self) -> int:
+        """Tokens of a row, padding included."""
+        return TokenFile(self.train_path).header.seq_length
+
+    @property
+    def offline_packing_specs(self) -> PackedSequenceSpecs:
+        """The packing, for the checks of Bridge."""
+        return PackedSequenceSpecs(packed_sequence_size=self.seq_length)
+
+    def check_token_files(self, cfg: Any, channels: tuple[str, ...] = ()) -> None:
+        """Check the files against the run, before it starts. `build_datasets` requires this call.
+
+        Args:
+            cfg: the ConfigContainer that this object belongs to, every override applied.
+            channels: names by number; empty: labels carry none.
+
+        Raises:
+            ValueError: a file does not fit the run; both values are named.
+        """
+        paths = [path for path in (self.train_path, self.valid_path) if path is not None]
+        if self.dataloader_type != "single":
+            raise ValueError(
+                f"dataset.dataloader_type={self.dataloader_type}: token files require single; leave it out"
+            )
+        for section, name in (
+            (cfg.train, "train.micro_batch_size"),
+            (cfg.validation, "validation.eval_micro_batch_size"),
+        ):
+            size = getattr(section, name.partition(".")[2])
+            if size not in (1, None):
+                raise ValueError(f"{name}={size}: a row of a token file is a micro-batch of its own; set it to 1")
+        model = cfg.model
+        sizes = {model.context_parallel_size, getattr(cfg.dist, "eval_context_parallel_size", None) or 1}
+        if max(sizes) > 1 and (not model.calculate_per_token_loss or cfg.ddp.average_in_collective):
+            raise ValueError(
+                f"model.context_parallel_size={max(sizes)}: ranks hold different numbers of valid tokens; set "
+                "model.calculate_per_token_loss=true and ddp.average_in_collective=false"
+            )
+        for path in paths:
+            header = TokenFile(path).header
+            for size in sorted(sizes):
+                layout = Layout(model.seq_length, size, model.tensor_model_parallel_size, model.sequence_parallel)
+                check_layout(path, header, layout, "model.{}".format)
+            if cfg.tokenizer.tokenizer_type == "HuggingFaceTokenizer" and cfg.tokenizer.tokenizer_model:
+                check_tokenizer(
+                    path,
+                    header,
+                    cfg.tokenizer.tokenizer_model,
+                    "tokenizer.tokenizer_model",
+                    trust_remote_code=cfg.tokenizer.trust_remote_code,
+                )
+        check_channels(channels, paths, "dft.channels")
+        self._model, self._channels = model, channels
+
+    def build_datasets(self, context: DatasetBuildContext) -> tuple[Dataset | None, Dataset | None, None]:
+        """The data sets for training and validation, of as many samples as Bridge requests."""
+        if self._model is None:
+            raise ValueError(
+                "dataset: TokenFileDataset.check_token_files(cfg) was not called; use python -m megatron_dft.bridge or "
+                "megatron_dft.hosts.bridge.finetune(cfg, ...), or call it before Bridge's finetune(cfg)"
+            )
+        return (
+            self._rows(self.train_path, context.train_samples, self.seed),
+            self._rows(self.valid_path, context.valid_samples, None),
+            None,
+        )
+
+    def _rows(self, path: str | None, samples: int, seed: int | None) -> TokenRows | None:
+        if path is None or samples == 0:
+            return None
+        file = TokenFile(path)
+        check_vocabulary(path, file.header, self._model.vocab_size)
+        return TokenRows(file, samples, seed, self._channels)
+
+
+class TokenRows(Dataset):
+    """Samples of a token file, one row each. Rows repeat after the last one.
+
+    Args:
+        samples: length of the data set.
+        seed: of the order in each epoch; None: the order of the file.
+        channels: names by number; empty: labels carry none.
+    """
+
+    def __init__(self, file: TokenFile, samples: int, seed: int | None, channels: tuple[str, ...]) -> None:
+        self.file, self.samples, self.seed, self.channels = file, samples, seed, channels
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        sample = sample_of(self.file[row_number(index, len(self.file), self.seed)], self.file.header)
+        cu_seqlens = torch.from_numpy(sample.cu_seqlens)
+        max_seqlen = torch.tensor(numpy.diff(sample.cu_seqlens).max())
+        return {
+            **tensors_of(sample, self.file.header, self.channels),
+            "cu_seqlens_q": cu_seqlens,
+            "cu_seqlens_kv": cu_seqlens,
+            "max_seqlen_q": max_seqlen,
+            "max_seqlen_kv": max_seqlen,
+        }

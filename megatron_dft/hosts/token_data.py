@@ -1,0 +1,240 @@
+"""Token files (`megatron_dft.data`) as the data of Megatron-LM's `pretrain()`.
+
+The data set is an argument of pretrain(); the script's own provider is not called. Blends, weights, splits and sizes
+are Megatron's, through its builder. Samples are those of `--sft`: packed, padded as Megatron pads them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatronDatasetConfig
+from megatron.core.datasets.megatron_dataset import MegatronDataset
+from megatron.core.datasets.utils import Split
+
+from megatron_dft.channels import OTHER, with_channels
+from megatron_dft.data.token_file import Header, Sample, TokenFile, sample_of
+from megatron_dft.objectives import nearest
+
+HUGGING_FACE = ("HuggingFaceTokenizer", "SFTTokenizer")  # --tokenizer-type whose --tokenizer-model is a folder
+
+
+@dataclass
+class TokenDatasetConfig(BlendedMegatronDatasetConfig):
+    """Megatron's configuration, and the names of channels by number (`config.channels`)."""
+
+    channels: tuple[str, ...] = ()
+
+
+class TokenDataset(MegatronDataset):
+    """Rows of a token file as samples. The training split is shuffled anew in each epoch, by `random_seed`."""
+
+    @staticmethod
+    def build_low_level_dataset(dataset_path: str, config: TokenDatasetConfig) -> TokenFile:
+        """Open the file."""
+        return TokenFile(dataset_path)
+
+    @staticmethod
+    def numel_low_level_dataset(low_level_dataset: TokenFile) -> int:
+        """Rows of the file."""
+        return len(low_level_dataset)
+
+    def __len__(self) -> int:
+        return len(self.indices) if self.num_samples is None else self.num_samples
+
+    def __getitem__(self, idx: int) -> dict[str, torch.Tensor]:
+        seed = self.config.random_seed if self.index_split == Split.train else None
+        header = self.dataset.header
+        sample = sample_of(self.dataset[int(self.indices[row_number(idx, len(self.indices), seed)])], header)
+        cu_seqlens = numpy.full(
+            header.seq_length + 1, header.seq_length, dtype=numpy.int32
+        )  # of one size, to be stacked
+        cu_seqlens[: len(sample.cu_seqlens)] = sample.cu_seqlens
+        return {
+            **tensors_of(sample, header, self.config.channels),
+            "cu_seqlens": torch.from_numpy(cu_seqlens),
+            "max_seqlen": torch.tensor(numpy.diff(sample.cu_seqlens).max()),
+        }
+
+
+def row_number(index: int, rows: int, seed: int | None) -> int:
+    """The row of the `index`-th sample of a run. Rows are shuffled in each epoch; without a seed they stay in order."""
+    epoch, place = divmod(index, rows)
+    return place if seed is None else int(_order(rows, seed, epoch)[place])
+
+
+@functools.lru_cache(maxsize=4)
+def _order(count: int, seed: int, epoch: int) -> numpy.ndarray:
+    return numpy.random.default_rng((seed, epoch)).permutation(count)
+
+
+def tensors_of(sample: Sample, header: Header, channels: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """What every host reads of a sample: [s] each. Labels carry the channels that have names."""
+    labels = torch.from_numpy(sample.labels)
+    if channels:
+        numbers = numpy.array([_number(name, channels) for name in header.channels])
+        labels = with_channels(labels, torch.from_numpy(numbers[sample.channels]))
+    return {
+        "tokens": torch.from_numpy(sample.tokens),
+        "labels": labels,
+        "loss_mask": torch.from_numpy(sample.loss_mask),
+        "position_ids": torch.from_numpy(sample.position_ids),
+    }
+
+
+def _number(name: str, channels: tuple[str, ...]) -> int:
+    return channels.index(name) if name in channels else 0
+
+
+def provider(settings: Any, paths: list[str], channels: tuple[str, ...]) -> Callable[..., Any]:
+    """A provider of data sets for `pretrain()`.
+
+    Args:
+        settings: Megatron's arguments.
+        paths: of the token files, as `settings` name them.
+        channels: names by number; empty: labels carry none.
+
+    Raises:
+        ValueError: a file does not fit the run; both values are named.
+    """
+    for path in paths:
+        check_fit(path, TokenFile(path).header, settings)
+
+    def provide(sample_counts: list[int], vp_stage: int | None = None) -> Any:
+        from megatron.core import mpu
+        from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+        from megatron.training import get_args
+        from megatron.training.utils import get_blend_and_blend_per_split
+
+        args = get_args()
+        for path in paths:
+            check_vocabulary(path, TokenFile(path).header, args.padded_vocab_size)
+        blend, blend_per_split = get_blend_and_blend_per_split(args)
+        config = TokenDatasetConfig(
+            random_seed=args.seed,
+            sequence_length=args.seq_length,
+            blend=blend,
+            blend_per_split=blend_per_split,
+            split=args.split,
+            path_to_cache=args.data_cache_path,
+            multiple_validation_sets=args.multiple_validation_sets,
+            full_validation=args.full_validation,
+            num_dataset_builder_threads=args.num_dataset_builder_threads,
+            channels=channels,
+        )
+        return BlendedMegatronDatasetBuilder(
+            TokenDataset, sample_counts, lambda: mpu.get_tensor_model_parallel_rank() == 0, config
+        ).build()
+
+    provide.is_distributed = True  # type: ignore[attr-defined]  # Megatron then calls it on every rank
+    return provide
+
+
+def check_fit(path: str, header: Header, settings: Any) -> None:
+    """Raises ValueError if the file was prepared for another length, layout or tokenizer than Megatron's arguments."""
+    if not settings.sft:
+        raise ValueError(f"{path}: a token file requires --sft, by which Megatron reads packed sequences")
+    if getattr(settings, "hybrid_context_parallel", False) or getattr(settings, "dynamic_context_parallel", False):
+        raise ValueError(f"{path}: a token file has a fixed layout; drop --hybrid-context-parallel")
+    layout = Layout(
+        settings.seq_length,
+        settings.context_parallel_size,
+        settings.tensor_model_parallel_size,
+        settings.sequence_parallel,
+    )
+    check_layout(path, header, layout, _flag)
+    if settings.tokenizer_type in HUGGING_FACE and settings.tokenizer_model:
+        check_tokenizer(path, header, settings.tokenizer_model, "--tokenizer-model")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Settings of a run that the rows of a token file must fit."""
+
+    seq_length: int
+    context_parallel_size: int = 1
+    tensor_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def check_layout(path: str, header: Header, layout: Layout, named: Callable[[str], str]) -> None:
+    """Raises ValueError if the rows are of another length, or cannot be split over the ranks.
+
+    Args:
+        named: from a field of `Layout` to the setting of the host.
+    """
+    again = "; prepare the data again with python -m megatron_dft.data"
+    if layout.seq_length != header.seq_length:
+        raise ValueError(
+            f"{path}: prepared for --seq-length {header.seq_length}, the run has {named('seq_length')} "
+            f"{layout.seq_length}{again}"
+        )
+    cp, tp = layout.context_parallel_size, layout.tensor_model_parallel_size
+    multiple = 2 * cp if cp > 1 else 1
+    if header.multiple % multiple:
+        raise ValueError(
+            f"{path}: prepared for --context-parallel-size {header.context_parallel_size}, the run has "
+            f"{named('context_parallel_size')} {cp}{again}"
+        )
+    whole = multiple * (tp if layout.sequence_parallel else 1)
+    if header.seq_length % whole:
+        raise ValueError(
+            f"{path}: rows of {header.seq_length} tokens, prepared for --tensor-model-parallel-size "
+            f"{header.tensor_model_parallel_size}, cannot be split for {named('tensor_model_parallel_size')} {tp} with "
+            f"{named('sequence_parallel')} and {named('context_parallel_size')} {cp}, which takes a multiple of "
+            f"{whole}{again}"
+        )
+
+
+def check_tokenizer(path: str, header: Header, folder: str, option: str, **kwargs: Any) -> None:
+    """Raises ValueError if the file was prepared with another tokenizer than that of `folder`.
+
+    Args:
+        option: where the run names the folder.
+        kwargs: of `AutoTokenizer.from_pretrained`.
+    """
+    from transformers import AutoTokenizer
+
+    from megatron_dft.data.tokens import tokenizer_fingerprint
+
+    of_run = tokenizer_fingerprint(AutoTokenizer.from_pretrained(folder, **kwargs))
+    for name, value in of_run.items():
+        if header.fingerprint[name] != value:
+            raise ValueError(
+                f"{path}: prepared with another tokenizer: {name} {header.fingerprint[name]!r}, {option} "
+                f"{folder} has {value!r}; prepare the data again with this tokenizer"
+            )
+
+
+def check_vocabulary(path: str, header: Header, padded_vocab_size: int) -> None:
+    """Raises ValueError if the model has no embedding for a token of the file."""
+    if header.max_id >= padded_vocab_size:
+        raise ValueError(
+            f"{path}: holds token id {header.max_id}, the model has a vocabulary of {padded_vocab_size}; prepare "
+            "the data with the tokenizer of the model"
+        )
+
+
+def check_channels(channels: tuple[str, ...], paths: list[str], option: str) -> None:
+    """Raises ValueError if a name in `option` is no data source of the token files."""
+    found = channels_of(paths)
+    for name in channels:
+        if name != OTHER and name not in found:
+            raise ValueError(
+                f"{option}: no token file has the channel {name!r}; they have {', '.join(sorted(found)[:20])}"
+                f"{nearest(name, found)}"
+            )
+
+
+def channels_of(paths: list[str]) -> set[str]:
+    """Names of the data sources in token files."""
+    return {name for path in paths for name in TokenFile(path).header.channels}

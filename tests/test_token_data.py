@@ -1,0 +1,174 @@
+"""Token files as the data of Megatron-LM's pretrain(): same curves in every layout, and a file that does not fit is
+refused."""
+
+import json
+import pickle
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("megatron.training")
+pytest.importorskip("pyarrow")
+
+from chat_examples import talk, tokenizer
+from chat_runs import CHAT_MODEL
+from host_runs import EXAMPLE, Host, agree
+
+from megatron_dft.data import __main__ as command
+from megatron_dft.data.token_file import TokenFile
+from megatron_dft.hosts import sft, token_data
+
+pytestmark = pytest.mark.host
+LENGTH = 256
+
+
+class TokenHost(Host):
+    """Runs of the example on one token file, prepared for CP 2 and TP 2 with sequence parallelism."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        tokenizer().save_pretrained(folder / "tokenizer")
+        records = [
+            {
+                "messages": talk("one " * (i % 7), "yes no " * (i % 23 + 1), "and", "two"),
+                "channel": ("maths", "code")[i % 2],
+            }
+            for i in range(200)
+        ]
+        (folder / "x.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        argv = [str(folder / "x.jsonl"), "--tokenizer", str(folder / "tokenizer"), "--seq-length", str(LENGTH)]
+        argv += ["--context-parallel-size", "2", "--tensor-model-parallel-size", "2", "--sequence-parallel"]
+        self.file = folder / "x.arrow"
+        command.main([*argv, "--out", str(self.file)])
+        self.flags = CHAT_MODEL.replace("divisible-by 64", "divisible-by 256") + (
+            "--sft --tokenizer-type HuggingFaceTokenizer --no-create-attention-mask-in-dataloader "
+            f"--calculate-per-token-loss --tokenizer-model {folder / 'tokenizer'} --train-data-path {self.file} "
+            f"--valid-data-path {self.file} --data-cache-path {folder / 'cache'} --loss-type dft "
+        )
+
+    def refused(self, flags):
+        """The message of a run that is refused before it trains."""
+        code, output = self.start(flags, script=EXAMPLE)
+        assert code and "iteration        1/" not in output
+        return output
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    return TokenHost(tmp_path_factory.mktemp("token_data"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        pytest.param(2, "--tensor-model-parallel-size 2 --sequence-parallel", marks=pytest.mark.smoke),
+        (2, "--context-parallel-size 2"),
+        (2, ""),
+        (4, "--context-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel"),
+    ],
+)
+def test_token_file_trains_alike_in_every_layout(host, ranks, layout):
+    one = host.curves(host.flags + "--loss-channels maths", script=EXAMPLE)
+    many = host.curves(f"{host.flags}--loss-channels maths {layout}", script=EXAMPLE, ranks=ranks)
+    agree(many, one, 2e-5)
+    assert one["channel/maths tokens"][0] + one["channel/other tokens"][0] == one["valid tokens"][0]
+
+
+@pytest.mark.slow
+def test_epochs_train_each_token_once_in_another_order(host):
+    """Global batches of the whole file: each step is an epoch."""
+    file = TokenFile(str(host.file))
+    whole = host.flags.replace("--global-batch-size 6", f"--global-batch-size {len(file)}")
+    curves = host.curves(whole, script=EXAMPLE)
+    assert set(curves["valid tokens"]) == {file.header.statistics["tokens_that_train"]}
+    first, second = (token_data._order(len(file), 1234, epoch).tolist() for epoch in (0, 1))
+    assert first != second and sorted(first) == sorted(second) == list(range(len(file)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            "--seq-length 128 --max-position-embeddings 128",
+            "prepared for --seq-length 256, the run has --seq-length 128",
+        ),
+        ("--loss-channels maths,law", "--loss-channels: no line of the data has the channel 'law'"),
+        ("--valid-data-path {folder}/x.jsonl", "x.jsonl: expected a token file, as"),
+        ("--tokenizer-type NullTokenizer --vocab-size 20", "holds token id"),
+        ("--tokenizer-model {folder}/other", "prepared with another tokenizer: tokenizer '"),
+    ],
+)
+def test_run_that_does_not_fit_token_file_is_refused(host, change, reason):
+    other = tokenizer()
+    other.add_tokens(["new"])
+    other.save_pretrained(host.folder / "other")
+    assert reason in host.refused(host.flags + change.format(folder=host.folder))
+
+
+def test_token_file_without_objective_is_refused(host):
+    flags = host.flags.replace("--loss-type dft", "")
+    assert "x.arrow: a token file requires --loss-type; nll is the plain cross entropy" in host.refused(flags)
+
+
+def settings(**changes):
+    values = {
+        "sft": True,
+        "seq_length": LENGTH,
+        "context_parallel_size": 1,
+        "tensor_model_parallel_size": 1,
+        "sequence_parallel": False,
+        "tokenizer_type": "NullTokenizer",
+        "tokenizer_model": None,
+    }
+    return SimpleNamespace(**values | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"sft": False}, "requires --sft"),
+        ({"seq_length": 512}, "prepared for --seq-length 256, the run has --seq-length 512"),
+        ({"context_parallel_size": 4}, "prepared for --context-parallel-size 2, the run has --context-parallel-size 4"),
+        (
+            {"context_parallel_size": 2, "tensor_model_parallel_size": 3, "sequence_parallel": True},
+            "prepared for --tensor-model-parallel-size 2, cannot be split for --tensor-model-parallel-size 3",
+        ),
+    ],
+)
+@pytest.mark.slow
+def test_check_fit_names_both_values(host, changes, reason):
+    header = TokenFile(str(host.file)).header
+    token_data.check_fit("x.arrow", header, settings())
+    token_data.check_fit("x.arrow", header, settings(context_parallel_size=2))
+    with pytest.raises(ValueError, match=reason):
+        token_data.check_fit("x.arrow", header, settings(**changes))
+
+
+@pytest.mark.slow
+def test_token_files_are_found_in_every_list_of_paths(host, tmp_path):
+    (tmp_path / "paths").write_text(f"0.3 {host.file} 0.7 {host.file}")
+    (tmp_path / "splits").write_text(json.dumps({"train": [str(host.file)], "valid": f"1.0 {host.file}", "test": None}))
+    for given in (
+        {"data_path": [str(host.file)]},
+        {"train_data_path": ["1", str(host.file)]},
+        {"data_args_path": str(tmp_path / "paths")},
+        {"per_split_data_args_path": str(tmp_path / "splits")},
+    ):
+        assert set(sft.token_files(SimpleNamespace(**given))) == {str(host.file)}
+    assert sft.token_files(SimpleNamespace(data_path=["nothing"])) == []
+
+
+@pytest.mark.slow
+def test_token_dataset_can_be_pickled(host):
+    file = TokenFile(str(host.file))
+    config = token_data.TokenDatasetConfig(
+        random_seed=1, sequence_length=LENGTH, blend=([str(host.file)], None), split="1"
+    )
+    import numpy
+    from megatron.core.datasets.utils import Split
+
+    dataset = token_data.TokenDataset(file, str(host.file), numpy.arange(len(file)), 10, Split.train, config)
+    again = pickle.loads(pickle.dumps(dataset))
+    assert all((again[3][name] == dataset[3][name]).all() for name in dataset[3])

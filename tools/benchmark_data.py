@@ -1,0 +1,78 @@
+"""Time `python -m megatron_dft.data` on a million short conversations, or more, and what reading a sample costs.
+
+    python tools/benchmark_data.py --tokenizer FOLDER [--conversations 1000000] [--words 16] [--workers N]
+
+The conversations are made of words of this repository's documentation. Prints one line of JSON: seconds, conversations
+and tokens per second, peak memory of the main process in MiB, microseconds to read a sample of 4096 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from megatron_dft.data import __main__ as command
+from megatron_dft.data.token_file import TokenFile, sample_of
+
+ROOT = Path(__file__).resolve().parent.parent
+SEQ_LENGTH = 4096
+
+
+def write_conversations(path: Path, count: int, words_each: int) -> None:
+    """One or two turns each, `words_each` words on average."""
+    rng = random.Random(1)
+    words = (ROOT / "README.md").read_text().split() + (ROOT / "docs" / "data.md").read_text().split()
+    with path.open("w") as file:
+        for _ in range(count):
+            turns = rng.choice((1, 1, 1, 2))
+            messages = []
+            for _ in range(turns):
+                for role in ("user", "assistant"):
+                    text = " ".join(rng.choices(words, k=max(1, round(rng.gauss(words_each / turns / 2, 3)))))
+                    messages.append({"role": role, "content": text})
+            file.write(json.dumps({"messages": messages}) + "\n")
+
+
+def main() -> None:
+    """Write, prepare, read, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--conversations", type=int, default=1_000_000)
+    parser.add_argument("--words", type=int, default=16, help="words of a conversation (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        source, out = Path(folder, "chat.jsonl"), Path(folder, "chat.arrow")
+        write_conversations(source, args.conversations, args.words)
+        argv = [str(source), "--tokenizer", args.tokenizer, "--seq-length", str(SEQ_LENGTH), "--out", str(out)]
+        start = time.perf_counter()
+        command.main([*argv, "--workers", str(args.workers)])
+        seconds = time.perf_counter() - start
+        file = TokenFile(str(out))
+        statistics = file.header.statistics
+        start = time.perf_counter()
+        for i in range(len(file)):
+            sample_of(file[i], file.header)
+        reading = (time.perf_counter() - start) / len(file)
+    result = {
+        "conversations": args.conversations,
+        "mean_tokens": statistics["length"]["mean"],
+        "workers": args.workers,
+        "seconds": round(seconds, 1),
+        "conversations_per_s": round(args.conversations / seconds),
+        "tokens_per_s": round(statistics["tokens"] / seconds),
+        "peak_mib_of_main_process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "microseconds_to_read_a_sample": round(1e6 * reading, 1),
+    }
+    print(json.dumps(result), file=sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
