@@ -65,7 +65,8 @@ FLAGS = f"""
 --make-vocab-size-divisible-by 64 --lr 1e-3 --lr-decay-style constant --global-batch-size {BATCH} --micro-batch-size 1
 --clip-grad 1.0 --eval-iters 0 --eval-interval 1000000 --log-interval 1 --tensorboard-log-interval 1 --num-workers 0
 --sft --tokenizer-type SFTTokenizer --sft-tokenizer-prompt-format nemotron-nano-v2
---no-create-attention-mask-in-dataloader --calculate-per-token-loss --loss-type dft --distributed-timeout-minutes {TIMEOUT_MINUTES} --device cpu
+--no-create-attention-mask-in-dataloader --calculate-per-token-loss --loss-type dft
+--distributed-timeout-minutes {TIMEOUT_MINUTES} --device cpu
 """
 ITERATION = re.compile(rb"iteration +(\d+)/ *\d+ \|")
 UNTIMED = re.compile("lm loss|dft |grad-norm|learning-rate|valid tokens(?! per)")
