@@ -77,6 +77,8 @@ class ChatTemplate:
             ) from None
         self.kwargs = kwargs or {}
         self.marked = _with_marks(self.source)
+        self._special_tokens = tokenizer.special_tokens_map
+        self._compiled = _compiled(self.source)
         self.parts = False  # whether the template expects contents as lists of parts
         self._shape = lru_cache(maxsize=1024)(self._shape_of)
         self._unwritten = lru_cache(maxsize=1024)(self._unwritten_of)
@@ -154,6 +156,23 @@ class ChatTemplate:
         except TimeoutError:
             raise
         except Exception as error:  # a template refuses a conversation by raising anything
+            raise ValueError(f"the chat template refuses it: {type(error).__name__}: {error}") from None
+
+    def _plain_text(self, messages: list[Message], kwargs: dict[str, Any]) -> str:
+        """As `_text`, of messages that hold nothing but text: without the copies that transformers makes of them."""
+        if self._compiled is None:
+            return self._text(messages, kwargs)
+        try:
+            return self._compiled.render(
+                messages=[_in_parts(message) for message in messages] if self.parts else messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=False,
+                **{**self._special_tokens, **self.kwargs, **kwargs},
+            )
+        except TimeoutError:
+            raise
+        except Exception as error:
             raise ValueError(f"the chat template refuses it: {type(error).__name__}: {error}") from None
 
     def _learn(self) -> None:
@@ -275,7 +294,7 @@ class ChatTemplate:
                 parts += (content, piece)
                 at += len(content) + len(piece)
             text = "".join(parts)
-            if text != self._text(messages[: len(places)], kwargs):
+            if text != self._plain_text(messages[: len(places)], kwargs):
                 return None
             spans = tuple((places[i][0] - before, places[i][1] + behind) for i, before, behind, _ in shape.spans)
             for (begin, _), (_, _, _, left_out) in zip(spans, shape.spans, strict=True):
@@ -443,6 +462,16 @@ def _with_marks(source: str) -> str:
     return f"{{% macro _marked() %}}{BEGIN}{{{{ caller() }}}}{END}{{% endmacro %}}\n" + MARKS.sub(tag, source)
 
 
+def _compiled(source: str) -> Any:
+    """The template as transformers compiles it, in its sandbox; None if it cannot."""
+    try:
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        return _compile_jinja_template(source)
+    except Exception:  # of an invalid template, too: `_text` names what is wrong
+        return None
+
+
 def _training_template(source: str) -> str:
     """Where an installed TRL has a template with marks for this model."""
     spec = importlib.util.find_spec("trl")
@@ -454,22 +483,40 @@ def _training_template(source: str) -> str:
     return ""
 
 
+def _stop(*_: Any) -> None:
+    raise TimeoutError
+
+
+@contextlib.contextmanager
+def many_time_limits() -> Iterator[None]:
+    """Prepare for the time limits of many conversations: cheaper than for each of them."""
+    if not _in_main_thread() or signal.getsignal(signal.SIGALRM) is _stop:
+        yield
+        return
+    remaining, interval = signal.setitimer(signal.ITIMER_REAL, 0)
+    handler = signal.signal(signal.SIGALRM, _stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, remaining, interval)
+
+
 @contextlib.contextmanager
 def _time_limit() -> Iterator[None]:
     """Raise ValueError after `TIME_LIMIT`. In the main thread of a process; elsewhere there is no limit."""
-    if threading.current_thread() is not threading.main_thread():
+    if not _in_main_thread():
         yield
         return
+    with many_time_limits():
+        signal.setitimer(signal.ITIMER_REAL, TIME_LIMIT)
+        try:
+            yield
+        except TimeoutError:
+            raise ValueError(f"the chat template did not end within {TIME_LIMIT:.0f} s") from None
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
-    def stop(*_: Any) -> None:
-        raise TimeoutError
 
-    handler = signal.signal(signal.SIGALRM, stop)
-    remaining, interval = signal.setitimer(signal.ITIMER_REAL, TIME_LIMIT)
-    try:
-        yield
-    except TimeoutError:
-        raise ValueError(f"the chat template did not end within {TIME_LIMIT:.0f} s") from None
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, remaining, interval)
-        signal.signal(signal.SIGALRM, handler)
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()

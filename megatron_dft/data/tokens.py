@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_dft.data.conversations import Conversation
-from megatron_dft.data.template import ChatTemplate, Rendered, Span
+from megatron_dft.data.template import ChatTemplate, Rendered, Span, many_time_limits
 
 FORMATS = ("chat", "completion")
 
@@ -70,11 +70,12 @@ class ConversationTokenizer:
     def encode(self, conversations: list[Conversation]) -> list[list[Encoded] | ValueError]:
         """The sequences of each conversation, or why it has none."""
         results: list[list[Rendered] | ValueError] = []
-        for conversation in conversations:
-            try:
-                results.append(self._rendered(conversation))
-            except ValueError as error:
-                results.append(error)
+        with many_time_limits():
+            for conversation in conversations:
+                try:
+                    results.append(self._rendered(conversation))
+                except ValueError as error:
+                    results.append(error)
         texts = [sample.text for result in results if isinstance(result, list) for sample in result]
         encodings = iter(self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False))
         return [
