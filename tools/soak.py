@@ -56,8 +56,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 import make_chat_data  # noqa: E402
 
-from megatron_dft.data.token_file import TokenFile  # noqa: E402
-
 LENGTH, BATCH, TIMEOUT_MINUTES = 128, 4, 1
 FLAGS = f"""
 --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length {LENGTH} --max-position-embeddings {LENGTH}
@@ -153,6 +151,8 @@ def data_violations(file: Path, bad: dict[int, bytes], good: int, clean: Path, n
 
 def rows(path: Path) -> list[tuple[bytes, ...]]:
     """What a token file holds."""
+    from megatron_dft.data.token_file import TokenFile
+
     file = TokenFile(str(path))
     return [tuple(part.tobytes() for part in vars(file[i]).values()) for i in range(len(file))]
 
