@@ -481,12 +481,17 @@ def test_chat_template_with_reasoning_matches_trl_training_template(family):
             "^message 1: .* of assistant here$",
         ),
         (
+            "phi3",
+            {"messages": asked("Hi", said("yo"), {"role": "tool", "content": "17"}, said("17"))},
+            r"^message 2: .* of tool here$",
+        ),
+        (
             "qwen3",
             {"messages": asked("Hi", said("yo")), "chat_template_kwargs": {"enable_thinkin_g": False}},
             "^chat_template_kwargs: the chat template has no variable 'enable_thinkin_g'$",
         ),
     ],
-    ids=["reasoning_content", "tool_calls", "tools", "role", "content", "variable"],
+    ids=["reasoning_content", "tool_calls", "tools", "role", "content", "role without fields", "variable"],
 )
 def test_chat_template_refuses_what_it_does_not_write(name, record, message):
     with pytest.raises(ValueError, match=message):

@@ -11,7 +11,8 @@ text of a message.
 Costs one rendering per conversation if its messages hold nothing but text: the first conversation with a sequence of
 roles is analysed, later ones are compared with it. Everything else takes three renderings per turn.
 
-Templates are rendered by transformers, in its sandbox, for at most `TIME_LIMIT` seconds.
+Templates are rendered by transformers, in its sandbox, for at most `TIME_LIMIT` seconds. A single operation of Python,
+as a power of huge numbers, is not interrupted: the limit takes effect behind it.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ class ChatTemplate:
         self.kwargs = kwargs or {}
         self.marked = _with_marks(self.source)
         self._special_tokens = tokenizer.special_tokens_map
-        self._compiled = _compiled(self.source)
+        with _time_limit():  # compiling evaluates constants
+            self._compiled = _compiled(self.source)
         self.parts = False  # whether the template expects contents as lists of parts
         self._shape = lru_cache(maxsize=1024)(self._shape_of)
         self._unwritten = lru_cache(maxsize=1024)(self._unwritten_of)
@@ -468,6 +470,8 @@ def _compiled(source: str) -> Any:
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
         return _compile_jinja_template(source)
+    except TimeoutError:
+        raise
     except Exception:  # of an invalid template, too: `_text` names what is wrong
         return None
 
