@@ -4,8 +4,9 @@
 
 SCRIPT is pretrain_gpt.py of a Megatron-LM checkout, or another script that calls Megatron's pretrain(); ARGUMENTS are
 its own. A script that ends without having trained with the objective ends with exit code 1 and the reason. Without
---loss-type it runs as if it had been started alone: nothing is replaced or checked. --device cpu runs it on CPU ranks
-over gloo (slow: to try things out, and for tests); --device auto does so where no GPU is found.
+--loss-type it runs as if it had been started alone: nothing is replaced or checked, except that token files are
+refused. --device cpu runs it on CPU ranks over gloo (slow: to try things out, and for tests); --device auto does so
+where no GPU is found.
 """
 
 from __future__ import annotations
@@ -74,9 +75,9 @@ def _enable(config: DFTConfig) -> Run:
 
 def _refuse_token_files(arguments: list[str]) -> None:
     """Without an objective Megatron would read them as JSON."""
-    for word in arguments:
-        if word.endswith(".arrow") and sft.is_token_file(word):
-            raise ValueError(f"{word}: a token file requires --loss-type; nll is the plain cross entropy")
+    for path in (word.partition("=")[2] or word for word in arguments):
+        if sft.is_token_file(path):
+            raise ValueError(f"{path}: a token file requires --loss-type; nll is the plain cross entropy")
 
 
 def device_of(argv: list[str]) -> tuple[bool, list[str]]:

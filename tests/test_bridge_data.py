@@ -188,7 +188,7 @@ def test_resumed_run_continues_with_next_row(host):
         ("train.micro_batch_size=2", "train.micro_batch_size=2: a row of a token file is a micro-batch"),
         ("dataset.dataloader_type=batch", "dataset.dataloader_type=batch: token files require single"),
         ("dataset.valid_path={folder}/train.jsonl", "train.jsonl: expected a token file"),
-        ("dft.channels=maths,law", "dft.channels: no token file has the channel 'law'; they have code, maths"),
+        ("dft.channels=maths,law", "dft.channels: the data has no channel 'law'; it has code, maths"),
         ("tokenizer.tokenizer_model={folder}/other", "prepared with another tokenizer: tokenizer '"),
         (
             "tokenizer.tokenizer_type=NullTokenizer tokenizer.vocab_size=20 model.vocab_size=32",

@@ -77,6 +77,24 @@ def test_tools_are_given_to_template():
     assert conversation.messages[2] == messages[2]
 
 
+def test_prompt_messages_are_context():
+    earlier = {"role": "assistant", "content": "earlier"}
+    conversation = conversation_of({"prompt": [USER, earlier, USER], "completion": [REPLY, USER, REPLY]})
+    assert conversation.messages == [USER, earlier, USER, REPLY, USER, REPLY] and conversation.turns == [3, 5]
+    with_system = conversation_of({"system": "x", "prompt": [USER, earlier, USER], "completion": "b"})
+    assert with_system.turns == [4]
+
+
+def test_fields_without_effect_are_listed():
+    record = {
+        "messages": [{**USER, "date": 1}, {**REPLY, "model": "x", "weight": 1}],
+        "id": 7,
+        "images": [],
+        "tools": [],
+    }
+    assert conversation_of(record).ignored == {"date", "model", "id"}
+
+
 REFUSED = {
     "no messages: expected one of": {"text": "a"},
     "no messages: expected one of messages": {"messages": []},
@@ -92,7 +110,10 @@ REFUSED = {
     "unsupported content: message 0: a part of type 'image_url'": {
         "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, REPLY]
     },
-    "two system messages": {"messages": [{"role": "system", "content": "x"}, *TALK], "system": "y"},
+    "unsupported field: 'label'": {"prompt": "a", "completion": "b", "label": False},
+    "bad message: message 1: expected an object, got str": {"system": "x", "messages": ["a"]},
+    "two system messages: one in 'system', and another": {"system": "x", "system_prompt": "y", "messages": TALK},
+    "two system messages: one in 'system'": {"messages": [{"role": "system", "content": "x"}, *TALK], "system": "y"},
     "bad message: message 0: expected a role of": {"messages": [{"role": "narrator", "content": "a"}, REPLY]},
     "bad message: message 0: expected an object, got str": {"messages": ["a"]},
     "bad message: message 0: expected text or a list of text parts, got int": {

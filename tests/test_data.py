@@ -158,6 +158,23 @@ def test_too_long_truncate_rejects_sequences_without_trained_tokens(folder, tmp_
     assert report["rejected_for"] == {"nothing trains": 1} and report["length"]["max"] == 64
 
 
+def test_record_with_one_rejected_sequence_counts_as_rejected(folder, tmp_path):
+    """Of a conversation that becomes two sequences the second is too long: the first one trains."""
+    tokenizer(THINKING).save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "x.jsonl").write_text(json.dumps({"messages": talk("one", "yes", "two", "no " * 100), "id": 3}))
+    file, report = prepare(tmp_path, tmp_path / "x.jsonl", "--seq-length", "64", "--max-rejected", "1")
+    assert (len(file), report["records"], report["rejected"]) == (1, 1, 1)
+    assert report["rejected_for"] == {"too long": 1} and report["ignored_fields"] == {"id": 1}
+
+
+def test_record_that_is_nested_too_deeply_is_rejected_alone(folder, tmp_path):
+    deep = json.dumps({"messages": talk("one", "two"), "tools": [{"a": "HERE"}]})
+    deep = deep.replace('"HERE"', "[" * 5000 + "]" * 5000)
+    (tmp_path / "x.jsonl").write_text(f"{deep}\n{json.dumps(GOOD[0])}\n")
+    file, report = prepare(folder, tmp_path / "x.jsonl", "--seq-length", "64", "--max-rejected", "0.5")
+    assert (len(file), report["rejected"]) == (1, 1)
+
+
 def test_data_reads_pipe(folder, tmp_path, monkeypatch):
     text = "".join(json.dumps(x) + "\n" for x in GOOD).encode()
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(text)))
@@ -272,6 +289,12 @@ def test_data_killed_at_any_moment_leaves_old_or_new_file(folder, tmp_path):
         ("{law} --tokenizer {tok} --preview 1 --chat-template /nowhere", "--chat-template /nowhere: expected a Jinja"),
         ("{law} --tokenizer {tok} --preview 1 --format completion --chat-template {law}", "uses no chat template"),
         (
+            '{law} --tokenizer {tok} --preview 1 --format completion --chat-template-kwargs {{"x":1}}',
+            "--chat-template-kwargs: --format completion uses no chat template",
+        ),
+        ('{law} --tokenizer {tok} --preview 1 --chat-template-kwargs {{"enable":1}}', "has no variable 'enable'"),
+        ('{law} --tokenizer {tok} --preview 1 --chat-template-kwargs {{"tools":[]}}', "'tools' is no variable"),
+        (
             "{law} --tokenizer {tok} --out {out} --seq-length 100 --context-parallel-size 2 "
             "--tensor-model-parallel-size 2 --sequence-parallel",
             "--seq-length 100: expected a multiple of 8 for --context-parallel-size 2",
@@ -333,11 +356,13 @@ def test_token_file_refuses_other_files(folder, tmp_path):
 
 def test_reading_a_sample_takes_less_than_a_millisecond(folder):
     file, _ = prepare(folder, folder / "long.jsonl", "--seq-length", "4096")
-    start = time.perf_counter()
-    for _ in range(100):
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
         for i in range(len(file)):
             sample_of(file[i], file.header)
-    assert (time.perf_counter() - start) / 100 / len(file) < 1e-3
+        times.append((time.perf_counter() - start) / len(file))
+    assert min(times) < 1e-3  # the least disturbed
 
 
 @pytest.mark.slow

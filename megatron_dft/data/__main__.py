@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dft.data import preview, sources
+from megatron_dft.data.conversations import RESERVED
 from megatron_dft.data.prepare import Plan, prepare, side_files
 from megatron_dft.data.tokens import FORMATS, ConversationTokenizer
 
@@ -64,10 +65,14 @@ def _tokenizer(args: argparse.Namespace) -> ConversationTokenizer:
     except Exception as error:  # whatever a broken folder makes it raise
         reason = str(error).partition("\n")[0]
         raise ValueError(f"--tokenizer {args.tokenizer}: expected the folder of a tokenizer ({reason})") from None
+    for flag, value in (("--chat-template", args.chat_template), ("--chat-template-kwargs", args.chat_template_kwargs)):
+        if value and args.format != "chat":
+            raise ValueError(f"{flag}: --format {args.format} uses no chat template; drop one of them")
+    for name in args.chat_template_kwargs:
+        if name in RESERVED:
+            raise ValueError(f"--chat-template-kwargs: {name!r} is no variable of a template")
     template = None
     if args.chat_template is not None:
-        if args.format != "chat":
-            raise ValueError(f"--chat-template: --format {args.format} uses no chat template; drop one of them")
         try:
             template = args.chat_template.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -101,6 +106,8 @@ def show(report: dict[str, Any], out: Path) -> None:
     )
     for reason, count in report["rejected_for"].items():
         print(f"  rejected: {reason}: {count}")
+    if report["ignored_fields"]:
+        print("  fields without effect: " + ", ".join(f"{name} ({n})" for name, n in report["ignored_fields"].items()))
     if report["one_sequence_per_turn"]:
         print(
             f"  {report['one_sequence_per_turn']} conversations became one sequence per assistant turn: the chat "

@@ -19,8 +19,10 @@ and a message, beside role and content (text, or a list of text parts),
     tool_calls, tool_call_id, name        for the chat template
     weight, loss, train    0 or false: the turn is context, and does not train
 
-A field that would change what trains and is not listed here is refused by name, unless it is empty. Fields that
-describe a record, as `id` or `source`, are ignored.
+The prompt of a record with `prompt` is context: of its messages none trains.
+
+A field that would change what trains and is not listed here is refused by name, unless it is empty. All other fields,
+as `id` or `source`, are ignored, and their names are reported.
 """
 
 from __future__ import annotations
@@ -45,11 +47,13 @@ ROLES = {
     "function": "tool",
 }
 TURNS = ("messages", "conversations", "instruction", "prompt")  # one of them in a record
+OF_RECORD = {"channel", "system", "system_prompt", "tools", "chat_template_kwargs"}
 ANSWERS = ("completion", "response", "output")
 REASONING = ("reasoning_content", "reasoning", "thinking", "thought")
 WEIGHTS = ("weight", "loss", "train", "training", "trainable", "loss_weight")
 SAID = {"role", "content", "from", "value"}
 TEMPLATE_FIELDS = ("tool_calls", "tool_call_id", "name")
+RESERVED = ("messages", "tools", "add_generation_prompt", "chat_template", "tokenize", "documents")  # no variables
 # Fields that say something that this package cannot do; others describe, and are ignored.
 UNSUPPORTED_OF_RECORD = {
     *("images", "image", "videos", "video", "audios", "audio", "documents", "functions", "function_call"),
@@ -71,12 +75,14 @@ class Conversation:
         turns: indices of the assistant messages that train.
         channel: data source, if the record names one.
         kwargs: tools and variables of the chat template.
+        ignored: fields of the record and of its messages that have no effect.
     """
 
     messages: list[dict[str, Any]]
     turns: list[int]
     channel: str | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
+    ignored: set[str] = field(default_factory=set)
 
 
 def conversation_of(record: Mapping[str, Any]) -> Conversation:
@@ -85,21 +91,23 @@ def conversation_of(record: Mapping[str, Any]) -> Conversation:
     Raises:
         ValueError: it cannot be used; the reason begins with its kind, up to a colon.
     """
-    messages, read = _turns(record)
+    context, messages, read = _turns(record)
     for name in sorted(UNSUPPORTED_OF_RECORD.intersection(record)):
-        if name not in read and _says_something(record.get(name)):
+        if name not in read and (_says_something(record[name]) or (name == "label" and record[name] is False)):
             raise ValueError(f"unsupported field: {name!r}; remove it from the data")
-    if _says_something(system := record.get("system", record.get("system_prompt"))):
-        if messages and messages[0].get("role", messages[0].get("from")) == "system":
-            raise ValueError("two system messages: one in `system`, one among the messages")
-        messages = [{"role": "system", "content": system}, *messages]
+    systems = [name for name in ("system", "system_prompt") if _says_something(record.get(name))]
+    if systems:
+        context = [{"role": "system", "content": record[systems[0]]}, *context]
     conversation = Conversation([], [], _channel(record), _template_kwargs(record))
+    conversation.ignored.update(record.keys() - OF_RECORD - UNSUPPORTED_OF_RECORD - {*WEIGHTS, *TURNS})
     weighs = _weight(record, "the conversation")
-    for i, message in enumerate(messages):
-        shown, trains = _message(message, i)
+    for i, message in enumerate([*context, *messages]):
+        shown, trains = _message(message, i, conversation.ignored)
         conversation.messages.append(shown)
-        if shown["role"] == "assistant" and trains and weighs:
+        if shown["role"] == "assistant" and trains and weighs and i >= len(context):
             conversation.turns.append(i)
+    if systems and (len(systems) > 1 or sum(m["role"] == "system" for m in conversation.messages) > 1):
+        raise ValueError(f"two system messages: one in {systems[0]!r}, and another one")
     _check_order(conversation.messages)
     if not any(message["role"] == "assistant" for message in conversation.messages):
         raise ValueError("no assistant message: nothing contributes to the loss")
@@ -108,8 +116,8 @@ def conversation_of(record: Mapping[str, Any]) -> Conversation:
     return conversation
 
 
-def _turns(record: Mapping[str, Any]) -> tuple[list[Any], tuple[str, ...]]:
-    """Messages, and the fields they were read from."""
+def _turns(record: Mapping[str, Any]) -> tuple[list[Any], list[Any], tuple[str, ...]]:
+    """Messages that are context, messages of which the assistant's train, and the fields they were read from."""
     given = [name for name in TURNS if _says_something(record.get(name)) or record.get(name) == ""]
     if len(given) > 1:
         raise ValueError(f"ambiguous: the record has {' and '.join(map(repr, given))}; keep one of them")
@@ -123,21 +131,18 @@ def _turns(record: Mapping[str, Any]) -> tuple[list[Any], tuple[str, ...]]:
             value = _from_json(value, name)
         if not isinstance(value, list):
             raise ValueError(f"no messages: expected a list in {name!r}, got {type(value).__name__}")
-        return value, (name,)
+        return [], value, (name,)
     answers = [key for key in ANSWERS if record.get(key) is not None]
     if len(answers) != 1:
         got = " and ".join(map(repr, answers)) or "none"
         raise ValueError(f"no messages: expected one of {', '.join(ANSWERS)} beside {name!r}, got {got}")
     prompt, answer = record[name], record[answers[0]]
+    read: tuple[str, ...] = (name, answers[0])
     if name == "instruction" and _says_something(extra := record.get("input")):
         if not isinstance(prompt, str) or not isinstance(extra, str):
             raise ValueError("no messages: expected texts in 'instruction' and 'input'")
-        return [*_spoken(f"{prompt}\n{extra}", "user", name), *_spoken(answer, "assistant", answers[0])], (
-            name,
-            "input",
-            answers[0],
-        )
-    return [*_spoken(prompt, "user", name), *_spoken(answer, "assistant", answers[0])], (name, answers[0])
+        prompt, read = f"{prompt}\n{extra}", (*read, "input")
+    return _spoken(prompt, "user", name), _spoken(answer, "assistant", answers[0]), read
 
 
 def _spoken(value: Any, role: str, name: str) -> list[Any]:
@@ -156,7 +161,7 @@ def _from_json(text: str, name: str) -> Any:
         raise ValueError(f"no messages: expected a list in {name!r}, got a text that is not JSON") from None
 
 
-def _message(message: Any, i: int) -> tuple[dict[str, Any], bool]:
+def _message(message: Any, i: int, ignored: set[str]) -> tuple[dict[str, Any], bool]:
     """The message as the template takes it, and whether it trains."""
     if not isinstance(message, dict):
         raise ValueError(f"bad message: message {i}: expected an object, got {type(message).__name__}")
@@ -174,6 +179,7 @@ def _message(message: Any, i: int) -> tuple[dict[str, Any], bool]:
     trains = True
     if not message.keys() <= SAID:
         _add_template_fields(shown, message, i)
+        ignored.update(message.keys() - SAID - UNSUPPORTED_OF_MESSAGE - {*TEMPLATE_FIELDS, *REASONING, *WEIGHTS})
         trains = _weight(message, f"message {i}")
     if role == "assistant" and not shown["content"].strip() and not {"tool_calls", "reasoning_content"} & shown.keys():
         raise ValueError(f"empty reply: message {i}")
@@ -239,9 +245,9 @@ def _template_kwargs(record: Mapping[str, Any]) -> dict[str, Any]:
     kwargs = record.get("chat_template_kwargs") or {}
     if not isinstance(kwargs, dict):
         raise ValueError(f"bad chat_template_kwargs: expected an object, got {type(kwargs).__name__}")
-    reserved = {"messages", "tools", "add_generation_prompt", "chat_template", "tokenize", "documents"} & set(kwargs)
-    if reserved:
-        raise ValueError(f"bad chat_template_kwargs: {sorted(reserved)[0]!r} is no variable of a template")
+    for name in kwargs:
+        if name in RESERVED:
+            raise ValueError(f"bad chat_template_kwargs: {name!r} is no variable of a template")
     tools = record.get("tools")
     if isinstance(tools, str):
         tools = _from_json(tools, "tools") if tools.strip() else None

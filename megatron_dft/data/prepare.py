@@ -11,6 +11,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import socket
 import sys
 from array import array
 from collections import Counter
@@ -20,7 +21,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -96,10 +97,11 @@ class Statistics:
     """What came in, what went out, what was rejected and why."""
 
     records: int = 0
-    rejected: int = 0
+    rejected: int = 0  # records of which something is rejected
     truncated: int = 0
     split: int = 0  # conversations that became one sequence per assistant turn
     reasons: Counter[str] = field(default_factory=Counter)
+    ignored: Counter[str] = field(default_factory=Counter)  # records by field
     lengths: array = field(default_factory=lambda: array("i"))
     trained: array = field(default_factory=lambda: array("i"))
     channels: array = field(default_factory=lambda: array("i"))
@@ -121,6 +123,7 @@ class Statistics:
             "records": self.records,
             "rejected": self.rejected,
             "rejected_for": dict(self.reasons.most_common()),
+            "ignored_fields": dict(self.ignored.most_common()),
             "one_sequence_per_turn": self.split,
             "sequences": len(lengths),
             "truncated": self.truncated,
@@ -167,7 +170,7 @@ def prepare(plan: Plan, tokenizer: ConversationTokenizer) -> dict[str, Any]:
             tensor_model_parallel_size=plan.tensor_model_parallel_size,
             sequence_parallel=plan.sequence_parallel,
             pad_id=tokenizer.pad_id,
-            max_id=int(max(np.abs(stored).max() - 1, tokenizer.pad_id)),
+            max_id=max(int(stored.max()), -int(stored.min()), tokenizer.pad_id + 1) - 1,
             channels=list(statistics.names),
             fingerprint=tokenizer.fingerprint(),
             statistics=report,
@@ -192,11 +195,13 @@ class _Unfinished:
 
     def __init__(self, target: Path) -> None:
         self.target = target
-        self.path = target.with_name(f".{target.name}.unfinished-{os.getpid()}")
+        self.prefix = f".{target.name}.unfinished-{socket.gethostname()}-"
+        self.path = target.with_name(f"{self.prefix}{os.getpid()}")
 
     def __enter__(self) -> _Unfinished:
-        for left in self.target.parent.glob(f".{self.target.name}.unfinished-*"):  # of a process that was killed
-            if not os.path.exists(f"/proc/{left.name.rpartition('-')[2]}") and os.path.isdir("/proc/self"):
+        for left in self.target.parent.iterdir():  # of a process of this machine that was killed
+            number = left.name.removeprefix(self.prefix)
+            if number != left.name and not os.path.exists(f"/proc/{number}") and os.path.isdir("/proc/self"):
                 left.unlink(missing_ok=True)
         return self
 
@@ -224,31 +229,51 @@ def _check(plan: Plan, statistics: Statistics) -> None:
 # -- tokenizing, in worker processes
 
 
+class Outcome(NamedTuple):
+    """What became of a record.
+
+    Attributes:
+        sequences: tokens as bytes of int32, as `_stored` writes them.
+        reasons: why the record, or one of its sequences, is rejected.
+        ignored: fields without effect.
+        cut: whether a sequence was truncated.
+    """
+
+    file: str
+    number: int
+    channel: str
+    sequences: list[bytes]
+    reasons: list[str]
+    ignored: set[str]
+    cut: bool
+
+
 def _tokenize(
     plan: Plan, tokenizer: ConversationTokenizer, statistics: Statistics, rejected: IO[str], tokens: IO[bytes]
 ) -> None:
     """Append the tokens of all records, as signed numbers: id + 1, negative where the token does not train."""
-    for file, number, channel, sequences, reasons, cut in _progress(_outcomes(plan, tokenizer), plan.files):
+    for outcome in _progress(_outcomes(plan, tokenizer), plan.files):
         statistics.records += 1
-        statistics.rejected += not sequences
-        statistics.split += len(sequences) + len(reasons) > 1
-        statistics.truncated += cut
-        for reason in reasons:
-            _reject(statistics, rejected, file, number, reason, plan.out)
-        for stored in sequences:
+        statistics.rejected += bool(outcome.reasons)
+        statistics.split += len(outcome.sequences) + len(outcome.reasons) > 1
+        statistics.truncated += outcome.cut
+        statistics.ignored.update(outcome.ignored)
+        for reason in outcome.reasons:
+            _reject(statistics, rejected, outcome, reason, plan.out)
+        for stored in outcome.sequences:
             numbers = np.frombuffer(stored, dtype=np.int32)
             tokens.write(stored)
             statistics.lengths.append(len(numbers))
             statistics.trained.append(int((numbers > 0).sum()))
-            statistics.channels.append(statistics.names.setdefault(channel, len(statistics.names)))
+            statistics.channels.append(statistics.names.setdefault(outcome.channel, len(statistics.names)))
 
 
-def _reject(statistics: Statistics, rejected: IO[str], file: str, number: int, reason: str, out: Path) -> None:
+def _reject(statistics: Statistics, rejected: IO[str], outcome: Outcome, reason: str, out: Path) -> None:
     statistics.reasons[reason.partition(":")[0]] += 1
-    rejected.write(json.dumps({"file": file, "line": number, "reason": reason}) + "\n")
+    rejected.write(json.dumps({"file": outcome.file, "line": outcome.number, "reason": reason}) + "\n")
     count = statistics.reasons.total()
     if count <= SHOWN:
-        print(f"{file}:{number}: {reason}", file=sys.stderr)
+        print(f"{outcome.file}:{outcome.number}: {reason}", file=sys.stderr)
     if count == SHOWN:
         print(f"(all others in {side_files(out)['rejected']} only)", file=sys.stderr)
 
@@ -261,12 +286,12 @@ def _start_worker(plan: Plan, tokenizer: ConversationTokenizer) -> None:
     _worker = plan, tokenizer
 
 
-def _work(records: list[Record]) -> list[Any]:
+def _work(records: list[Record]) -> list[Outcome]:
     assert _worker is not None
     return encode_records(records, *_worker)
 
 
-def _outcomes(plan: Plan, tokenizer: ConversationTokenizer) -> Iterator[tuple[int, list[Any]]]:
+def _outcomes(plan: Plan, tokenizer: ConversationTokenizer) -> Iterator[tuple[int, list[Outcome]]]:
     """Of batches of records, in order, with the bytes that were read."""
     batches = _batches(sources.records(plan.files))
     for batch in batches if plan.workers == 1 else islice(batches, ALONE):
@@ -299,8 +324,8 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
         yield batch
 
 
-def encode_records(records: list[Record], plan: Plan, tokenizer: ConversationTokenizer) -> list[Any]:
-    """For each record: file, number, channel, its sequences as bytes, reasons against others, whether one was cut."""
+def encode_records(records: list[Record], plan: Plan, tokenizer: ConversationTokenizer) -> list[Outcome]:
+    """What becomes of each record."""
     found: list[Any] = []
     for record in records:
         try:
@@ -308,28 +333,28 @@ def encode_records(records: list[Record], plan: Plan, tokenizer: ConversationTok
         except ValueError as error:
             found.append(error)
     encoded = iter(tokenizer.encode([x for x in found if not isinstance(x, ValueError)]))
-    outcomes: list[Any] = []
+    outcomes: list[Outcome] = []
     for record, conversation in zip(records, found, strict=True):
         sequences = conversation if isinstance(conversation, ValueError) else next(encoded)
         if isinstance(sequences, ValueError):
             reason = str(sequences) if sequences is conversation else f"bad conversation: {sequences}"
-            outcomes.append((record.file, record.number, "", [], [reason], False))
+            outcomes.append(Outcome(record.file, record.number, "", [], [reason], set(), False))
             continue
         channel = conversation.channel or plan.channel or sources.channel_of(record.file)
         kept: list[bytes] = []
         reasons: list[str] = []
         cut = False
         for sequence in sequences:
-            if reason := unusable(sequence, plan.seq_length, plan.truncate):
+            if reason := _unusable(sequence, plan.seq_length, plan.truncate):
                 reasons.append(reason)
             else:
                 kept.append(_stored(sequence, plan.seq_length))
                 cut |= len(sequence.ids) > plan.seq_length
-        outcomes.append((record.file, record.number, channel, kept, reasons, cut))
+        outcomes.append(Outcome(record.file, record.number, channel, kept, reasons, conversation.ignored, cut))
     return outcomes
 
 
-def unusable(sequence: Encoded, seq_length: int, truncate: bool) -> str:
+def _unusable(sequence: Encoded, seq_length: int, truncate: bool) -> str:
     """Why a sequence is left out; empty if it is not."""
     if len(sequence.ids) > seq_length and not truncate:
         return f"too long: {len(sequence.ids)} tokens, --seq-length {seq_length}"
@@ -354,7 +379,7 @@ def _rows(rows: list[list[int]], statistics: Statistics, stored: np.ndarray) -> 
         yield Row(np.abs(numbers) - 1, (numbers > 0).astype(np.float16), lengths[row], channels[row])
 
 
-def _progress(outcomes: Iterable[tuple[int, list[Any]]], files: list[str]) -> Iterator[Any]:
+def _progress(outcomes: Iterable[tuple[int, list[Outcome]]], files: list[str]) -> Iterator[Outcome]:
     """The outcomes one by one, with a bar of the bytes that are read."""
     from tqdm import tqdm
 

@@ -48,7 +48,7 @@ class Rendered:
     """A text, and which characters of it each assistant turn generates.
 
     Attributes:
-        turns: index of the message of each span.
+        turns: index of the message of each span; -1 where the marks of a template do not tell it.
     """
 
     text: str
@@ -77,6 +77,7 @@ class ChatTemplate:
                 "the tokenizer has no chat template; pass --chat-template FILE, or --format completion for plain text"
             ) from None
         self.kwargs = kwargs or {}
+        self._check_variables(self.kwargs)
         self.marked = _with_marks(self.source)
         self._special_tokens = tokenizer.special_tokens_map
         with _time_limit():  # compiling evaluates constants
@@ -101,18 +102,23 @@ class ChatTemplate:
             ValueError: the template refuses it, exceeds `TIME_LIMIT`, or leaves unclear what a turn generates.
         """
         with _time_limit():
-            self._check_written(messages, kwargs)
+            self._check_variables(kwargs)
+            self._check_written(messages, turns, kwargs)
             if self.marked:
                 return [self._marked(messages, turns, kwargs)]
             return self._like_others(messages, turns, kwargs) or self._exact(messages, turns, kwargs)
 
-    def _check_written(self, messages: list[Message], kwargs: dict[str, Any]) -> None:
-        """Raises ValueError if the template leaves out a message, or a field that it should show."""
+    def _check_variables(self, kwargs: dict[str, Any]) -> None:
+        """Raises ValueError for a variable that the template does not name."""
         for name in kwargs.keys() - {"tools"}:
             if name not in self.source:
                 raise ValueError(f"chat_template_kwargs: the chat template has no variable {name!r}")
-        for i, message in enumerate(messages):
-            if message["role"] == "assistant" and THOUGHTS in message["content"]:
+
+    def _check_written(self, messages: list[Message], turns: list[int], kwargs: dict[str, Any]) -> None:
+        """Raises ValueError if the template leaves out a message, or a field that it should show."""
+        for i in turns:
+            message = messages[i]
+            if THOUGHTS in message["content"]:
                 thoughts, _, rest = message["content"].rpartition(THOUGHTS)
                 answer = {**message, "content": rest}
                 if thoughts.strip().removeprefix("<think>").strip() and self._text(
@@ -120,7 +126,7 @@ class ChatTemplate:
                 ) == self._text([*messages[:i], answer], kwargs):
                     raise ValueError(f"message {i}: the chat template drops the thoughts before {THOUGHTS}")
         if all(len(message) == 2 for message in messages) and not kwargs.get("tools"):
-            if missing := self._unwritten(tuple(message["role"] for message in messages), json.dumps(kwargs)):
+            if missing := self._unwritten(tuple(m["role"] for m in messages), json.dumps(kwargs, sort_keys=True)):
                 raise ValueError(missing)
             return
         named = [{**m, "content": _sentinel(i)} if m["content"] else m for i, m in enumerate(messages)]
@@ -132,6 +138,8 @@ class ChatTemplate:
             raise ValueError("tools: the chat template does not write them")
         for i, message in enumerate(messages):
             for field in FIELDS.intersection(message):
+                if field == "reasoning_content" and i not in turns:
+                    continue  # templates drop the thoughts of earlier turns
                 without = {name: value for name, value in message.items() if name != field}
                 with_it, without_it = ([*messages[:i], shown] for shown in (message, without))
                 if self._text(with_it, kwargs) == self._text(without_it, kwargs):

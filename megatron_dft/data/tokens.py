@@ -66,6 +66,8 @@ class ConversationTokenizer:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
         self.template = ChatTemplate(tokenizer, template, kwargs) if form == "chat" else None
+        begin = tokenizer.bos_token
+        self._begin = begin if begin and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] else ""
 
     def encode(self, conversations: list[Conversation]) -> list[list[Encoded] | ValueError]:
         """The sequences of each conversation, or why it has none."""
@@ -76,6 +78,8 @@ class ConversationTokenizer:
                     results.append(self._rendered(conversation))
                 except ValueError as error:
                     results.append(error)
+                except RecursionError:
+                    results.append(ValueError("nested too deeply"))
         texts = [sample.text for result in results if isinstance(result, list) for sample in result]
         encodings = iter(self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False))
         return [
@@ -100,12 +104,6 @@ class ConversationTokenizer:
             if conversation.turns[-1:] == [len(conversation.messages) - 1]:
                 spans[-1] = (spans[-1][0], len(text))
         return [Rendered(text, tuple(spans), tuple(conversation.turns))]
-
-    @property
-    def _begin(self) -> str:
-        """The token before a text, if this tokenizer adds one."""
-        t = self.tokenizer
-        return t.bos_token if t.bos_token and t("a").input_ids[:1] == [t.bos_token_id] else ""
 
     @property
     def pad_id(self) -> int:

@@ -22,9 +22,10 @@ from megatron.bridge.data.packing.config import PackedSequenceSpecs
 from torch.utils.data import Dataset
 
 from megatron_dft.data.token_file import TokenFile, sample_of
+from megatron_dft.hosts.sft import check_channels
 from megatron_dft.hosts.token_data import (
     Layout,
-    check_channels,
+    channels_of,
     check_layout,
     check_tokenizer,
     check_vocabulary,
@@ -110,7 +111,7 @@ class TokenFileDataset(DatasetProvider):
                     "tokenizer.tokenizer_model",
                     trust_remote_code=cfg.tokenizer.trust_remote_code,
                 )
-        check_channels(channels, paths, "dft.channels")
+        check_channels(channels, channels_of(paths), "dft.channels")
         self._model, self._channels = model, channels
 
     def build_datasets(self, context: DatasetBuildContext) -> tuple[Dataset | None, Dataset | None, None]:

@@ -95,8 +95,7 @@ def dataset_provider(provider: Callable[..., Any], settings: Any, channels: tupl
         return with_checks(provider, settings, channels)
     from megatron_dft.hosts import token_data
 
-    if channels:
-        _check_names(channels, token_data.channels_of(paths), settings.rank == 0)
+    check_channels(channels, token_data.channels_of(paths), "--loss-channels", settings.rank == 0)
     return token_data.provider(settings, paths, channels)
 
 
@@ -119,8 +118,8 @@ def with_checks(provider: Callable[..., Any], settings: Any, channels: tuple[str
         tables = [low.data for low in map(_table_of, _parts(provided)) if low is not None]
         if masking and not all(map(_whole, tables)):
             _refuse_damage(settings, None)
-        if channels and tables:
-            _check_names(channels, _names_in(tables), getattr(settings, "rank", 0) == 0)
+        if tables:
+            check_channels(channels, _names_in(tables), "--loss-channels", getattr(settings, "rank", 0) == 0)
         return _replaced(provided, functools.partial(_named, names=channels)) if channels else provided
 
     return wrapped
@@ -182,14 +181,14 @@ def _names_in(tables: list[Any]) -> set[str]:
     return found
 
 
-def _check_names(channels: tuple[str, ...], found: set[str], prints: bool) -> None:
-    """Refuse a channel that the data does not have; name those that are counted as `other`."""
+def check_channels(channels: tuple[str, ...], found: set[str], option: str, prints: bool = False) -> None:
+    """Raises ValueError if a name in `option` is no channel of the data. Prints those that count as `other`."""
     for name in channels:
         if name != OTHER and name not in found:
-            known = f"they name {', '.join(sorted(found)[:20])}{nearest(name, found)}" if found else "they name none"
-            raise ValueError(f"--loss-channels: no line of the data has the channel {name!r}; {known}")
+            known = f"it has {', '.join(sorted(found)[:20])}{nearest(name, found)}" if found else "it has none"
+            raise ValueError(f"{option}: the data has no channel {name!r}; {known}")
     rest = sorted(found - set(channels))
-    if rest and prints:
+    if channels and rest and prints:
         print(f"> megatron_dft: channels that are reported as {OTHER!r}: {', '.join(rest[:20])}", flush=True)
 
 

@@ -17,10 +17,10 @@ from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatr
 from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
 
-from megatron_dft.channels import OTHER, with_channels
+from megatron_dft.channels import with_channels
 from megatron_dft.data.token_file import Header, Sample, TokenFile, sample_of
-from megatron_dft.objectives import nearest
 
+UNUSED = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss", "fim_data", "mock_data")  # by token files
 HUGGING_FACE = ("HuggingFaceTokenizer", "SFTTokenizer")  # --tokenizer-type whose --tokenizer-model is a folder
 
 
@@ -51,9 +51,7 @@ class TokenDataset(MegatronDataset):
         seed = self.config.random_seed if self.index_split == Split.train else None
         header = self.dataset.header
         sample = sample_of(self.dataset[int(self.indices[row_number(idx, len(self.indices), seed)])], header)
-        cu_seqlens = numpy.full(
-            header.seq_length + 1, header.seq_length, dtype=numpy.int32
-        )  # of one size, to be stacked
+        cu_seqlens = numpy.full(header.seq_length + 1, header.seq_length, dtype=numpy.int32)  # one size, to be stacked
         cu_seqlens[: len(sample.cu_seqlens)] = sample.cu_seqlens
         return {
             **tensors_of(sample, header, self.config.channels),
@@ -139,6 +137,9 @@ def check_fit(path: str, header: Header, settings: Any) -> None:
     """Raises ValueError if the file was prepared for another length, layout or tokenizer than Megatron's arguments."""
     if not settings.sft:
         raise ValueError(f"{path}: a token file requires --sft, by which Megatron reads packed sequences")
+    for name in UNUSED:
+        if getattr(settings, name, False):
+            raise ValueError(f"{path}: {_flag(name)} has no effect on a token file; drop it")
     if getattr(settings, "hybrid_context_parallel", False) or getattr(settings, "dynamic_context_parallel", False):
         raise ValueError(f"{path}: a token file has a fixed layout; drop --hybrid-context-parallel")
     layout = Layout(
@@ -222,17 +223,6 @@ def check_vocabulary(path: str, header: Header, padded_vocab_size: int) -> None:
             f"{path}: holds token id {header.max_id}, the model has a vocabulary of {padded_vocab_size}; prepare "
             "the data with the tokenizer of the model"
         )
-
-
-def check_channels(channels: tuple[str, ...], paths: list[str], option: str) -> None:
-    """Raises ValueError if a name in `option` is no data source of the token files."""
-    found = channels_of(paths)
-    for name in channels:
-        if name != OTHER and name not in found:
-            raise ValueError(
-                f"{option}: no token file has the channel {name!r}; they have {', '.join(sorted(found)[:20])}"
-                f"{nearest(name, found)}"
-            )
 
 
 def channels_of(paths: list[str]) -> set[str]:
