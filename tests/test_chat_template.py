@@ -18,6 +18,7 @@ from chat_examples import CHATML, MARKED, talk
 from chat_examples import tokenizer as small_tokenizer
 from chat_templates import (
     LONG_ROLES,
+    SPECIAL,
     assistants,
     conversations,
     expected_mask,
@@ -38,27 +39,27 @@ COUNT, NIGHTLY = 150, 2000  # conversations of a family, in the default tier and
 # Reason of a refusal -> what the message contains. `check_refusal` checks each reason without ChatTemplate.
 REASONS = {
     "template": "the chat template refuses it: ",
-    "thoughts": "the chat template drops the thoughts before </think>",
+    "reply": "the chat template changes or drops a part of this reply",
     "context": "the chat template does not begin this reply with its generation prompt",
 }
 # Refused conversations by reason, of COUNT and of NIGHTLY. All others are compared.
 REFUSED = {
     "cohere": {"template": (33, 514)},  # two assistant turns or two user turns in a row
     "cohere2": {"template": (33, 514)},
-    "deepseek_r1_distill": {"thoughts": (41, 467)},
-    "deepseekv3": {"thoughts": (41, 467)},
-    "diffusion_gemma": {"context": (25, 353)},  # joins two assistant turns in a row
+    "deepseek_r1_distill": {"reply": (41, 467)},
+    "deepseekv3": {"reply": (41, 467)},
+    "diffusion_gemma": {"context": (25, 353), "reply": (1, 3)},  # joins two assistant turns in a row; drops <channel|>
     "gemma": {"template": (69, 995)},  # as cohere, and system messages
     "gemma3": {"template": (33, 514)},
-    "qwen3": {"context": (24, 305), "thoughts": (0, 2)},  # thoughts in the last of two assistant turns only
-    "qwen3_5_nothink": {"template": (2, 41)},  # no user query
-    "qwen3_5_think": {"template": (2, 41)},
-    "qwen3_6": {"template": (2, 41)},
+    "qwen3": {"context": (24, 305), "reply": (10, 98)},  # thoughts in the last of two turns; drops second thoughts
+    "qwen3_5_nothink": {"template": (2, 41), "reply": (12, 106)},  # no user query; drops second thoughts
+    "qwen3_5_think": {"template": (2, 41), "reply": (12, 106)},
+    "qwen3_6": {"template": (2, 41), "reply": (12, 106)},
     "qwen3_8": {"template": (1, 15)},
 }
 # Conversations in which the training template writes a turn differently, of COUNT and of NIGHTLY: Qwen3 writes no
 # thoughts where all user messages are tool responses.
-DIFFERENT = {"qwen3": (2, 29), "qwen3_8": (1, 26)}
+DIFFERENT = {"qwen3": (2, 28), "qwen3_8": (1, 26)}
 # Text behind the closing token that the original template assigns to the turn and TRL leaves unmarked.
 BEHIND_CLOSING = {"llava_next": " "}
 # Chat templates that write nothing behind a reply.
@@ -99,6 +100,10 @@ def is_refused_by_template(source, messages):
     return False
 
 
+def without_layout(text):
+    return re.sub(r"\s+|</?think>", "", text)
+
+
 def check_refusal(family, messages, message):
     """Key of REASONS of a message, which is checked."""
     source = trl_templates()[family]
@@ -108,9 +113,11 @@ def check_refusal(family, messages, message):
         return reason
     i = int(re.match(r"message (\d+): ", message).group(1))
     before, text = messages[:i], text_of(source, messages[: i + 1])
-    if reason == "thoughts":
-        answer = {**messages[i], "content": messages[i]["content"].rpartition("</think>")[2]}
-        assert text == text_of(source, [*before, answer])
+    if reason == "reply":
+        history = text_of(source, before)
+        same = next((k for k, (a, b) in enumerate(zip(text, history, strict=False)) if a != b), len(history))
+        cleans = (without_layout, lambda part: without_layout(SPECIAL.sub("", part)))
+        assert any(clean(messages[i]["content"]) not in clean(text[same:]) for clean in cleans), message
         return reason
     # Of two assistant turns in a row, the first is written differently when the second follows.
     assert messages[i - 1]["role"] == "assistant", message
@@ -181,31 +188,36 @@ def test_chat_template_uses_marks_of_template(name, count):
     compared = removed = 0
     for messages in conversations(count):
         turns = assistants(messages)
-        try:
-            (sample,) = template.render(messages, turns)
-        except ValueError as error:
-            check_refusal(name, messages, str(error))
-            continue
-        text, mask = read_marks(source, messages)
-        assert sample.text == text
-        assert mask_of(sample) == mask, (messages, generated([sample]))
-        compared += 1
-        if len(turns) < 2:
-            continue
-        try:
-            (sample,) = template.render(messages, turns[1:])
-        except ValueError as error:
-            if "its marks cannot be matched with turns" in str(error):
-                assert any(not text.startswith(text_of(source, messages[:i])) for i in turns)
-            else:
-                assert is_refused_by_template(source, messages), messages
-            continue
-        before = messages[: turns[1]]
-        prompt = text_of(source, before, True)
-        begin = len(prompt) - header_length(source, before, prompt)
-        assert sample.text == text
-        assert mask_of(sample) == bytes(begin) + mask[begin:], (messages, generated([sample]))
-        removed += 1
+        wanted = [turns, turns[1:]] if len(turns) > 1 else [turns]
+        for trained in wanted:
+            try:
+                samples = template.render(messages, trained)
+            except ValueError as error:
+                if "its marks cannot be matched with turns" in str(error):
+                    text = text_of(source, messages)
+                    assert any(not text.startswith(text_of(source, messages[:i])) for i in turns)
+                else:
+                    check_refusal(name, messages, str(error))
+                continue
+            text, mask = read_marks(source, messages)
+            if len(samples) == 1 and samples[0].text == text:
+                (sample,) = samples
+                begin = 0
+                if trained != turns:
+                    before = messages[: turns[1]]
+                    prompt = text_of(source, before, True)
+                    begin = len(prompt) - header_length(source, before, prompt)
+                assert mask_of(sample) == bytes(begin) + mask[begin:], (messages, generated([sample]))
+                compared += trained == turns
+                removed += trained != turns
+                continue
+            assert any("</think>" in messages[i]["content"] for i in trained), messages
+            for sample, i in zip(samples, trained, strict=True):  # thoughts of earlier turns are dropped
+                text, mask = read_marks(source, messages[: i + 1])
+                before = messages[:i]
+                prompt = text_of(source, before, True)
+                begin = len(prompt) - header_length(source, before, prompt)
+                assert sample.text == text and mask_of(sample) == bytes(begin) + mask[begin:]
     assert compared > count / 3 and removed > count / 5
 
 
@@ -350,7 +362,7 @@ def test_chat_template_trains_thoughts_of_every_turn(name):
 
 def test_chat_template_refuses_dropped_thoughts():
     messages = talk("2 + 2?", "4", "+ 1?", "<think>\nadd\n</think>\n\n5")
-    with pytest.raises(ValueError, match=r"^message 3: the chat template drops the thoughts before </think>$"):
+    with pytest.raises(ValueError, match=r"^message 3: the chat template changes or drops a part of this reply"):
         chat_template("deepseekv3").render(messages, [1, 3])
 
 
@@ -619,9 +631,24 @@ def test_chat_template_removes_marks_of_turn_of_weight_zero(name):
     ids=["trim", "slice", "length"],
 )
 def test_chat_template_refuses_marked_text_that_is_changed(reply):
-    template = ChatTemplate(small_tokenizer(), turns_with(reply))
     with pytest.raises(ValueError, match=r"^the chat template changes what it marks with {% generation %} afterwards$"):
-        template.render(talk("hi", "yo"), [1])
+        ChatTemplate(small_tokenizer(), turns_with(reply)).render(talk("hi", "yo"), [1])
+
+
+def test_chat_template_requires_mark_of_closing_token():
+    reply = "{% generation %}{{ m.content }}{% endgeneration %}</s>"
+    with pytest.raises(ValueError, match=r"^the chat template does not mark '</s>', which ends a reply"):
+        ChatTemplate(small_tokenizer(), turns_with(reply))
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["[:4]", "|truncate(6)", "|replace('e', '3')", "|e", "|title", ".split('</think>')[-1]"],
+)
+def test_chat_template_refuses_replies_that_it_changes(change):
+    source = CHATML.replace("m['content']", f"(m['content']{change})")
+    with pytest.raises(ValueError):
+        ChatTemplate(small_tokenizer(), source).render(talk("a", "The <em>answer</em>: first. </think> second"), [1])
 
 
 def test_chat_template_refuses_conversation_without_marked_text():

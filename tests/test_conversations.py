@@ -95,9 +95,16 @@ def test_fields_without_effect_are_listed():
     assert conversation_of(record).ignored == {"date", "model", "id"}
 
 
+@pytest.mark.parametrize("reply", ["", " \n", "<think>\n\n</think>\n\n", "</think>"])
+def test_reply_without_text_is_refused(reply):
+    with pytest.raises(ValueError, match="empty reply: message 1"):
+        conversation_of({"messages": [USER, {"role": "assistant", "content": reply}]})
+
+
 REFUSED = {
     "no messages: expected one of": {"text": "a"},
-    "no messages: expected one of messages": {"messages": []},
+    "no messages: 'messages' is empty": {"messages": []},
+    "no messages: 'prompt' is null": {"prompt": None, "completion": "b"},
     "no messages: expected a list in 'messages', got int": {"messages": 3},
     "no messages: expected one of completion, response, output beside 'prompt', got none": {"prompt": "a"},
     "got 'completion' and 'response'": {"prompt": "a", "completion": "b", "response": "c"},
@@ -130,6 +137,24 @@ REFUSED = {
     "no assistant message": {"messages": [USER]},
     "empty reply: message 1": {"messages": [USER, {"role": "assistant", "content": " \n"}]},
     "reply to nothing: message 0": {"messages": [REPLY, USER, REPLY]},
+    "bad message: message 0: it has 'value' and 'content'": {
+        "messages": [{"from": "human", "value": "a", "content": "b"}, REPLY]
+    },
+    "no assistant message: nothing behind the prompt": {"prompt": [USER, REPLY, USER], "completion": [USER]},
+    "unsupported weight: message 0: a message of user cannot train": {"messages": [{**USER, "train": True}, REPLY]},
+    **{
+        f"unsupported field: message 1: {name!r}": {"messages": [USER, {**REPLY, name: value}]}
+        for name, value in {"label": False, "masked": True, "mask": 0, "thoughts": "hm", "cot": "hm"}.items()
+    },
+    **{
+        f"unsupported field: {name!r}": {"messages": TALK, name: value}
+        for name, value in {
+            "weights": [0],
+            "sample_weight": 0,
+            "enable_thinking": False,
+            "train_on_inputs": True,
+        }.items()
+    },
     "bad channel: expected a name without a comma, got 'c,d'": {"messages": TALK, "channel": "c,d"},
     "bad channel: expected a name without a comma, got 3": {"messages": TALK, "channel": 3},
     "unsupported weight: message 1: weight: expected 0, 1, false or true, got 0.5": {

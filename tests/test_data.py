@@ -1,6 +1,7 @@
 """Chat data to token files: what is counted is what is stored, and no file is ever lost."""
 
 import contextlib
+import gzip
 import io
 import json
 import os
@@ -186,12 +187,12 @@ def test_data_reads_pipe(folder, tmp_path, monkeypatch):
 
 
 def test_chat_template_file_and_kwargs_override_tokenizer(folder, tmp_path):
-    (tmp_path / "t.jinja").write_text(CHATML.replace("m['content']", "(m['content'] + ending)"))
+    (tmp_path / "t.jinja").write_text("\ufeff" + CHATML.replace("m['content']", "(m['content'] + ending)"))
     (tmp_path / "x.jsonl").write_text(json.dumps(GOOD[0]))
     flags = ["--chat-template", str(tmp_path / "t.jinja"), "--chat-template-kwargs", '{"ending": " yes"}']
     file, _ = prepare(folder, tmp_path / "x.jsonl", "--seq-length", "64", *flags)
-    ((_, _, trained),) = sequences(file)
-    assert tokenizer().decode(trained) == "two yes<|im_end|>\n"
+    ((_, ids, trained),) = sequences(file)
+    assert tokenizer().decode(trained) == "two yes<|im_end|>\n" and "\ufeff" not in tokenizer().decode(ids)
     assert file.header.fingerprint["chat_template_kwargs"] == {"ending": " yes"}
 
 
@@ -224,6 +225,56 @@ def test_nothing_usable_keeps_earlier_file(folder, tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps(GOOD[0]))
     command.main(argv)
     assert not (tmp_path / "x.jsonl.arrow.rejected.jsonl").exists()
+
+
+@pytest.mark.parametrize("content", [gzip.compress(b"{}\n" * 999, mtime=0)[:-9], "{}".encode("utf-16"), b"PAR1 no"])
+def test_file_that_cannot_be_read_to_its_end_ends_the_run(folder, tmp_path, content):
+    """Whatever may be rejected: nobody knows how much is lost."""
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "a.jsonl").write_text(json.dumps(GOOD[0]))
+    (source / "b.jsonl").write_bytes(content)
+    argv = [str(source), "--tokenizer", str(folder / "tokenizer"), "--seq-length", "64"]
+    argv += ["--out", str(tmp_path / "x.arrow"), "--max-rejected", "1"]
+    refused(argv, f"{source / 'b.jsonl'}:")
+    assert not (tmp_path / "x.arrow").exists()
+    (source / "b.jsonl").unlink()
+    command.main(argv)
+    before = (tmp_path / "x.arrow").read_bytes()
+    (source / "b.jsonl").write_bytes(content)
+    refused(argv, f"{tmp_path / 'x.arrow'} is not written; the earlier one is unchanged")
+    assert (tmp_path / "x.arrow").read_bytes() == before
+
+
+def test_files_left_out_of_a_folder_are_named(folder, tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text(json.dumps(GOOD[0]))
+    (tmp_path / "b.jsonl.bz2").write_bytes(b"BZh")
+    command.main([str(tmp_path), "--tokenizer", str(folder / "tokenizer"), "--preview", "9"])
+    assert f"{tmp_path / 'b.jsonl.bz2'}: left out of the folder for its suffix" in capsys.readouterr().err
+
+
+def test_output_is_written_through_a_link(folder, tmp_path):
+    (tmp_path / "x.jsonl").write_text(json.dumps(GOOD[0]))
+    (tmp_path / "store").mkdir()
+    (tmp_path / "x.arrow").symlink_to(tmp_path / "store" / "real.arrow")
+    for _ in range(2):
+        prepare(folder, tmp_path / "x.jsonl", "--seq-length", "64", out=tmp_path / "x.arrow")
+        assert (tmp_path / "x.arrow").is_symlink() and len(TokenFile(str(tmp_path / "store" / "real.arrow"))) == 1
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_leaves_nothing_behind(folder, tmp_path, kind):
+    (tmp_path / "x.jsonl").write_text((folder / "long.jsonl").read_text() * 60)
+    argv = [sys.executable, "-m", "megatron_dft.data", str(tmp_path / "x.jsonl"), "--tokenizer"]
+    argv += [str(folder / "tokenizer"), "--seq-length", "104", "--out", str(tmp_path / "x.arrow"), "--workers", "1"]
+    run = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not any("unfinished" in path.name for path in tmp_path.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    run.send_signal(kind)
+    _, printed = run.communicate(timeout=60)
+    assert run.returncode == 128 + kind and "Traceback" not in printed
+    assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]
 
 
 @pytest.mark.parametrize("kind", ["same path", "other spelling", "link", "report"])
@@ -299,12 +350,18 @@ def test_data_killed_at_any_moment_leaves_old_or_new_file(folder, tmp_path):
             "--tensor-model-parallel-size 2 --sequence-parallel",
             "--seq-length 100: expected a multiple of 8 for --context-parallel-size 2",
         ),
-        ("{law} --tokenizer {tok} --out {tok} --seq-length 96", "expected the path of a file"),
+        ("{law} --tokenizer {tok} --out {tok} --seq-length 96", "is no regular file"),
+        ("{law} --tokenizer {tok} --out {fifo} --seq-length 96", "fifo is no regular file"),
+        ("{law} --tokenizer {tok} --preview 1 --chat-template {blank}", "blank.jinja: the chat template is empty"),
         ("{law} --tokenizer {tok} --preview-html {law}", "it is an input, and would be overwritten"),
     ],
 )
 def test_data_refuses_invalid_arguments(folder, argv, reason):
     places = {"law": folder / "law.jsonl", "tok": folder / "tokenizer", "out": folder / "never.arrow"}
+    places |= {"fifo": folder / "fifo", "blank": folder / "blank.jinja"}
+    places["blank"].write_text(" ")
+    if not places["fifo"].exists():
+        os.mkfifo(places["fifo"])
     refused([word.format(**places) for word in argv.split()], reason)
     assert not (folder / "never.arrow").exists()
 
@@ -345,7 +402,11 @@ def test_token_file_is_memory_mapped_and_picklable(folder):
 def test_token_file_refuses_other_files(folder, tmp_path):
     file, _ = prepare(folder, folder / "long.jsonl", "--seq-length", "104")
     data = (folder / "long.jsonl.arrow").read_bytes()
-    for content in (b"", b"ARROW1", data[: len(data) // 2], data.replace(b'"version": 1', b'"version": 9')):
+    holes, mark = bytearray(data), b"\xff" * 4
+    batch = data.index(mark, data.index(mark) + 8)  # the message behind the schema, and its length
+    holes[batch + 4 : batch + 8] = mark
+    versions = data.replace(b'"version": 1', b'"version": 9')
+    for content in (b"", b"ARROW1", data[: len(data) // 2], versions, bytes(holes)):
         (tmp_path / "x").write_bytes(content)
         with pytest.raises(ValueError, match=f"{tmp_path / 'x'}: expected a token file"):
             TokenFile(str(tmp_path / "x"))

@@ -1,13 +1,14 @@
-"""Tokenize and pack chat data; name what cannot be used.
+"""Tokenize and pack chat data. Report every record that is left out.
 
     python -m megatron_dft.data chat.jsonl --tokenizer FOLDER --seq-length 4096 --out train.arrow
 
 Train on the result with
 
-    ... -m megatron_dft.launch pretrain_gpt.py ARGUMENTS --sft --train-data-path train.arrow --loss-type dft
+    ... -m megatron_dft.launch pretrain_gpt.py ARGUMENTS --sft --train-data-path train.arrow \\
+        --no-create-attention-mask-in-dataloader --calculate-per-token-loss --loss-type dft
 
-Input: JSONL, JSON arrays, parquet, also .gz or .zst; folders; - for a pipe. Records: `messages`, ShareGPT, Alpaca, or
-prompt and completion. See docs/data.md.
+Input: JSONL and JSON arrays, also .gz or .zst; parquet; folders; - for a pipe. Records: `messages`, ShareGPT, Alpaca,
+or prompt and completion. See docs/data.md.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from itertools import islice
 from pathlib import Path
@@ -50,8 +52,13 @@ def main(argv: list[str]) -> None:
             workers=args.workers,
         )
         show(prepare(plan, tokenizer), plan.out)
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        sys.exit(f"megatron_dft.data: {args.out or args.preview_html or ''}: {error}")
+    except ValueError as error:
         sys.exit(f"megatron_dft.data: {error}")
+    except KeyboardInterrupt:
+        print("megatron_dft.data: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def _tokenizer(args: argparse.Namespace) -> ConversationTokenizer:
@@ -74,7 +81,7 @@ def _tokenizer(args: argparse.Namespace) -> ConversationTokenizer:
     template = None
     if args.chat_template is not None:
         try:
-            template = args.chat_template.read_text(encoding="utf-8")
+            template = args.chat_template.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"--chat-template {args.chat_template}: expected a Jinja file ({error})") from None
     try:
@@ -111,7 +118,7 @@ def show(report: dict[str, Any], out: Path) -> None:
     if report["one_sequence_per_turn"]:
         print(
             f"  {report['one_sequence_per_turn']} conversations became one sequence per assistant turn: the chat "
-            "template writes earlier turns differently once more follows"
+            "template writes a turn differently when another one follows"
         )
     print("tokens of a sequence: " + ", ".join(f"{name} {value:.0f}" for name, value in length.items()))
     for name, numbers in report["channels"].items():
@@ -166,12 +173,19 @@ def _parser() -> argparse.ArgumentParser:
         type=_share,
         default=0.01,
         metavar="SHARE",
-        help="write nothing and exit with code 1 if a larger share of the records is rejected (default: %(default)s)",
+        help="largest share of rejected records; above it nothing is written, and the exit code is 1 "
+        "(default: %(default)s)",
     )
     add("--context-parallel-size", type=_positive, default=1, metavar="N", help="as in the training run")
     add("--tensor-model-parallel-size", type=_positive, default=1, metavar="N", help="as in the training run")
     add("--sequence-parallel", action="store_true", help="as in the training run")
-    add("--preview", type=_positive, default=0, metavar="N", help="show the first N records as they train, and stop")
+    add(
+        "--preview",
+        type=_positive,
+        default=0,
+        metavar="N",
+        help="print the first N records with trained tokens marked; write no file",
+    )
     add("--preview-html", type=Path, metavar="FILE", help="the same (100 records, or --preview N) as a page of HTML")
     add(
         "--workers",
@@ -184,16 +198,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, got {number}")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of 1 or more, got {text!r}")
+    return int(text)
 
 
 def _share(text: str) -> float:
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
     if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"expected a share from 0 to 1, got {text}")
+        raise argparse.ArgumentTypeError(f"expected a share from 0 to 1, as 0.01, got {text!r}")
     return number
 
 
@@ -214,4 +230,5 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that temporary files are removed
     main(sys.argv[1:])

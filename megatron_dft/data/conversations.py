@@ -16,7 +16,8 @@ Beside the turns a record may have
 and a message, beside role and content (text, or a list of text parts),
 
     reasoning_content      thoughts, also as `reasoning`, `thinking` or `thought`: the chat template has to write them
-    tool_calls, tool_call_id, name        for the chat template
+    tool_calls             the chat template has to write them
+    tool_call_id, name     for the chat template, which may leave them out
     weight, loss, train    0 or false: the turn is context, and does not train
 
 The prompt of a record with `prompt` is context: of its messages none trains.
@@ -59,11 +60,14 @@ UNSUPPORTED_OF_RECORD = {
     *("images", "image", "videos", "video", "audios", "audio", "documents", "functions", "function_call"),
     *("chosen", "rejected", "label", "history", "input", "output", "completion", "response", "reasoning_content"),
     *("chat_template", "loss_mask", "labels", "input_ids", "prefix", "suffix", "examples", "context"),
+    *("weights", "sample_weight", "mask", "masked", "train_on_inputs", "enable_thinking", "reasoning", "thinking"),
 }
 UNSUPPORTED_OF_MESSAGE = {
     *("images", "image", "videos", "video", "audios", "audio", "function_call", "refusal", "prefix", "continue"),
     *("tools", "documents", "audio_url", "image_url", "text", "value", "channel", "loss_mask", "recipient"),
+    *("label", "mask", "masked", "weights", "train_detail", "thoughts", "reasoning_details", "cot"),
 }
+SWITCHES = {"label", "mask", "masked", "sample_weight", "train_on_inputs", "enable_thinking"}  # 0 and false count, too
 
 
 @dataclass
@@ -93,7 +97,7 @@ def conversation_of(record: Mapping[str, Any]) -> Conversation:
     """
     context, messages, read = _turns(record)
     for name in sorted(UNSUPPORTED_OF_RECORD.intersection(record)):
-        if name not in read and (_says_something(record[name]) or (name == "label" and record[name] is False)):
+        if name not in read and _says_something(record[name], name):
             raise ValueError(f"unsupported field: {name!r}; remove it from the data")
     systems = [name for name in ("system", "system_prompt") if _says_something(record.get(name))]
     if systems:
@@ -112,6 +116,8 @@ def conversation_of(record: Mapping[str, Any]) -> Conversation:
     if not any(message["role"] == "assistant" for message in conversation.messages):
         raise ValueError("no assistant message: nothing contributes to the loss")
     if not conversation.turns:
+        if context and not any(m["role"] == "assistant" for m in conversation.messages[len(context) :]):
+            raise ValueError("no assistant message: nothing behind the prompt contributes to the loss")
         raise ValueError("no weight: every assistant message has weight 0, so nothing contributes to the loss")
     return conversation
 
@@ -121,6 +127,8 @@ def _turns(record: Mapping[str, Any]) -> tuple[list[Any], list[Any], tuple[str, 
     given = [name for name in TURNS if _says_something(record.get(name)) or record.get(name) == ""]
     if len(given) > 1:
         raise ValueError(f"ambiguous: the record has {' and '.join(map(repr, given))}; keep one of them")
+    for name in () if given else (name for name in TURNS if name in record):
+        raise ValueError(f"no messages: {name!r} is {'null' if record[name] is None else 'empty'}")
     if not given:
         names = ", ".join(sorted(record)) or "nothing"
         raise ValueError(f"no messages: expected one of {', '.join(TURNS)}, got {names[:200]}")
@@ -158,7 +166,7 @@ def _from_json(text: str, name: str) -> Any:
     try:
         return json.loads(text)
     except ValueError:
-        raise ValueError(f"no messages: expected a list in {name!r}, got a text that is not JSON") from None
+        raise ValueError(f"bad JSON text: expected a list in {name!r}") from None
 
 
 def _message(message: Any, i: int, ignored: set[str]) -> tuple[dict[str, Any], bool]:
@@ -171,9 +179,11 @@ def _message(message: Any, i: int, ignored: set[str]) -> tuple[dict[str, Any], b
     role = ROLES.get(given) if isinstance(given, str) else None
     if role is None:
         raise ValueError(f"bad message: message {i}: expected a role of {', '.join(ROLES)}, got {given!r}")
-    text_field = "value" if "from" in message else "content"
+    text_field = "value" if "from" in message and "value" in message else "content"
+    if text_field == "value" and _says_something(message.get("content")):
+        raise ValueError(f"bad message: message {i}: it has 'value' and 'content'; keep one of them")
     for name in sorted(UNSUPPORTED_OF_MESSAGE.intersection(message)):
-        if name != text_field and _says_something(message.get(name)):
+        if name != text_field and _says_something(message[name], name):
             raise ValueError(f"unsupported field: message {i}: {name!r}; remove it from the data")
     shown: dict[str, Any] = {"role": role, "content": _content(message.get(text_field), i)}
     trains = True
@@ -181,7 +191,10 @@ def _message(message: Any, i: int, ignored: set[str]) -> tuple[dict[str, Any], b
         _add_template_fields(shown, message, i)
         ignored.update(message.keys() - SAID - UNSUPPORTED_OF_MESSAGE - {*TEMPLATE_FIELDS, *REASONING, *WEIGHTS})
         trains = _weight(message, f"message {i}")
-    if role == "assistant" and not shown["content"].strip() and not {"tool_calls", "reasoning_content"} & shown.keys():
+        if role != "assistant" and trains and any(message.get(name) is not None for name in WEIGHTS):
+            raise ValueError(f"unsupported weight: message {i}: a message of {role} cannot train; remove its weight")
+    said = shown["content"].replace("<think>", "").replace("</think>", "").strip()
+    if role == "assistant" and not said and not {"tool_calls", "reasoning_content"} & shown.keys():
         raise ValueError(f"empty reply: message {i}")
     return shown, trains
 
@@ -284,5 +297,6 @@ def _check_order(messages: list[dict[str, Any]]) -> None:
             raise ValueError(f"bad message: message {i}: a tool's result before any message of the assistant")
 
 
-def _says_something(value: Any) -> bool:
-    return value not in (None, "", [], {}, False)
+def _says_something(value: Any, name: str = "") -> bool:
+    """Whether a field holds more than an empty default."""
+    return value is not None if name in SWITCHES else value not in (None, "", [], {}, False)

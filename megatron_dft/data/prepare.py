@@ -80,8 +80,9 @@ class Plan:
                 f"--tensor-model-parallel-size {tp}{' with --sequence-parallel' * self.sequence_parallel}; use "
                 f"{self.seq_length // whole * whole or whole}"
             )
-        if not self.out.name or self.out.is_dir():
-            raise ValueError(f"--out {self.out}: expected the path of a file")
+        for path in (self.out, *side_files(self.out).values()):
+            if not path.name or (path.exists() and not path.is_file()):
+                raise ValueError(f"--out {self.out}: {path} is no regular file; choose another name")
         for path in (self.out, *side_files(self.out).values()):
             if any(os.path.exists(file) and path.exists() and os.path.samefile(file, path) for file in self.files):
                 raise ValueError(f"--out {self.out}: {path} is an input, and would be overwritten; choose another name")
@@ -194,7 +195,7 @@ class _Unfinished:
     """A temporary file in the same folder, renamed by `finish`, removed otherwise."""
 
     def __init__(self, target: Path) -> None:
-        self.target = target
+        self.target = target = Path(os.path.realpath(target))  # a link stays a link
         self.prefix = f".{target.name}.unfinished-{socket.gethostname()}-"
         self.path = target.with_name(f"{self.prefix}{os.getpid()}")
 
@@ -213,16 +214,20 @@ class _Unfinished:
         self.path.unlink(missing_ok=True)
 
 
+def _not_written(out: Path) -> str:
+    return f"{out} is not written" + ("; the earlier one is unchanged" if out.exists() else "")
+
+
 def _check(plan: Plan, statistics: Statistics) -> None:
     rejected = side_files(plan.out)["rejected"]
     reasons = ", ".join(f"{reason} ({count})" for reason, count in statistics.reasons.most_common(3))
     if not statistics.lengths:
-        raise ValueError(f"no conversation can be used, and {plan.out} is not written: {reasons or 'no records'}")
+        raise ValueError(f"no conversation can be used: {reasons or 'no records'}. {_not_written(plan.out)}")
     share = statistics.rejected / statistics.records
     if share > plan.max_rejected:
         raise ValueError(
             f"{statistics.rejected} of {statistics.records} records are rejected ({share:.1%}, --max-rejected "
-            f"{plan.max_rejected:.1%}), and {plan.out} is not written: {reasons}. {rejected} names them"
+            f"{plan.max_rejected:.1%}): {reasons}. {rejected} names them. {_not_written(plan.out)}"
         )
 
 
@@ -293,7 +298,7 @@ def _work(records: list[Record]) -> list[Outcome]:
 
 def _outcomes(plan: Plan, tokenizer: ConversationTokenizer) -> Iterator[tuple[int, list[Outcome]]]:
     """Of batches of records, in order, with the bytes that were read."""
-    batches = _batches(sources.records(plan.files))
+    batches = _batches(_readable(sources.records(plan.files), plan.out))
     for batch in batches if plan.workers == 1 else islice(batches, ALONE):
         yield batch[-1].done, encode_records(batch, plan, tokenizer)
     rest = next(batches, None)
@@ -316,6 +321,14 @@ def _outcomes(plan: Plan, tokenizer: ConversationTokenizer) -> Iterator[tuple[in
             raise ValueError("a worker process was killed, perhaps for its memory; use fewer --workers") from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _readable(records: Iterable[Record], out: Path) -> Iterator[Record]:
+    """Raises ValueError at a file that cannot be read to its end, whatever share may be rejected."""
+    for record in records:
+        if isinstance(record.raw, sources.Unreadable):
+            raise ValueError(f"{record.file}:{record.number}: {record.raw}. {_not_written(out)}")
+        yield record
 
 
 def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
@@ -357,7 +370,7 @@ def encode_records(records: list[Record], plan: Plan, tokenizer: ConversationTok
 def _unusable(sequence: Encoded, seq_length: int, truncate: bool) -> str:
     """Why a sequence is left out; empty if it is not."""
     if len(sequence.ids) > seq_length and not truncate:
-        return f"too long: {len(sequence.ids)} tokens, --seq-length {seq_length}"
+        return f"too long: {len(sequence.ids)} tokens, --seq-length {seq_length}; raise it, or --too-long truncate"
     if not any(first < min(last, seq_length) for first, last in sequence.spans):
         return "nothing trains: its replies have no tokens" + " within --seq-length" * (len(sequence.ids) > seq_length)
     return ""

@@ -57,6 +57,10 @@ ARRAY_OPENING = re.compile(r"[ \t\n\r]*\[[ \t\n\r]*")
 ARRAY_SEPARATOR = re.compile(r"[ \t\n\r]*([,\]])[ \t\n\r]*")
 
 
+class Unreadable(ValueError):
+    """A file, or the rest of it, cannot be read: an unknown number of records is lost."""
+
+
 @dataclass(frozen=True)
 class Record:
     """One record of a file.
@@ -64,7 +68,7 @@ class Record:
     Attributes:
         file: path as given, "-" for standard input.
         number: line of JSONL, element of a JSON array or row of parquet, from 1. 0: the file has no record.
-        raw: JSON text; an object; or the reason why the record or the rest of the file is unusable.
+        raw: JSON text; an object; or the reason why there is none: `Unreadable` for the rest of the file.
         done: bytes of the file, as stored, that are read so far. Estimated from the row for parquet.
     """
 
@@ -77,7 +81,8 @@ class Record:
 def expand(paths: list[str]) -> list[str]:
     """Replace folders by their files.
 
-    A folder stands for its files with one of `SUFFIXES`, with subfolders, sorted. Hidden ones are left out.
+    A folder stands for its files with one of `SUFFIXES`, with subfolders, sorted. Hidden ones are left out. Other
+    files are named on stderr.
 
     Raises:
         ValueError: a path does not exist; a folder without such a file; a file that is given twice.
@@ -101,7 +106,7 @@ def expand(paths: list[str]) -> list[str]:
 def records(files: list[str]) -> Iterator[Record]:
     """Yield the records of files, in order.
 
-    A file that cannot be read to its end yields the records before that place and one with a ValueError. Parquet
+    A file that cannot be read to its end yields the records before that place and one with `Unreadable`. Parquet
     loses the whole batch of that place. A file without a record yields one with number 0 and a ValueError.
 
     Raises:
@@ -113,7 +118,7 @@ def records(files: list[str]) -> Iterator[Record]:
             for number, raw, done in _read(file):
                 yield Record(file, number, raw, done)
         except ValueError as error:
-            yield Record(file, number + 1, error, done)
+            yield Record(file, number + 1, Unreadable(str(error)), done)
         else:
             if number == 0:
                 yield Record(file, 0, ValueError("empty file"), done)
@@ -174,12 +179,13 @@ def channel_of(file: str) -> str:
 
 
 def _files_in(folder: str) -> list[str]:
-    files: list[str] = []
+    found: list[str] = []
     for where, folders, names in os.walk(folder, onerror=_reraise, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [
-            os.path.join(where, name) for name in names if not name.startswith(".") and name.lower().endswith(SUFFIXES)
-        ]
+        found += [os.path.join(where, name) for name in names if not name.startswith(".")]
+    files = [file for file in found if file.lower().endswith(SUFFIXES)]
+    for file in sorted(set(found) - set(files)):
+        print(f"{file}: left out of the folder for its suffix; pass the file itself to read it", file=sys.stderr)
     if not files:
         raise ValueError(f"{folder}: no file in this folder ends in {', '.join(SUFFIXES)}; pass the files themselves")
     return sorted(files)

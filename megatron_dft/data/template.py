@@ -23,7 +23,6 @@ import json
 import re
 import signal
 import threading
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -39,7 +38,7 @@ MARKS = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 BEGIN, END = "\ufdd0", "\ufdd1"  # Unicode noncharacters around what a template marks
 FIELDS = frozenset(("reasoning_content", "tool_calls"))  # of messages, which a template has to write
-THOUGHTS = "</think>"  # what ends thoughts within a content
+LAYOUT = re.compile(r"\s+|</?think>")  # what a template may add to a reply, or take from it
 OPENED = re.compile(r"\s*(<[^<>]*think[^<>]*>)?\s*")  # what a generation prompt may open that a reply leaves out
 
 
@@ -71,11 +70,13 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, template: str | None = None, kwargs: dict[str, Any] | None = None) -> None:
         self.tokenizer = tokenizer
         try:
-            self.source: str = template or tokenizer.get_chat_template()
+            self.source: str = tokenizer.get_chat_template() if template is None else template
         except ValueError:
             raise ValueError(
                 "the tokenizer has no chat template; pass --chat-template FILE, or --format completion for plain text"
             ) from None
+        if not self.source.strip():
+            raise ValueError("the chat template is empty")
         self.kwargs = kwargs or {}
         self._check_variables(self.kwargs)
         self.marked = _with_marks(self.source)
@@ -105,8 +106,18 @@ class ChatTemplate:
             self._check_variables(kwargs)
             self._check_written(messages, turns, kwargs)
             if self.marked:
-                return [self._marked(messages, turns, kwargs)]
-            return self._like_others(messages, turns, kwargs) or self._exact(messages, turns, kwargs)
+                return self._by_marks(messages, turns, kwargs)
+            if samples := self._like_others(messages, turns, kwargs):
+                return samples  # with each content as it is
+            samples = self._exact(messages, turns, kwargs)
+            for sample in samples:
+                for span, i in zip(sample.spans, sample.turns, strict=True):
+                    _check_reply(self._without_closing(sample.text[slice(*span)]), messages, i, at_end=True)
+            return samples
+
+    def _without_closing(self, turn: str) -> str:
+        closings = [closing for closing in (self.closing, self.closing_within) if turn.endswith(closing)]
+        return turn.removesuffix(max(closings, key=len, default=""))
 
     def _check_variables(self, kwargs: dict[str, Any]) -> None:
         """Raises ValueError for a variable that the template does not name."""
@@ -116,15 +127,6 @@ class ChatTemplate:
 
     def _check_written(self, messages: list[Message], turns: list[int], kwargs: dict[str, Any]) -> None:
         """Raises ValueError if the template leaves out a message, or a field that it should show."""
-        for i in turns:
-            message = messages[i]
-            if THOUGHTS in message["content"]:
-                thoughts, _, rest = message["content"].rpartition(THOUGHTS)
-                answer = {**message, "content": rest}
-                if thoughts.strip().removeprefix("<think>").strip() and self._text(
-                    [*messages[:i], message], kwargs
-                ) == self._text([*messages[:i], answer], kwargs):
-                    raise ValueError(f"message {i}: the chat template drops the thoughts before {THOUGHTS}")
         if all(len(message) == 2 for message in messages) and not kwargs.get("tools"):
             if missing := self._unwritten(tuple(m["role"] for m in messages), json.dumps(kwargs, sort_keys=True)):
                 raise ValueError(missing)
@@ -194,8 +196,8 @@ class ChatTemplate:
             except ValueError:
                 self.parts = True
             asked = self._text([user], {})
-            if _sentinel(0) not in asked:
-                raise ValueError("the chat template does not write what a user says")
+            if _sentinel(0) not in asked or f"'text': '{_sentinel(0)}'" in asked:
+                raise ValueError("the chat template does not write what a user says as it is")
             prompt = self._text([user], {}, prompt=True)
             self.header = prompt[self._agree(prompt, asked) :]
             self.closing = self._text([user, assistant], {}).rpartition(_sentinel(1))[2]
@@ -203,6 +205,13 @@ class ChatTemplate:
                 going_on = self._text([user, assistant], {}, prompt=True).rpartition(_sentinel(1))[2]
             except ValueError:  # no reply may follow another
                 going_on = self.closing + self.header
+            if self.marked and self.closing.strip():
+                marked = self._marked([user, assistant], [1], {})
+                if not marked.text[: marked.spans[-1][1]].rpartition(_sentinel(1))[2].strip():
+                    raise ValueError(
+                        f"the chat template does not mark {self.closing.strip()!r}, which ends a reply, so the model "
+                        "would not learn to end one; move {% endgeneration %} behind it"
+                    )
         self.closing_within = going_on.removesuffix(self.header)
         if not self.marked and not self.closing.strip():
             raise ValueError(
@@ -374,6 +383,19 @@ class ChatTemplate:
 
     # -- marks of the template
 
+    def _by_marks(self, messages: list[Message], turns: list[int], kwargs: dict[str, Any]) -> list[Rendered]:
+        """One sample, or one per turn if the template drops the thoughts of earlier turns."""
+        sample = self._marked(messages, turns, kwargs)
+        try:
+            for i in turns:
+                _check_reply(sample.text, messages, i)
+            return [sample]
+        except ValueError:
+            samples = [self._marked(messages[: i + 1], [i], kwargs) for i in turns]
+            for sample, i in zip(samples, turns, strict=True):
+                _check_reply(sample.text, messages, i)
+            return samples
+
     def _marked(self, messages: list[Message], turns: list[int], kwargs: dict[str, Any]) -> Rendered:
         text = self._text(messages, kwargs)
         if BEGIN in text or END in text:
@@ -397,11 +419,13 @@ class ChatTemplate:
             raise ValueError("the chat template marks nothing with {% generation %}")
         assistants = _assistants(message["role"] for message in messages)
         if turns == assistants:
-            owners = turns if len(turns) == len(spans) else [-1] * len(spans)
-            return Rendered(text, tuple(spans), tuple(owners))
-        begins = [self._place(text, messages, i, kwargs) for i in assistants]
-        owners = [assistants[max(bisect_right(begins, first) - 1, 0)] for first, _ in spans]
-        kept = [(span, i) for span, i in zip(spans, owners, strict=True) if i in turns]
+            return Rendered(text, tuple(spans), tuple(turns) if len(turns) == len(spans) else (-1,) * len(spans))
+        kept: list[tuple[Span, int]] = []
+        for i in turns:
+            following = next((k for k in assistants if k > i), None)
+            begin = self._place(text, messages, i, kwargs)
+            end = len(text) if following is None else self._place(text, messages, following, kwargs)
+            kept += [(span, i) for span in spans if begin <= span[0] < end]
         return Rendered(text, tuple(span for span, _ in kept), tuple(i for _, i in kept))
 
     def _place(self, text: str, messages: list[Message], i: int, kwargs: dict[str, Any]) -> int:
@@ -429,6 +453,20 @@ class Shape:
     pieces: list[str]
     strips: list[Callable[[str], str]]
     spans: list[tuple[int, int, int, str]]
+
+
+def _check_reply(text: str, messages: list[Message], i: int, at_end: bool = False) -> None:
+    """Raises ValueError if a text does not hold the whole reply, apart from blanks and the tags of thoughts.
+
+    Finds no places: compares what was found with the data. Templates drop what stands before `</think>`, cut, or
+    replace characters.
+    """
+    text, content = LAYOUT.sub("", text), LAYOUT.sub("", messages[i]["content"])
+    if not (text.endswith(content) if at_end and "tool_calls" not in messages[i] else content in text):
+        raise ValueError(
+            f"message {i}: the chat template changes or drops a part of this reply; use another --chat-template, or "
+            "change the reply"
+        )
 
 
 def _sentinel(i: int) -> str:

@@ -106,16 +106,16 @@ class TokenFile:
     def __init__(self, path: str) -> None:
         self.path = path
         try:
-            self._reader = pa.ipc.open_file(pa.memory_map(path))
-        except (OSError, pa.ArrowInvalid) as error:
+            reader = pa.ipc.open_file(pa.memory_map(path))
+            stored = json.loads((reader.schema.metadata or {}).get(KEY, b"{}"))
+            self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        except (OSError, ValueError) as error:  # Arrow's errors are one of them
             raise ValueError(f"{path}: expected a token file of python -m megatron_dft.data ({error})") from None
-        stored = json.loads((self._reader.schema.metadata or {}).get(KEY, b"{}"))
         if stored.pop("version", None) != VERSION:
             raise ValueError(
                 f"{path}: expected a token file of version {VERSION}; write it again with python -m megatron_dft.data"
             )
         self.header = Header(**{field.name: stored[field.name] for field in fields(Header)})
-        self._batches = [self._reader.get_batch(i) for i in range(self._reader.num_record_batches)]
         self._ends = np.cumsum([batch.num_rows for batch in self._batches]).tolist()
 
     def __reduce__(self) -> tuple[Any, ...]:
