@@ -401,15 +401,21 @@ FAULTS = [
           "sample_of_shifts_pads_and_masks"),
     Fault("first token trains", "data/tokens", "spans[0] = (1, spans[0][1])", "pass", "data",
           "empty_prompt_counts_what_trains"),
-    Fault("half of a character", "data/tokens", "token -= 1  # one character of several tokens", "break", "chat_tokens",
+    Fault("half of a character", "data/tokens",
+          "    last = _token_at(encoding, end, len(text))\n    last = count if last is None else last\n",
+          "    last = _token_at(encoding, end - 1, end) + 1\n", "chat_tokens",
           "every_token_of_last_character_trains"),
     Fault("token of another turn", "data/tokens", "return bool(within.strip()) or not beyond.strip()", "return True",
           "chat_tokens", "header_that_strips_blanks_never_trains"),
-    Fault("turn without its closing token", "data/template", "return len(before)\n            if text",
-          "return len(before) - len(self.closing_within)\n            if text", "chat_template",
-          "matches_trl_training_template and llama3"),
+    Fault("end of a turn", "data/template", "return len(before)\n            if text",
+          "return len(before) - 1\n            if text", "chat_template", "matches_trl_training_template and qwen3"),
+    Fault("header that the prompt lacks", "data/template", "len(prompt) + len(self.header) * missing", "len(prompt)",
+          "chat_template", "tools_matches_trl_training_template"),
+    Fault("reply that begins as the prompt ends", "data/template",
+          "if left_out and text.startswith(left_out[0], begin):", "if False:", "chat_template",
+          "like_others_equals_exact_if_reply_begins"),
     Fault("rewritten turns in one sequence", "data/template", "if all(same(text, span, i)",
-          "if all(True or same(text, span, i)", "data", "splits_conversation_that_template_rewrites"),
+          "if all(True or same(text, span, i)", "chat_template", "reasoning_matches_trl_training_template"),
     Fault("weight 0 trains", "data/conversations", "and trains and weighs", "and weighs", "conversations",
           "weight_0_removes_turn"),
     Fault("same order in every epoch", "hosts/token_data", "default_rng((seed, epoch))", "default_rng(seed)",
@@ -573,11 +579,11 @@ def try_without_fault(faults: Sequence[Fault]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("-k", default="", help="only faults whose name contains this")
+    parser.add_argument("-k", default="", help="only faults whose module or name contains this, as data/")
     wanted = parser.parse_args()
-    faults = [fault for fault in FAULTS if wanted.k in fault.name]
+    faults = [fault for fault in FAULTS if wanted.k in f"{fault.module} {fault.name}"]
     if not faults:
-        parser.error(f"no fault is named {wanted.k!r}")
+        parser.error(f"no fault matches {wanted.k!r}")
     processes = [FORK.Process(target=try_without_fault, args=(faults,))]
     processes += [FORK.Process(target=try_faults, args=(faults[i::WORKERS],)) for i in range(WORKERS)]
     for process in processes:

@@ -1,7 +1,7 @@
 """From files of chat data to a token file.
 
 Worker processes parse, render and tokenize; this process reads, packs and writes. Tokens wait in a temporary file
-beside the output until all lengths are known. Memory grows by 0.7 KiB per sequence, not with its length.
+beside the output until all lengths are known. Memory grows by about 1 KiB per sequence, not with its length.
 """
 
 from __future__ import annotations

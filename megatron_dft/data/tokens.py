@@ -161,8 +161,6 @@ def _inside(encoding: Any, text: str, begin: int, end: int) -> Span:
     last = count if last is None else last
     if last < count and encoding.token_to_chars(last)[0] < end:
         last += 1
-    while last > first and (place := encoding.token_to_chars(last - 1)) is not None and place[0] >= end:
-        last -= 1
 
     def belongs(token: int) -> bool:
         place = encoding.token_to_chars(token)
@@ -180,11 +178,8 @@ def _inside(encoding: Any, text: str, begin: int, end: int) -> Span:
 
 
 def _token_at(encoding: Any, begin: int, end: int) -> int | None:
-    """The first token of the first character that has one."""
+    """The first of the tokens of the first character that has one."""
     for place in range(begin, end):
-        token = encoding.char_to_token(place)
-        if token is not None:
-            while token and encoding.token_to_chars(token - 1) == encoding.token_to_chars(token):
-                token -= 1  # one character of several tokens
+        if (token := encoding.char_to_token(place)) is not None:
             return token
     return None
