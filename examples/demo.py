@@ -1,15 +1,15 @@
-"""Fine-tune a small GPT on noisy chat data with NLL and with DFT, through Megatron's own pretrain(), and compare.
+"""Fine-tune a small GPT on noisy chat data with NLL and with DFT through Megatron's own pretrain(), and compare them.
 
     make demo        (about 5 minutes on two cores)
 
 1. `make_chat_data.py` writes clean and noisy conversations and a tokenizer.
-2. A base model is trained on clean data at tensor-parallel size 2 and saved by Megatron.
-3. From that checkpoint, two fine-tunes on the noisy data that differ in one flag: --loss-type nll and --loss-type dft.
-   Both are evaluated on clean conversations that no training set contains.
+2. A base model is trained on clean data at tensor-parallel size 2. Megatron saves its checkpoint.
+3. Two fine-tunes on the noisy data start from that checkpoint. They differ in one flag: --loss-type nll or dft. Both
+   are evaluated on clean conversations that no training set contains.
 4. The first steps of the DFT run are repeated at tensor-parallel size 1 from the same checkpoint.
 
-It ends with a table, curves.png and summary.json in the output folder. Every number is read from the TensorBoard
-files that Megatron wrote.
+The demo prints a table and writes curves.png and summary.json to the output folder. Every number comes from the
+TensorBoard files of Megatron.
 """
 
 from __future__ import annotations
@@ -26,9 +26,13 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+from tqdm import tqdm
+
+from megatron_dft.utils import HelpFormatter
+
 EXAMPLES = Path(__file__).resolve().parent
 BASE_STEPS, TUNE_STEPS, EVAL_STEPS, PARITY_STEPS = 400, 120, 20, 8
-TIE = 0.01  # one --seed to another, the difference of the two accuracies moves by 0.7%
+TIE = 0.01  # the difference of the two accuracies varies by 0.7% between values of --seed
 
 SEQ_LENGTH = "256"
 MODEL = f"""
@@ -48,7 +52,7 @@ TRAINING = """
 
 
 class Demo:
-    """Paths and the one way in which all runs are started."""
+    """Paths of the demo, and the start of each Megatron run."""
 
     def __init__(self, out: Path, seed: int) -> None:
         self.out = out
@@ -56,32 +60,33 @@ class Demo:
         self.data = out / "data"
 
     def train(self, name: str, *, tp: int, steps: int, flags: str, stop: int = 0) -> dict[str, list[float]]:
-        """Start one Megatron run on `tp` CPU ranks, end it early at `stop`, show its progress, return its curves."""
+        """Run Megatron on `tp` CPU ranks for `steps`, or until step `stop`; show its progress, return its curves."""
         folder = self.out / name
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(tp)]
         command += ["-m", "megatron_dft.launch", str(EXAMPLES / "pretrain_gpt.py"), "--device", "cpu"]
         command += [*MODEL.split(), *DATA.split(), *TRAINING.split(), *flags.split()]
         data = {"--tokenizer-model": "tokenizer", "--valid-data-path": "valid.arrow"}
-        command += [word for flag, file in data.items() for word in (flag, str(self.data / file))]
+        command += [part for flag, file in data.items() for part in (flag, str(self.data / file))]
         command += ["--tensor-model-parallel-size", str(tp), "--train-iters", str(steps), "--seed", str(self.seed)]
         command += ["--tensorboard-dir", str(folder / "tensorboard"), "--data-cache-path", str(self.out / "cache")]
         command += ["--exit-interval", str(stop)] if stop else []
-        shutil.rmtree(folder / "tensorboard", ignore_errors=True)  # of an earlier demo: Megatron would add to it
+        shutil.rmtree(
+            folder / "tensorboard", ignore_errors=True
+        )  # Megatron would append to the files of an earlier demo
         folder.mkdir(parents=True, exist_ok=True)
         show(command, folder / "log.txt", name, stop or steps)
         return read_curves(folder / "tensorboard")
 
 
 def tokenize(file: Path, tokenizer: Path) -> None:
-    """Chat data to a token file beside it."""
+    """Write the token file of a chat data file beside it."""
     command = [sys.executable, "-m", "megatron_dft.data", str(file), "--tokenizer", str(tokenizer)]
     subprocess.run([*command, "--seq-length", SEQ_LENGTH, "--out", str(file.with_suffix(".arrow"))], check=True)
 
 
 def show(command: list[str], log: Path, name: str, steps: int) -> None:
-    """Run a command with its output in a file and its progress as a bar with elapsed and remaining seconds."""
-    start = first = time.monotonic()
-    with log.open("w") as file:
+    """Run a command, write its output to a file, show a progress bar with elapsed and remaining time."""
+    with log.open("w") as file, tqdm(total=steps, desc=f"  {name:<8}", ncols=100) as bar:
         process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
@@ -93,19 +98,14 @@ def show(command: list[str], log: Path, name: str, steps: int) -> None:
         for line in process.stdout:
             file.write(line)
             if step := re.search(r"iteration +(\d+)/ +\d+ \|.*lm loss: (\S+)", line):
-                done = int(step[1])
-                first = time.monotonic() if done == 1 else first
-                left = (time.monotonic() - first) / max(done - 1, 1) * (steps - done)
-                bar = ("#" * round(24 * done / steps)).ljust(24, ".")
-                text = f"  {name:<8} [{bar}] {done:4d}/{steps}  lm loss {float(step[2]):.4f}"
-                print(f"\r{text}  {time.monotonic() - start:4.0f} s, {left:4.0f} s left", end="", flush=True)
-    print()
+                bar.set_postfix_str(f"lm loss {float(step[2]):.4f}", refresh=False)
+                bar.update(int(step[1]) - bar.n)
     if process.wait() != 0:
         sys.exit(f"{name} failed; the end of {log}:\n" + "\n".join(log.read_text().splitlines()[-30:]))
 
 
 def read_curves(folder: Path) -> dict[str, list[float]]:
-    """Every scalar that Megatron wrote, in order of iteration."""
+    """Every TensorBoard scalar of a run, in order of iteration."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
@@ -114,8 +114,8 @@ def read_curves(folder: Path) -> dict[str, list[float]]:
 
 
 def final(curves: dict[str, list[float]]) -> dict[str, float]:
-    """The last evaluation on clean held-out data."""
-    names = {"valid_lm_loss": "lm loss", "valid_prob": "dft prob", "valid_accuracy": "dft accuracy"}
+    """Metrics of the last evaluation on clean held-out data."""
+    names = {"valid_lm_loss": "lm loss", "valid_prob": "dft/prob", "valid_accuracy": "dft/accuracy"}
     return {key: curves[f"{name} validation"][-1] for key, name in names.items()}
 
 
@@ -124,7 +124,7 @@ def largest_difference(ours: list[float], theirs: list[float]) -> float:
 
 
 def plot(path: Path, base: dict[str, list[float]], runs: dict[str, dict[str, list[float]]]) -> None:
-    """Training and held-out curves of both fine-tunes."""
+    """Plot the training and held-out curves of both fine-tunes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -132,14 +132,14 @@ def plot(path: Path, base: dict[str, list[float]], runs: dict[str, dict[str, lis
 
     panels = {
         "lm loss": "NLL on the noisy training data (nats)",
-        "dft loss": "objective value on it (nats)",
+        "dft/loss": "objective on the noisy training data (nats)",
         "lm loss validation": "NLL on clean held-out data (nats)",
-        "dft accuracy validation": "share of clean targets predicted right",
+        "dft/accuracy validation": "top-1 accuracy on clean held-out data",
     }
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
     for axis, (tag, title) in zip(axes.flat, panels.items(), strict=True):
         for (name, curves), color in zip(runs.items(), ("tab:gray", "tab:blue"), strict=True):
-            if tag.endswith("validation"):  # both start from the base model
+            if tag.endswith("validation"):  # both start with the base model
                 values = [base[tag][-1], *curves[tag][: TUNE_STEPS // EVAL_STEPS]]
                 axis.plot(range(0, TUNE_STEPS + 1, EVAL_STEPS), values, label=name, color=color)
             else:
@@ -151,10 +151,15 @@ def plot(path: Path, base: dict[str, list[float]], runs: dict[str, dict[str, lis
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--noise-kind", choices=("both", "swap", "slip"), default="both", help="see make_chat_data.py")
-    parser.add_argument("--seed", type=int, default=1234, help="of Megatron's initialisation and order of the data")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="output folder")
+    parser.add_argument(
+        "--noise-kind",
+        choices=("both", "swap", "slip"),
+        default="both",
+        help="kind of wrong replies (make_chat_data.py)",
+    )
+    parser.add_argument("--seed", type=int, default=1234, help="Megatron's seed of weights and data order")
     args = parser.parse_args()
     demo = Demo(args.out.resolve(), args.seed)
     start = time.monotonic()
@@ -164,7 +169,7 @@ def main() -> None:
     for name in ("base_train", "noisy_train", "valid"):
         tokenize(demo.data / f"{name}.jsonl", demo.data / "tokenizer")
     checkpoint = demo.out / "base" / "checkpoint"
-    print("training: clean data for the base model, then noisy data with one flag changed; 2 tensor-parallel ranks")
+    print("training on 2 tensor-parallel ranks: base model on clean data, then nll and dft on noisy data")
     base = demo.train(
         "base",
         tp=2,
@@ -200,33 +205,33 @@ def main() -> None:
             **{name: version(name) for name in ("torch", "megatron-core", "megatron_dft")},
         },
     }
-    summary["objectives"]["dft"]["train_dft_loss"] = runs["dft"]["dft loss"]
+    summary["objectives"]["dft"]["train_dft_loss"] = runs["dft"]["dft/loss"]
     (demo.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     plot(demo.out / "curves.png", base, runs)
     report(summary, demo.out)
 
 
 def report(summary: dict, out: Path) -> None:
-    """The table at the end."""
+    """Print the final table."""
     print(f"\n{'clean held-out data':<22}{'NLL':>8}{'mean p':>9}{'accuracy':>10}")
     rows = {"base model": summary["base"], **{f"fine-tuned, {k}": v for k, v in summary["objectives"].items()}}
     for name, row in rows.items():
         print(f"{name:<22}{row['valid_lm_loss']:8.4f}{row['valid_prob']:9.4f}{row['valid_accuracy']:10.4f}")
     base, nll, dft = rows.values()
     print(
-        f"\nThe noise moved mean p on clean targets by {nll['valid_prob'] - base['valid_prob']:+.3f} under NLL and by "
-        f"{dft['valid_prob'] - base['valid_prob']:+.3f} under DFT; DFT's accuracy is "
-        f"{dft['valid_accuracy'] - nll['valid_accuracy']:+.2%} against NLL's."
+        f"\nChange of mean p on clean targets: {nll['valid_prob'] - base['valid_prob']:+.3f} with NLL, "
+        f"{dft['valid_prob'] - base['valid_prob']:+.3f} with DFT. Accuracy of DFT minus NLL: "
+        f"{dft['valid_accuracy'] - nll['valid_accuracy']:+.2%}."
     )
     if dft["valid_accuracy"] - nll["valid_accuracy"] < TIE:
         print(
-            f"Below {TIE:.0%} is no clear win: the wrong replies contradict each other, so NLL loses confidence to "
-            "them but\nkeeps its first choice, and DFT learns less from the right ones."
+            f"A difference below {TIE:.0%} is not a clear win. The wrong replies contradict each other, so NLL loses "
+            "confidence but\nkeeps its top-1 prediction. DFT learns less from the correct replies."
         )
     parity = summary["tp_parity"]
     print(
-        f"TP=1 against TP=2, {parity['steps']} steps: largest relative difference {parity['lm_loss_max_rel']:.1e} "
-        f"in the loss, {parity['grad_norm_max_rel']:.1e} in the gradient norm"
+        f"TP=1 compared with TP=2, {parity['steps']} steps: largest relative difference "
+        f"{parity['lm_loss_max_rel']:.1e} in the loss, {parity['grad_norm_max_rel']:.1e} in the gradient norm"
     )
     shown = os.path.relpath(out)
     print(f"{summary['seconds']} s; {shown}/summary.json, {shown}/curves.png")

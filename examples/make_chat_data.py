@@ -1,19 +1,19 @@
-"""Write a small chat data set of worked arithmetic, clean and noisy, and a tokenizer for it. No download.
+"""Write a small chat data set of worked arithmetic, clean and noisy, and its tokenizer. Downloads nothing.
 
     python examples/make_chat_data.py OUT_DIR [--noise 0.4] [--noise-kind both] [--seed 1] [--packed]
 
     base_train.jsonl    4000 conversations, clean
-    noisy_train.jsonl    600 conversations, a share of which (--noise) is wrong as real data is wrong:
-                         swap  the reply belongs to another question, as in badly aligned scrapes
-                         slip  one step has a wrong digit, and what follows is built on it, as when people slip
-                         both  half of the conversations are made in each way
-    valid.jsonl          400 conversations, clean; no training file has one of these sums in any wording or order
+    noisy_train.jsonl    600 conversations; a share of them (--noise) has wrong replies of a kind (--noise-kind):
+                         swap  the reply belongs to another question, as in misaligned scraped data
+                         slip  one step has a wrong digit and later steps build on it, as in human errors
+                         both  half of the conversations are of each kind
+    valid.jsonl          400 conversations, clean; no training file contains one of its problems in any wording or order
     tokenizer/          a Hugging Face tokenizer of whole words, single digits and signs
 
-A line is a conversation, {"messages": [system, user, assistant], "channel": "addition"}, for megatron_dft.data: about
-54 tokens, 29 of them trained (the assistant's). With --packed a line holds as many conversations as fit into
---seq-length, in the form that Megatron's own --sft reads: each system message begins another conversation, and
-"channels" names the topic of each.
+A line is one conversation for megatron_dft.data: {"messages": [system, user, assistant], "channel": "addition"}. It has
+about 54 tokens; the 29 of the assistant are trained on. With --packed, a line has as many conversations as fit into
+--seq-length, in the format of Megatron's own --sft: each system message starts a new conversation, and "channels" lists
+their topics.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 Conversation = list[dict[str, str]]
-Problem = tuple[str, int, int]  # the sign and both numbers, the smaller one first
+Problem = tuple[str, int, int]  # operator and both operands, the smaller one first
 
 SYSTEM = "Show every step."
-PLACES = 2  # digits of the numbers
+PLACES = 2  # digits of an operand
 THINGS = ("pencils", "apples", "stamps", "tickets", "nails", "cards")
-TOKENS = r" ?[A-Za-z]+| ?[^\sA-Za-z]|\s"  # a word, a digit or a sign, each with the space before it
-# What Megatron's prompt format nemotron-nano-v2 writes.
+TOKENS = r" ?[A-Za-z]+| ?[^\sA-Za-z]|\s"  # a word, a digit or a sign, with its leading space
+# The chat template of Megatron's prompt format nemotron-nano-v2.
 TEMPLATE = (
     "{% for m in messages %}{{ '<SPECIAL_10>' if m['role'] == 'system' else '<SPECIAL_11>' }}"
     "{{ m['role'].capitalize() + '\\n' + m['content'] + '\\n' }}"
@@ -42,7 +42,7 @@ SPECIAL = ("<unk>", "<SPECIAL_10>", "<SPECIAL_11>", "<SPECIAL_12>")  # of Megatr
 
 
 class Solver:
-    """Works digit by digit, writes down each step, and slips at one of them if told so."""
+    """Solves a problem digit by digit and writes each step; with `slips`, one step has a wrong digit."""
 
     problem: Problem
 
@@ -51,7 +51,7 @@ class Solver:
         self.slips = slips
 
     def work(self, a: int, b: int, sign: str) -> tuple[list[str], int]:
-        """The written steps of a + b, a - b, or a * b with a one-digit b, and the result."""
+        """Steps and result of a + b, a - b, or a * b with a one-digit b."""
         self.problem = (sign, min(a, b), max(a, b))
         slip_at = self.rng.randrange(PLACES) if self.slips else None
         steps, result, carry = [], 0, 0
@@ -104,22 +104,22 @@ CHANNELS = {"+": "addition", "-": "subtraction", "*": "shopping"}
 
 
 def conversations(
-    rng: random.Random, count: int, noise: float, asked: dict[str, Problem], held_out: set[Problem]
+    rng: random.Random, count: int, noise: float, used: dict[str, Problem], held_out: set[Problem]
 ) -> Iterator[Conversation]:
-    """`count` conversations with questions that are not in `asked`, which grows, and no problem in `held_out`."""
+    """Yield `count` conversations without questions in `used` and problems in `held_out`; add them to `used`."""
     while count:
         solver = Solver(rng, rng.random() < noise)
         question, steps, answer = rng.choice(TOPICS)(solver)
-        if question in asked or solver.problem in held_out:
+        if question in used or solver.problem in held_out:
             continue
-        asked[question] = solver.problem
+        used[question] = solver.problem
         count -= 1
         contents = {"system": SYSTEM, "user": question, "assistant": ".\n".join([*steps, answer])}
         yield [{"role": role, "content": content} for role, content in contents.items()]
 
 
 def swap_replies(rng: random.Random, items: list[Conversation], share: float) -> None:
-    """Pass the replies of a share of the conversations on to the next one among them."""
+    """Rotate the replies among a random share of the conversations."""
     chosen = rng.sample(items, round(share * len(items)))
     replies = [conversation[-1] for conversation in chosen]
     for conversation, reply in zip(chosen, replies[1:] + replies[:1], strict=True):
@@ -127,16 +127,16 @@ def swap_replies(rng: random.Random, items: list[Conversation], share: float) ->
 
 
 def make_tokenizer(items: Iterable[Conversation], folder: Path):
-    """Every token of the data, in order of appearance; nothing is learned, so nothing depends on chance."""
+    """Build and save a word-level tokenizer of every token of the data, in order of appearance; deterministic."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     split = pre_tokenizers.Split(Regex(TOKENS), "isolated")
-    words = dict.fromkeys((*SPECIAL, "System", "User", "Assistant", "\n"))
+    vocab = dict.fromkeys((*SPECIAL, "System", "User", "Assistant", "\n"))
     for conversation in items:
         for message in conversation:
-            words |= dict.fromkeys(piece for piece, _ in split.pre_tokenize_str(message["content"]))
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+            vocab |= dict.fromkeys(piece for piece, _ in split.pre_tokenize_str(message["content"]))
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocab)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = split
     tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(
@@ -152,49 +152,56 @@ def make_tokenizer(items: Iterable[Conversation], folder: Path):
 
 
 def pack(items: Iterable[Conversation], length: Callable[[Conversation], int], limit: int) -> list[Conversation]:
-    """Lines of at most `limit` tokens; each conversation joins the first line that has room for it."""
+    """Pack conversations into lines of at most `limit` tokens, first fit."""
     lines: list[Conversation] = []
-    room: list[int] = []
+    free: list[int] = []
     for item in items:
         size = length(item)
-        at = next((i for i, left in enumerate(room) if left >= size), len(room))
-        if at == len(room):
+        at = next((i for i, tokens in enumerate(free) if tokens >= size), len(free))
+        if at == len(free):
             lines.append([])
-            room.append(limit)
+            free.append(limit)
         lines[at] += item
-        room[at] -= size
+        free[at] -= size
     return lines
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--noise", type=float, default=0.4, help="share of wrong replies in noisy_train (0.4)")
-    parser.add_argument("--noise-kind", choices=("both", "swap", "slip"), default="both", help="how they are (both)")
-    parser.add_argument("--seq-length", type=int, default=256, help="tokens in a packed line (256)")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--packed", action="store_true", help="lines for Megatron's own --sft")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("out", type=Path, metavar="OUT_DIR", help="output folder")
+    parser.add_argument("--noise", type=float, default=0.4, help="share of wrong replies in noisy_train.jsonl")
+    parser.add_argument(
+        "--noise-kind",
+        choices=("both", "swap", "slip"),
+        default="both",
+        help="swap: replies of other questions; slip: a wrong digit in one step; both: half of each",
+    )
+    parser.add_argument("--seq-length", type=int, default=256, help="tokens per line with --packed")
+    parser.add_argument("--seed", type=int, default=1, help="random seed")
+    parser.add_argument("--packed", action="store_true", help="write packed lines for Megatron's own --sft")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
 
-    rng, asked = random.Random(args.seed), dict[str, Problem]()
-    files = {"valid": list(conversations(rng, 400, 0.0, asked, set()))}
-    held_out = set(asked.values())
-    files["base_train"] = list(conversations(rng, 4000, 0.0, asked, held_out))
+    rng, used = random.Random(args.seed), dict[str, Problem]()
+    files = {"valid": list(conversations(rng, 400, 0.0, used, set()))}
+    held_out = set(used.values())
+    files["base_train"] = list(conversations(rng, 4000, 0.0, used, held_out))
     kinds = ("swap", "slip") if args.noise_kind == "both" else (args.noise_kind,)
     noisy = files["noisy_train"] = []
     for kind in kinds:
-        part = list(conversations(rng, 600 // len(kinds), args.noise * (kind == "slip"), asked, held_out))
+        part = list(conversations(rng, 600 // len(kinds), args.noise * (kind == "slip"), used, held_out))
         swap_replies(rng, part, args.noise * (kind == "swap"))
         noisy += part
     rng.shuffle(noisy)
     tokenizer = make_tokenizer(files["base_train"], args.out / "tokenizer")
 
-    topic_of = {question: CHANNELS[problem[0]] for question, problem in asked.items()}
+    topic_of = {question: CHANNELS[problem[0]] for question, problem in used.items()}
 
     def length(conversation: Conversation) -> int:
-        frame = 4 + 4 + 6  # what the prompt format puts around a system, a user and an assistant message
-        return frame + sum(len(tokenizer.tokenize(message["content"])) for message in conversation)
+        template = 4 + 4 + 6  # tokens that the template adds to a system, a user and an assistant message
+        return template + sum(len(tokenizer.tokenize(message["content"])) for message in conversation)
 
     for name, items in files.items():
         topics = [topic_of[messages[1]["content"]] for messages in items]

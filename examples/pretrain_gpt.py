@@ -1,12 +1,12 @@
-"""Train a GPT with Megatron's own pretrain(); needs nothing but the megatron-core wheel (>= 0.19).
+"""Train a GPT with Megatron's own pretrain(). Requires only the megatron-core wheel (>= 0.19).
 
-The script knows nothing about objectives. Start it through the launcher to give it one:
+The script has no code for objectives. The launcher adds one:
 
     torchrun --nproc-per-node 2 -m megatron_dft.launch examples/pretrain_gpt.py <Megatron's arguments> --loss-type dft
 
-It is a compact stand-in for the pretrain_gpt.py of a Megatron-LM checkout, which can be started the same way. Data:
---sft (chat JSONL, packed, prompts masked), --mock-data, or Megatron's indexed data sets. Tensor, sequence, pipeline,
-context, expert and data parallelism as Megatron provides them.
+It is a compact version of pretrain_gpt.py in a Megatron-LM checkout, which is started in the same way. Data: --sft
+(chat JSONL, packed, prompts masked), --mock-data, or Megatron's indexed data sets. Tensor, sequence, pipeline, context,
+expert and data parallelism are Megatron's.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ FIELDS = (
 
 
 def datasets(sample_counts: list[int], vp_stage: int | None = None) -> tuple:
-    """Training, validation and test sets of the sizes that Megatron asks for."""
+    """Build the training, validation and test sets of the requested sizes."""
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     config = GPTDatasetConfig(
@@ -74,11 +74,11 @@ def datasets(sample_counts: list[int], vp_stage: int | None = None) -> tuple:
     return BlendedMegatronDatasetBuilder(kind, sample_counts, on_this_rank, config).build()
 
 
-datasets.is_distributed = True  # Megatron calls it on every rank; `_reads_data` decides
+datasets.is_distributed = True  # Megatron calls it on every rank; `_reads_data` selects the ranks that build
 
 
 def forward_step(data_iterator: Iterator | None, model: Any) -> tuple[torch.Tensor, partial]:
-    """Per-token loss [b, s] of one micro-batch, and the function that sums it up under the loss mask."""
+    """Per-token loss [b, s] of one micro-batch, and the function that reduces it with the loss mask."""
     batch = _get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     output = model(
         batch["tokens"],
@@ -92,7 +92,7 @@ def forward_step(data_iterator: Iterator | None, model: Any) -> tuple[torch.Tens
 
 
 def loss_func(loss_mask: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    """Sum of the losses, number of tokens, and the report as [sum, count]."""
+    """Sum of the losses, number of tokens, and the report [sum, count]."""
     loss_mask = loss_mask.view(-1).float()
     loss = torch.sum(output.view(-1).float() * loss_mask)
     num_tokens = loss_mask.sum().to(torch.int)
@@ -104,7 +104,7 @@ def loss_func(loss_mask: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tens
 
 
 def _get_batch(data_iterator: Iterator | None, vp_stage: int | None) -> dict[str, torch.Tensor | None]:
-    """This rank's part of a micro-batch: read on tensor-parallel rank 0, broadcast, cut for context parallelism."""
+    """This rank's part of a micro-batch: read on tensor-parallel rank 0, broadcast, split for context parallelism."""
     args = get_args()
     if not _needs_batch(vp_stage):
         return dict.fromkeys(FIELDS)
@@ -136,13 +136,13 @@ def _get_batch(data_iterator: Iterator | None, vp_stage: int | None) -> dict[str
 
 
 def _packing(batch: dict[str, torch.Tensor | None]) -> PackedSeqParams | None:
-    """Where the documents of a packed sequence begin and end, for attention."""
+    """Boundaries of the packed documents, for attention."""
     if batch["cu_seqlens"] is None:
         return None
-    real = batch["cu_seqlens"].squeeze(0)
+    unpadded = batch["cu_seqlens"].squeeze(0)
     padded = None if batch["cu_seqlens_padded"] is None else batch["cu_seqlens_padded"].squeeze(0)
     longest = int(batch["max_seqlen"].item())
-    edges = real if padded is None else padded
+    edges = unpadded if padded is None else padded
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=edges,
@@ -155,7 +155,7 @@ def _packing(batch: dict[str, torch.Tensor | None]) -> PackedSeqParams | None:
 
 
 def _needs_batch(vp_stage: int | None) -> bool:
-    """Packed sequences are described to every pipeline stage; otherwise the ends are enough."""
+    """Every pipeline stage needs the boundaries of packed sequences; otherwise only the first and last stage do."""
     return get_args().sft or is_first_or_last_pipeline_stage(vp_stage) or _has_mtp(vp_stage)
 
 

@@ -1,11 +1,11 @@
-"""Channels: where each token of a batch comes from, a data source or domain, carried by its label.
+"""Channels: the data source of each token, carried by its label.
 
-    label   token id + (channel << 32)        channel 0: not named; a masked label (-100) has none
+    label   token id + (channel << 32)        channel 0 is reported as `other`; masked labels (-100) have none
 
-A Megatron script passes on the tensors it knows and drops all others; labels it takes everywhere: they are broadcast
-to tensor-parallel ranks, cut for context parallelism, flattened for packed sequences, read by the last pipeline stage.
-A label has 64 bits and a token id needs 20 of them, so the channel travels in the upper half. `install` takes it off
-before the model sees the labels, if channels are configured (`--loss-channels`). Nothing else is sent.
+Megatron scripts pass known tensors to the model and drop all others. Labels reach every place: they are broadcast to
+tensor-parallel ranks, split for context parallelism, flattened for packed sequences, and read on the last pipeline
+stage. A label has 64 bits, of which a token id needs 20. The channel uses the upper half. If channels are configured
+(`--dft-channels`), `install` removes it before the model receives the labels. No other tensor is sent.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ SHIFT = 32
 
 
 def with_channels(
-    labels: Tensor,  # [...] int64 token ids; negative ones (-100) are kept as they are
-    channel: Tensor | int,  # [...] int64 or one for all: 0 is none, 1 the first name in `channels`, ...
+    labels: Tensor,  # [...] int64 token ids; negative labels (-100) stay as they are
+    channel: Tensor | int,  # [...] int64, or one for all: 0 has no name, 1 is the first name of `channels`, ...
 ) -> Tensor:  # [...] int64
-    """Labels that carry their channel, for a data set of your own: return them as its `labels`."""
+    """Labels that carry their channel. A data set of your own returns them as `labels`."""
     if labels.dtype != torch.int64:
         raise ValueError(f"labels: expected int64 token ids, got {labels.dtype}; convert them with .long()")
     marked = labels + (torch.as_tensor(channel, dtype=torch.int64, device=labels.device) << SHIFT)
@@ -32,10 +32,10 @@ def split_channels(
     labels: Tensor,  # [...] int64, may carry channels
     channels: int,
 ) -> tuple[Tensor, Tensor]:  # labels and channel, both [...] int64
-    """Take the channel off each label.
+    """Separate labels and channels.
 
-    A label whose channel is not one of the `channels` numbers keeps all of its bits. It is then no token id, and its
-    loss is NaN: a label that is out of range by itself stays as visible as without channels.
+    A label whose channel is not in range(channels) keeps all its bits. It is no token id then, and its loss is NaN, as
+    for every label that is out of range.
     """
     channel = labels >> SHIFT
     carries = (channel >= 0) & (channel < channels)
@@ -43,7 +43,7 @@ def split_channels(
 
 
 def channel_names(specification: str | None) -> tuple[str, ...]:
-    """From "maths,code" to the names by number, `other` first; none if there is no specification.
+    """Channel names by number from "maths,code", with `other` first; empty without a specification.
 
     Raises:
         ValueError: for an empty name, or one that is given twice.
@@ -53,7 +53,7 @@ def channel_names(specification: str | None) -> tuple[str, ...]:
     names = [name.strip() for name in specification.split(",")]
     if "" in names or OTHER in names or len(set(names)) < len(names):
         raise ValueError(
-            f"channels: expected different names, as in maths,code ({OTHER!r} is what none of them covers), got "
+            f"channels: expected distinct names, e.g. maths,code ({OTHER!r} is reserved for all others), got "
             f"{specification!r}"
         )
     return (OTHER, *names)

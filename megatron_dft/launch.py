@@ -1,12 +1,10 @@
-"""Run an unmodified Megatron-LM training script with another loss.
+"""Run an unmodified Megatron-LM training script with another training objective.
 
     torchrun --nproc-per-node 8 -m megatron_dft.launch [--device cuda|cpu|auto] SCRIPT ARGUMENTS --loss-type dft
 
-SCRIPT is pretrain_gpt.py of a Megatron-LM checkout, or another script that calls Megatron's pretrain(); ARGUMENTS are
-its own. A script that ends without having trained with the objective ends with exit code 1 and the reason. Without
---loss-type it runs as if it had been started alone: nothing is replaced or checked, except that token files are
-refused. --device cpu runs it on CPU ranks over gloo (slow: to try things out, and for tests); --device auto does so
-where no GPU is found.
+SCRIPT is pretrain_gpt.py of a Megatron-LM checkout, or another script that calls Megatron's pretrain(). ARGUMENTS are
+those of the script. If the script ends and the objective was not applied, the exit code is 1 and the reason is printed.
+Without --loss-type and with --device cuda nothing is patched; the only check refuses token files.
 """
 
 from __future__ import annotations
@@ -19,32 +17,49 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from megatron_dft.config import DFTConfig
-from megatron_dft.hosts import cpu, sft
+from megatron_dft.hosts import sft
+from megatron_dft.testing import cpu
+from megatron_dft.utils import HelpFormatter, Parser, nearest
 
 
 class Run(Protocol):
-    """What was prepared for a script."""
+    """A script that was prepared to train with an objective."""
 
     def check(self) -> None:
-        """Raises ValueError if the objective was never applied."""
+        """Raises ValueError if the objective was not applied."""
 
 
 def main(argv: list[str]) -> None:
-    """Parse our flags, patch Megatron, and run the script as __main__."""
-    if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__)
+    """Parse the flags, patch Megatron, and run the script as __main__."""
+    if argv[:1] in (["-h"], ["--help"]):
+        parser().print_help()
         return
     run(argv, "megatron_dft.launch", _enable)
 
 
+def parser() -> argparse.ArgumentParser:
+    """The parser of `--help`: --device, SCRIPT and the flags of the objective."""
+    parser = argparse.ArgumentParser(
+        "torchrun ... -m megatron_dft.launch",
+        description=__doc__,
+        formatter_class=HelpFormatter,
+        usage="%(prog)s [--device DEVICE] SCRIPT ARGUMENTS [--loss-type OBJECTIVE] [--dft-...]",
+    )
+    parser.add_argument("--device", choices=cpu.DEVICES, default="cuda", help=cpu.DEVICE_HELP)
+    parser.add_argument("script", metavar="SCRIPT", help="a script that calls Megatron's pretrain()")
+    parser.add_argument("arguments", metavar="ARGUMENTS", nargs="*", help="arguments of the script")
+    return DFTConfig.add_arguments(parser)
+
+
 def run(argv: list[str], program: str, enable: Callable[[DFTConfig], Run]) -> None:
-    """Run the script that comes first in `argv`, on a host that `enable` has prepared for the configuration."""
+    """Run the script that is first in `argv`, after `enable` has patched Megatron for the configuration."""
     try:
         on_cpu, argv = device_of(argv)
         script, *arguments = argv or [""]
         if not os.path.isfile(script):
-            raise ValueError(f"expected the path of a Python script, got {script!r}; the script comes first")
-        sys.path.insert(0, os.path.dirname(os.path.abspath(script)))  # a checkout's own Megatron goes before a wheel's
+            raise ValueError(f"no script at {script!r}; pass the path of the training script before its arguments")
+        set_single_rank()
+        sys.path.insert(0, os.path.dirname(os.path.abspath(script)))  # a checkout's Megatron precedes a wheel's
         config, script_arguments = config_of(arguments)
         if on_cpu:
             script_arguments = cpu.complete_arguments(script_arguments)
@@ -67,6 +82,13 @@ def run(argv: list[str], program: str, enable: Callable[[DFTConfig], Run]) -> No
         sys.exit(f"{program}: {error}")
 
 
+def set_single_rank() -> None:
+    """Set the variables of torchrun for one rank, if the process was started without a launcher."""
+    if not any(name in os.environ for name in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")):
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # any free port
+
+
 def _enable(config: DFTConfig) -> Run:
     from megatron_dft.hosts import megatron_lm
 
@@ -74,65 +96,70 @@ def _enable(config: DFTConfig) -> Run:
 
 
 def _refuse_token_files(arguments: list[str]) -> None:
-    """Without an objective Megatron would read them as JSON."""
-    for path in (word.partition("=")[2] or word for word in arguments):
+    """Raises ValueError for a token file, which Megatron would read as JSON."""
+    for path in (argument.partition("=")[2] or argument for argument in arguments):
         if sft.is_token_file(path):
-            raise ValueError(f"{path}: a token file requires --loss-type; nll is the plain cross entropy")
+            raise ValueError(f"{path}: a token file requires --loss-type; --loss-type nll is the plain cross entropy")
 
 
 def device_of(argv: list[str]) -> tuple[bool, list[str]]:
-    """Whether to run on the CPU, and argv without --device, which the script does not know."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    """Whether to run on CPU ranks, and argv without our --device."""
+    parser = Parser()
     parser.add_argument("--device", default="cuda")
     known, rest = parser.parse_known_args(argv)
     if known.device not in cpu.DEVICES:
         return False, argv  # a flag of the script
-    return cpu.is_meant_by(known.device), rest
+    return cpu.requested_by(known.device), rest
 
 
 def config_of(arguments: list[str]) -> tuple[DFTConfig, list[str]]:
-    """The configuration, from our flags or from a `dft:` block in --yaml-cfg, and the arguments of the script.
+    """The configuration, from our flags or the `dft:` block of --yaml-cfg, and the arguments of the script.
 
-    With an objective our flags stay in the arguments: the host parses and records them, too. Without one they are
-    taken out.
+    With an objective our flags stay in the arguments, because Megatron parses and records them. Without one they are
+    removed.
 
     Raises:
-        ValueError: for a setting that is not possible, or an objective in both places.
+        ValueError: for an invalid setting, or an objective in both places.
     """
-    parser = DFTConfig.add_arguments(argparse.ArgumentParser(allow_abbrev=False, add_help=False))
+    parser = DFTConfig.add_arguments(Parser())
     known, rest = parser.parse_known_args(arguments)
-    for word in rest:
-        flag = word.partition("=")[0].replace("_", "-")
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    for argument in rest:
+        flag = argument.partition("=")[0].replace("_", "-")
         if "--loss-type".startswith(flag) and flag.startswith("--loss-t"):
-            raise ValueError(f"{word}: expected --loss-type, before any `--`")
+            raise ValueError(f"{argument}: unknown flag; write --loss-type OBJECTIVE, before any `--`")
+        if flag.startswith(("--dft-", "--no-dft-")):
+            raise ValueError(f"{argument}: unknown flag{nearest(flag, flags)}")
     config, block = DFTConfig.from_args(known), _yaml_block(arguments)
     if block is not None:
         if rest != arguments:
-            raise ValueError("--yaml-cfg: expected the objective in one place, got a `dft:` block and --loss-... flags")
+            raise ValueError(
+                "--yaml-cfg has a `dft:` block and argv has --loss-type or --dft-... flags; remove one of the two"
+            )
         config = DFTConfig.from_mapping(block)
     return config, arguments if config.enabled else rest
 
 
 def _yaml_block(arguments: list[str]) -> Any:
-    """The `dft:` block of Megatron's --yaml-cfg, None if there is none."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    """The `dft:` block of Megatron's --yaml-cfg, or None."""
+    parser = Parser()
     parser.add_argument("--yaml-cfg")
     path = parser.parse_known_args(arguments)[0].yaml_cfg
     if path is None or not os.path.isfile(path):
         return None
-    import yaml  # Megatron itself needs it for this flag
+    import yaml  # a dependency of this flag of Megatron
 
     with open(path) as file:
         try:
             settings = yaml.safe_load(file)
         except yaml.YAMLError:
-            return None  # Megatron's own reader names what is wrong
+            return None  # Megatron reports the error
     if not isinstance(settings, dict):
         return None
     block = settings.get("dft")
-    astray = [key for key, value in settings.items() if key == "loss_type" or _has_loss_type(value)]
-    if block is None and astray:
-        raise ValueError(f"--yaml-cfg {path}: expected the objective in a block `dft:`, got it at {astray[0]!r}")
+    misplaced = [key for key, value in settings.items() if key == "loss_type" or _has_loss_type(value)]
+    if block is None and misplaced:
+        raise ValueError(f"--yaml-cfg {path}: loss_type is set at {misplaced[0]!r}; move it to a block `dft:`")
     if "dft" in settings and not (block and isinstance(block, dict)):
         raise ValueError(f"--yaml-cfg {path}: expected KEY: VALUE in the block `dft:`, got {block!r}")
     return block

@@ -1,8 +1,9 @@
-"""A recipe for Megatron-Bridge as users write them: a tiny GPT, and the noisy counting of `training_script`.
+"""A user's recipe for Megatron-Bridge: a tiny GPT trained on the noisy counting data of `training_script`.
 
-The model has the shape of `test_layouts.MODEL`, so that a checkpoint of Megatron-LM loads into it. As a script, it is
-one of the user's own, with a callback: `bridge_recipe.py [OBJECTIVE] KEY=VALUE ...`, or exports a checkpoint to the
-format of Hugging Face: `bridge_recipe.py export FROM TO`.
+The model has the shape of `test_layouts.MODEL`, and loads a checkpoint of Megatron-LM. Two scripts in one:
+
+    bridge_recipe.py [OBJECTIVE] KEY=VALUE ...    train as a user's own script does, with a callback
+    bridge_recipe.py export FROM TO               export a checkpoint to the Hugging Face format
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt import gpt_layer_specs
 from noisy_counting import NoisyCounting
 
-# What a CPU can run, and the same numbers in every layout.
+# Settings that run on a CPU and give the same numbers in every layout.
 LOCAL = {
     "transformer_layer_spec": local_layer_spec,
     "transformer_impl": "local",
@@ -63,12 +64,12 @@ class Counting(DatasetProvider):
     """Labels of masked tokens are real tokens, as in Bridge's own data sets."""
 
     seq_length: int = 32
-    words: int = 30
+    vocab_size: int = 30
 
     def build_datasets(self, context: DatasetBuildContext) -> tuple:
         counts = context.train_samples, context.valid_samples, context.test_samples
         return tuple(
-            NoisyCounting(split, count, self.words, self.seq_length, ignore_masked=False)
+            NoisyCounting(split, count, self.vocab_size, self.seq_length, ignore_masked=False)
             for split, count in enumerate(counts)
         )
 
@@ -108,7 +109,7 @@ def tiny() -> ConfigContainer:
 
 
 def tiny_mtp() -> ConfigContainer:
-    """With a head for the next token but one, of Megatron's local layers, where Bridge takes Transformer Engine's."""
+    """`tiny` with one multi-token-prediction layer of Megatron's local spec; Bridge uses Transformer Engine's."""
     gpt_layer_specs.TESpecProvider = LocalSpecProvider
     cfg = tiny()
     cfg.model.mtp_num_layers = 1
@@ -116,14 +117,14 @@ def tiny_mtp() -> ConfigContainer:
 
 
 def tiny_lora() -> ConfigContainer:
-    """Adapters alone."""
+    """LoRA adapters on frozen weights."""
     cfg = tiny()
     cfg.peft = LoRA(target_modules=["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"], dim=4, alpha=8)
     return cfg
 
 
 def tiny_llama() -> ConfigContainer:
-    """A Llama that Hugging Face knows, from the folder in $TINY_LLAMA."""
+    """The Hugging Face Llama in the folder $TINY_LLAMA."""
     cfg = tiny()
     provider = AutoBridge.from_hf_pretrained(os.environ["TINY_LLAMA"]).to_megatron_provider(load_weights=False)
     for name, value in LOCAL.items():
@@ -133,8 +134,8 @@ def tiny_llama() -> ConfigContainer:
     return cfg
 
 
-class Shown(Callback):
-    """Prints what Bridge tells callbacks of each step and each evaluation."""
+class PrintMetrics(Callback):
+    """Prints the names of the metrics that Bridge passes to callbacks at each step and each evaluation."""
 
     def on_train_step_end(self, context: CallbackContext) -> None:
         print("step:", *sorted(context.loss_dict), sep="|")
@@ -143,17 +144,17 @@ class Shown(Callback):
         print("evaluation:", *sorted(context.total_loss_dict), sep="|")
 
 
-def main(words: list[str]) -> None:
-    if words[0] == "export":
-        AutoBridge.from_hf_pretrained(os.environ["TINY_LLAMA"]).export_ckpt(words[1], words[2], show_progress=False)
+def main(argv: list[str]) -> None:
+    if argv[0] == "export":
+        AutoBridge.from_hf_pretrained(os.environ["TINY_LLAMA"]).export_ckpt(argv[1], argv[2], show_progress=False)
         return
-    objectives = [word for word in words if "=" not in word]
-    cfg = process_config_with_overrides(tiny(), cli_overrides=[word for word in words if "=" in word])
+    objectives = [argument for argument in argv if "=" not in argument]
+    cfg = process_config_with_overrides(tiny(), cli_overrides=[argument for argument in argv if "=" in argument])
     if objectives:
         from megatron_dft import DFTConfig
         from megatron_dft.hosts import bridge
 
-        bridge.finetune(cfg, DFTConfig(loss_type=objectives[0]), callbacks=[Shown()])
+        bridge.finetune(cfg, DFTConfig(loss_type=objectives[0]), callbacks=[PrintMetrics()])
     else:
         finetune(cfg, forward_step)
 

@@ -1,4 +1,4 @@
-"""A tokenizer and chat templates in the manners of the model families, for the tests of chat data."""
+"""A tokenizer and chat templates in the style of several model families, for the tests of chat data."""
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -15,18 +15,18 @@ MARKED = (
     "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-# Begins with <s>, trims contents, ends turns without a line break.
+# Begins with <s>, trims contents, ends turns without a newline.
 HEADERS = (
     "{{ '<s>' }}{% for m in messages %}{{ '<turn>' + m['role'] + '</turn>\\n\\n' + m['content'] | trim + '<|eot|>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<turn>assistant</turn>\\n\\n' }}{% endif %}"
 )
-# Knows no system message and ends a reply with </s>.
+# Rejects system messages and ends a reply with </s>.
 INSTRUCT = (
     "{{ '<s>' }}{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system messages') }}"
     "{% elif m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'] + '</s>' }}{% endif %}{% endfor %}"
 )
-# Writes an empty thought before the last reply only: what comes before it changes when more follows.
+# Writes an empty thought before the last reply only. Earlier text changes when a turn follows.
 THINKING = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}"
     "{% if m['role'] == 'assistant' and loop.last %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
@@ -36,7 +36,7 @@ THINKING = (
 
 
 def tokenizer(template=CHATML, **special):
-    """Byte-level BPE, as most models have, which has learned some words and the pair of line breaks."""
+    """Byte-level BPE trained on a few words and on double newlines."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -52,6 +52,6 @@ def tokenizer(template=CHATML, **special):
 
 
 def talk(*contents, system=None):
-    """User and assistant in turn."""
+    """Messages of user and assistant, alternating."""
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
     return messages if system is None else [{"role": "system", "content": system}, *messages]

@@ -1,4 +1,4 @@
-"""Runs of examples/pretrain_gpt.py on packed conversations."""
+"""Helpers that run examples/pretrain_gpt.py on packed conversations."""
 
 import json
 import os
@@ -21,7 +21,7 @@ CHAT_MOCK = CHAT_MODEL + "--mock-data --tokenizer-type NullTokenizer --vocab-siz
 
 
 class ChatHost(Host):
-    """Runs of the example on packed conversations, all from one checkpoint."""
+    """Runs of examples/pretrain_gpt.py on packed conversations."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -38,7 +38,7 @@ class ChatHost(Host):
         )
 
     def tokens_of(self, channel: str, lines: int) -> int:
-        """How many tokens of a channel train in the first lines of the training data."""
+        """Number of trained tokens of a channel in the first lines of the training data."""
         from megatron.core.tokenizers.text.libraries.sft_tokenizer import SFTTokenizer
 
         chat = self.folder / "chat"
@@ -54,7 +54,7 @@ class ChatHost(Host):
         return super().begin(flags, script=script, **kwargs)
 
     def torchrun(self, flags: str, ranks: int, script: Path) -> tuple[dict[str, list[float]], str]:
-        """Curves and output of a run that is started as a user starts it."""
+        """TensorBoard curves and output of a run under torchrun."""
         logs = self.folder / f"torchrun{len(list(self.folder.glob('torchrun*')))}"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         command += ["-m", "megatron_dft.launch", str(script), *flags.split(), "--tensorboard-dir", str(logs)]
@@ -67,6 +67,6 @@ class ChatHost(Host):
 
 
 def split_at_system(messages):
-    """The conversations of a packed line, each of which begins with a system message."""
+    """Split a packed line into its conversations. Each begins with a system message."""
     starts = [i for i, message in enumerate(messages) if message["role"] == "system"]
     return [messages[i:j] for i, j in zip(starts, [*starts[1:], None], strict=True)]

@@ -1,4 +1,4 @@
-"""Fixtures of several test modules. Where there is no GPU, Triton kernels run in Triton's interpreter."""
+"""Fixtures of several test modules. Without a GPU, Triton kernels run in Triton's interpreter."""
 
 import os
 
@@ -11,9 +11,9 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(scope="module")
 def uninitialized_memory_is_nan():
-    """Fill torch.empty and new_empty with NaN (integers: the maximum), here and in `run_ranks`.
+    """Fill torch.empty and new_empty with NaN (integers: the maximum), in this process and in `run_ranks`.
 
-    Not in test_gpu.py, which counts memory and captures graphs.
+    test_gpu.py does not use it, because it measures memory and captures CUDA graphs.
     """
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(3).isnan().all() and torch.zeros(1).new_empty(3).isnan().all()
@@ -23,7 +23,7 @@ def uninitialized_memory_is_nan():
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory, request):
-    """Runs of a module, which share a folder."""
+    """The runs of one test module. They share a folder."""
     from host_runs import Host
 
     return Host(tmp_path_factory.mktemp(request.module.__name__))
@@ -31,7 +31,7 @@ def host(tmp_path_factory, request):
 
 @pytest.fixture(scope="session")
 def chat(tmp_path_factory):
-    """Runs on packed conversations."""
+    """The runs on packed conversations."""
     pytest.importorskip("megatron.training")
     pytest.importorskip("tensorboard")
     from chat_runs import ChatHost
@@ -41,7 +41,7 @@ def chat(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def checkpoint(chat):
-    """Flags to load the weights that every layout starts from, so that initialisation per stage does not matter."""
+    """Flags that load the initial weights of every layout. Megatron initializes each pipeline stage differently."""
     from chat_runs import CHAT_STEPS
 
     path = chat.folder / "checkpoint"

@@ -1,6 +1,6 @@
-"""The truth: each objective from its formula, on the whole vocabulary, with plain autograd.
+"""Reference implementation: each objective from its formula, on the whole vocabulary, with plain autograd.
 
-Nothing here knows gates, shards or log-sum algebra: softmax, sums of it, and .detach() where the formula has sg().
+No gates, shards or log-sum algebra: softmax, sums of it, and .detach() where the formula has sg().
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Token:
-    """What the formulas are written in, for each token."""
+    """The per-token quantities of the formulas."""
 
     l: Tensor  # noqa: E741  [...] -log p
     p: Tensor  # [...] probability of the target
@@ -45,7 +45,7 @@ def cayley_exponent(t: Token, floor: float) -> Tensor:
     return (f + (1 - f) * t.p / (2 - t.p)).clamp(1e-3, 1)
 
 
-# Every objective at its defaults, and each parameter at a second value. Written as `str(objective)` writes it.
+# Every objective with its defaults, and each parameter at a second value. Keys are `str(objective)`.
 FORMULAS: dict[str, Callable[[Token], Tensor]] = {
     "nll": lambda t: t.l,
     "dft": lambda t: sg(t.p) * t.l,
@@ -80,9 +80,9 @@ def token(logits: Tensor, target: Tensor, ignore_index: int = -100) -> Token:
 
 
 def example(*shape: int, vocab: int = 11, seed: int = 0, spread: float = 3.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits [*shape, V], targets and uneven upstream gradients [*shape] in fp64; 24 tokens when no shape is given.
+    """Logits [*shape, V], targets and upstream gradients [*shape] in fp64. The default is 24 tokens.
 
-    The targets' probabilities run from about 1e-8 to nearly 1; every fifth token is ignored.
+    Target probabilities range from about 1e-8 to nearly 1. Every fifth token is ignored. Upstream gradients differ.
     """
     shape = shape or (24,)
     tokens = math.prod(shape)
@@ -102,7 +102,7 @@ def loss_and_gradient(
     upstream: Tensor,  # [...]
     true_vocab_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # [...] and [..., V]
-    """The loss per token and the gradient of (upstream x loss).sum(), both in fp64."""
+    """Per-token loss [...] and gradient [..., V] of (upstream x loss).sum(), in fp64."""
     leaf = logits.detach().double().requires_grad_()
     t = token(leaf[..., :true_vocab_size], target)
     loss = torch.where(t.valid, FORMULAS[specification](t), 0.0)

@@ -1,4 +1,4 @@
-"""A hybrid stack of attention and MLP layers that runs without CUDA; Megatron's default is of Transformer Engine's.
+"""A hybrid stack of attention and MLP layers without CUDA; Megatron's default stack needs Transformer Engine.
 
 --spec hybrid_stack stack --hybrid-layer-pattern "*-*-"        with multi-token prediction: "*-*-/*-"
 """

@@ -1,4 +1,4 @@
-"""What the kernels of every backend are tested with: memory layouts, rounding limits, splits of the vocabulary."""
+"""Test cases for the kernels of every backend: memory layouts, rounding limits, vocabulary shards."""
 
 import math
 
@@ -8,8 +8,8 @@ from formulas import loss_and_gradient, token
 from torch.utils.checkpoint import checkpoint
 
 from megatron_dft import vocab_parallel_dft_loss
-from megatron_dft.objectives import DFT
-from megatron_dft.stats import COLLISION, ENTROPY, VocabShard
+from megatron_dft.ops.objectives import DFT, Blended, Scheduled, parse_objective
+from megatron_dft.ops.stats import COLLISION, ENTROPY, VocabShard
 
 INF, NAN = math.inf, math.nan
 EXACT = {"rtol": 0.0, "atol": 0.0, "equal_nan": True}
@@ -26,7 +26,7 @@ LAYOUTS = {
 
 
 def run(logits, target, upstream, layout=lambda x: x, **options):
-    """Loss and gradient; the logits are the output of another operation, `layout`, as a model's are."""
+    """Loss and gradient. As in a model, the logits are the output of an operation, `layout`."""
     leaf = logits.clone().requires_grad_()
     loss = vocab_parallel_dft_loss(layout(leaf * 1), target, **options)
     loss.backward(upstream.to(loss.dtype))
@@ -38,8 +38,8 @@ def assert_same(actual, expected, tolerance=TOLERANCE):
         torch.testing.assert_close(ours, theirs, **tolerance)
 
 
-def floor(logits, target, upstream):
-    """A few roundings of fp32, for the loss [...] and for gradient's two terms, softmax and one-hot [..., V]."""
+def fp32_rounding(logits, target, upstream):
+    """Limits of fp32 rounding errors, for the loss [...] and for the gradient [..., V]: softmax and one-hot terms."""
     t, eps = token(logits.double(), target), torch.finfo(torch.float32).eps
     coefficient = (t.p * upstream * t.valid)[..., None].abs() * (2.0 + t.l[..., None])
     size = t.softmax * (2.0 - t.softmax.log()) + F.one_hot(target.clamp(min=0), logits.shape[-1])
@@ -47,7 +47,7 @@ def floor(logits, target, upstream):
 
 
 def assert_any_split_merges(kernels, case, width, empty, apart, tolerance):
-    """The functions of a backend on shards of a vocabulary of 9 words and 7 columns of padding."""
+    """Assert that a backend merges shards of 9 vocabulary entries and 7 padding columns to the formula's results."""
     logits, target, upstream = case
     target = target % 9
     logits += torch.linspace(0.0, apart, 16).to(logits)
@@ -58,7 +58,7 @@ def assert_any_split_merges(kernels, case, width, empty, apart, tolerance):
         parts[empty].fill_(-INF)
         target = torch.where(target // width == empty, 8, target)
     sums = [kernels.shard_stats(x, target, -100, s, ALL) for x, s in zip(parts, shards, strict=True)]
-    loss, saved, stats = kernels.merge(torch.stack(sums), target, -100, 9, DFT(), ALL, "objective")
+    loss, saved, stats = kernels.merge(torch.stack(sums), target, -100, 9, DFT(), ALL, return_nll=False)
     t = token(logits[:, :9].double(), target)
     actual = [x.double() for x in (stats.nll, stats.entropy, stats.collision, loss)]
     assert_same(actual, (t.l, t.H, t.C, t.p * t.l), {"rtol": tolerance, "atol": tolerance})
@@ -71,7 +71,7 @@ def assert_any_split_merges(kernels, case, width, empty, apart, tolerance):
 
 
 def assert_saving_changes_nothing(function, logits, upstream, expected):
-    """The function of logits under saved-tensor hooks, and under both kinds of activation recomputation."""
+    """Assert equal results under saved-tensor hooks and under both kinds of activation recomputation."""
 
     def saved_on_cpu(x):
         with torch.autograd.graph.save_on_cpu():
@@ -86,3 +86,17 @@ def assert_saving_changes_nothing(function, logits, upstream, expected):
         loss = use(leaf)
         loss.backward(upstream)
         assert_same((loss.detach().cpu(), leaf.grad.cpu()), expected, EXACT)
+
+
+def at_iteration(specification, iteration, device="cpu"):
+    """An objective. For a schedule, its blend at this iteration is a tensor."""
+    objective = parse_objective(specification)
+    if not isinstance(objective, Scheduled):
+        return objective
+    return objective.with_blend(torch.full((), objective.blend_at(iteration), dtype=torch.float64, device=device))
+
+
+def begin(objective, iteration):
+    """Write the blend of another iteration to the tensor of a scheduled objective."""
+    if isinstance(objective, Blended):
+        objective.blend.fill_(objective.schedule.blend_at(iteration))

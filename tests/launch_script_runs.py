@@ -1,7 +1,7 @@
-"""The launch scripts of examples/launch, started as a user starts them.
+"""Helpers for runs of the launch scripts of examples/launch.
 
-The script that they run is tests/training_script.py behind a door: Megatron's first checkpoint starts a process that
-imports the script once more, which costs as much as the start itself unless there is nothing to import.
+They run `SCRIPT`, which imports tests/training_script.py only in `__main__`. Megatron's first checkpoint starts a
+process that imports the script again; this import costs as much as the start of the run.
 """
 
 import re
@@ -13,16 +13,16 @@ from host_flags import MODEL, MODELS, PER_TOKEN
 from host_runs import ROOT, UNTIMED
 
 LAUNCH = ROOT / "examples" / "launch"
-STEPS, SAVED, DEATH = 8, 4, 6
+STEPS, SAVED, KILLED = 8, 4, 6
 RUN = (
     f"{MODEL} {MODELS['dense']} {PER_TOKEN} --train-iters {STEPS} --save-interval {SAVED} --lr 1e-2 "
     "--global-batch-size 8 --micro-batch-size 2 --loss-type dft "
 )
-DOOR = f"""
+SCRIPT = f"""
 if __name__ == "__main__":
     import os, sys
     if os.environ["RANK"] == "0" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        os.environ["DIE_IN_ITERATION"] = os.environ.get("DIE_ONCE_IN_ITERATION", "")
+        os.environ["KILL_IN_ITERATION"] = os.environ.get("KILL_ONCE_IN_ITERATION", "")
     sys.path.insert(0, {str(ROOT / "tests")!r})
     import training_script
     training_script.main()
@@ -30,14 +30,14 @@ if __name__ == "__main__":
 
 
 def script_in(folder: Path) -> Path:
-    """The training script; DIE_ONCE_IN_ITERATION kills its rank 0, but not after a restart."""
+    """Write the training script. KILL_ONCE_IN_ITERATION kills its rank 0 before the first restart only."""
     script = folder / "script.py"
-    script.write_text(DOOR)
+    script.write_text(SCRIPT)
     return script
 
 
 def steps_in(log: Path) -> list[int]:
-    """The iterations that a log reports, in order."""
+    """The iterations in a log, in order."""
     return [int(step) for step in re.findall(rf"iteration +(\d+)/ +{STEPS}", log.read_text(errors="replace"))]
 
 

@@ -1,12 +1,12 @@
-"""Hosts of a network, on one machine and without root: network namespaces, joined by cables to a switch.
+"""Several hosts on one machine, without root: network namespaces, connected by veth pairs to a bridge.
 
     with Network(hosts=4, folder=tmp_path) as network:
         process = network.hosts[0].start(["hostname"], output=path)
 
-Each host has an address, an interface eth0 and a loopback of its own, so what one sends to another crosses both their
-cables and is counted there. What a host starts lives in a PID namespace: to kill it ends every process in it at once,
-as a loss of power does. A namespace goes with the last process in it, so nothing is left behind. Hosts have names, and
-share the file system as the nodes of a cluster share a folder. SLURM's daemons do not run here: they ask for real root.
+Each host has its own address, interface eth0 and loopback. Traffic between hosts crosses both their veth pairs and is
+counted there. The processes of a host run in a PID namespace: killing its first process kills all of them, as a power
+failure does. A namespace ends with its last process, so nothing needs to be cleaned up. Hosts have names and share the
+file system, as the nodes of a cluster share a folder. SLURM's daemons do not run here, because they require real root.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from pathlib import Path
 SHELL = ["sh", "-c"]
 ENTER = ["nsenter", "--preserve-credentials", "--user", "--net", "--target"]
 ALONE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--uts"]
-QUIET = "mount --bind /dev/null /etc/resolv.conf"  # no name server would answer
+QUIET = "mount --bind /dev/null /etc/resolv.conf"  # no name server is reachable
 BOOT = f'hostname "$1" && mount --bind "$2" /etc/hosts && {QUIET} && shift 2 && exec "$@"'
 # Classic BPF: a random number above the threshold passes (0), and the 5% below it are dropped (2).
 LOSE = f"4,32 0 0 4294963256,37 1 0 {2**32 // 20},6 0 0 2,6 0 0 0"
 
 
 def why_not() -> str:
-    """What keeps this machine from making hosts, in its own words; empty where it can."""
+    """The error of this machine when it creates hosts; empty if it can."""
     slow = "tc qdisc add dev one root netem delay 10ms 2>/dev/null || tc qdisc add dev one clsact"
     trial = f"ip link add one type veth peer two && {{ {slow}; }}"
     try:
@@ -39,10 +39,10 @@ def why_not() -> str:
 
 
 class Network:
-    """A switch and its hosts, which are gone at the end of the `with`."""
+    """A bridge and its hosts. Both end with the `with` block."""
 
     def __init__(self, hosts: int, folder: Path, names: bool = True) -> None:
-        """With `names` each host knows those of all; else its own alone, as a loopback address: so Debian does it."""
+        """`names`: each /etc/hosts lists all hosts; otherwise only its own host, at 127.0.1.1, as on Debian."""
         self.switch = _hold(["unshare", "--map-root-user", "--net"])
         _inside(self.switch, "ip link add switch type bridge && ip link set switch up")
         self.hosts = [Host(self.switch, number, folder) for number in range(1, hosts + 1)]
@@ -60,7 +60,7 @@ class Network:
 
 
 class Host:
-    """A namespace with a cable to the switch."""
+    """A network namespace with a veth pair to the bridge."""
 
     def __init__(self, switch: subprocess.Popen, number: int, folder: Path) -> None:
         self.name, self.address = f"host{number}", f"10.0.0.{number}"
@@ -73,7 +73,7 @@ class Host:
         _inside(self.holder, f"ip address add {self.address}/24 dev eth0 && ip link set eth0 up && ip link set lo up")
 
     def start(self, command: list[str], output: Path, **environment: str) -> subprocess.Popen:
-        """Start a command, its output appended to a file; kill() ends it and all it has started."""
+        """Start a command and append its output to a file. kill() ends it and its children."""
         with output.open("a") as file:
             process = subprocess.Popen(
                 [*ENTER, str(self.holder.pid), *ALONE, *SHELL, BOOT, "boot", self.name, str(self.names), *command],
@@ -86,16 +86,16 @@ class Host:
         return process
 
     def sent_mib(self) -> float:
-        """What has left this host, by the counter of its interface."""
+        """MiB sent by this host, from the counter of its interface."""
         counters = Path(f"/proc/{self.holder.pid}/net/dev").read_text()
         return int(re.findall(r"eth0:(.*)", counters)[0].split()[8]) / 2**20
 
     def slow_down(self) -> str:
-        """From now on this host's packets are late, and some are lost; by what means depends on the kernel."""
+        """Delay this host's packets and drop some. Returns the mechanism, which depends on the kernel."""
         try:
             _inside(self.holder, "tc qdisc add dev eth0 root netem delay 10ms loss 2%")
             return "netem"
-        except subprocess.CalledProcessError:  # late by waiting in a queue, lost by a filter
+        except subprocess.CalledProcessError:  # without netem: delay by a queue, loss by a filter
             _inside(self.holder, "tc qdisc add dev eth0 root tbf rate 4mbit burst 10kb latency 400ms")
             _inside(self.holder, "tc qdisc add dev eth0 clsact")
             _inside(self.holder, f'tc filter add dev eth0 egress bpf direct-action bytecode "{LOSE}"')
@@ -109,7 +109,7 @@ class Host:
 
 
 def _hold(namespace: list[str]) -> subprocess.Popen:
-    """A process that keeps a namespace, until it is killed or its standard input ends."""
+    """A process that holds a namespace until it is killed or its standard input ends."""
     process = subprocess.Popen(
         [*namespace, *SHELL, "echo ready; exec cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )

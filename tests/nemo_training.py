@@ -1,7 +1,7 @@
-"""Train a tiny GPT on noisy counting by a recipe of NeMo 2, on CPU ranks; writes what is logged to OUT.
+"""Train a tiny GPT on noisy counting with a recipe of NeMo 2, on CPU ranks. Logs are written to OUT.
 
-Each rank runs `nemo_training.py OUT [loss_type=dft ...] [tp=2] [pp=2] [checkpoint=true]`; the settings of the objective
-go through `with_dft`, and without any the recipe is NeMo's alone.
+Each rank runs `nemo_training.py OUT [loss_type=dft ...] [tp=2] [pp=2] [checkpoint=true]`. Settings of the objective are
+passed to `with_dft`. Without any, the recipe stays unchanged.
 """
 
 import os
@@ -9,7 +9,7 @@ import sys
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TORCH_CUDA_ARCH_LIST": "9.0", "NO_WANDB": "1", "HF_HUB_OFFLINE": "1"}
 
-from megatron_dft.hosts import cpu
+from megatron_dft.testing import cpu
 
 cpu.enable()
 
@@ -25,18 +25,18 @@ from nemo.lightning import io  # noqa: E402
 from nemo.lightning.pytorch.plugins import MegatronDataSampler  # noqa: E402
 from noisy_counting import NoisyCounting  # noqa: E402
 
-os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"  # Lightning's way to count GPUs, which there are none of
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"  # Lightning counts GPUs with NVML; there are none
 
 
-class Words(io.IOMixin):
-    """What NeMo asks of a tokenizer."""
+class TinyTokenizer(io.IOMixin):
+    """The attributes that NeMo reads from a tokenizer."""
 
     def __init__(self, vocab_size: int = 32):
         self.vocab_size, self.eos_id, self.unique_identifiers = vocab_size, 0, {}
 
 
-class Masked(NoisyCounting):
-    """Without Transformer Engine NeMo wants the causal mask from the data."""
+class WithCausalMask(NoisyCounting):
+    """Samples with a causal mask, which NeMo requires without Transformer Engine."""
 
     def __getitem__(self, index):
         return super().__getitem__(index) | {"attention_mask": torch.ones(1, 32, 32, dtype=torch.bool).triu(1)}
@@ -45,15 +45,15 @@ class Masked(NoisyCounting):
 class Counting(pl.LightningDataModule):
     def __init__(self):
         super().__init__()
-        self.tokenizer = Words()
+        self.tokenizer = TinyTokenizer()
         self.seq_length, self.micro_batch_size, self.global_batch_size = 32, 2, 8
         self.data_sampler = MegatronDataSampler(seq_len=32, micro_batch_size=2, global_batch_size=8)
 
     def train_dataloader(self):
-        return torch.utils.data.DataLoader(Masked(0, 64, 30, 32, ignore_masked=False))
+        return torch.utils.data.DataLoader(WithCausalMask(0, 64, 30, 32, ignore_masked=False))
 
     def val_dataloader(self):
-        return torch.utils.data.DataLoader(Masked(1, 64, 30, 32, ignore_masked=False))
+        return torch.utils.data.DataLoader(WithCausalMask(1, 64, 30, 32, ignore_masked=False))
 
 
 def recipe(out, tp, pp, checkpoint):
@@ -97,7 +97,7 @@ def recipe(out, tp, pp, checkpoint):
     adam = run.Config(OptimizerConfig, optimizer="adam", lr=1e-3, clip_grad=1.0, params_dtype=torch.float32)
     return run.Partial(
         llm.pretrain,
-        model=run.Config(llm.GPTModel, model, tokenizer=run.Config(Words)),
+        model=run.Config(llm.GPTModel, model, tokenizer=run.Config(TinyTokenizer)),
         data=run.Config(Counting),
         trainer=trainer,
         log=run.Config(nl.NeMoLogger, log_dir=out, use_datetime_version=False, ckpt=kept if checkpoint else None),
@@ -105,8 +105,8 @@ def recipe(out, tp, pp, checkpoint):
     )
 
 
-def main(out, *words):
-    settings = dict(word.split("=", 1) for word in words)
+def main(out, *arguments):
+    settings = dict(argument.split("=", 1) for argument in arguments)
     layout = int(settings.pop("tp", 1)), int(settings.pop("pp", 1)), settings.pop("checkpoint", "") == "true"
     torch.manual_seed(0)
     task = recipe(out, *layout)

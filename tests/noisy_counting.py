@@ -1,4 +1,4 @@
-"""The data of the host tests: counting with noise, under very uneven loss masks."""
+"""The data of the host tests: counting with noise and very uneven loss masks."""
 
 import os
 
@@ -8,21 +8,21 @@ from megatron_dft.channels import with_channels
 
 
 class NoisyCounting(torch.utils.data.Dataset):
-    """Each token is the one before plus 1, but for 30%. Of a sample none, one or two, some or all tokens are valid."""
+    """Each token is its predecessor plus 1, 30% are random. By sample, no, 1 or 2, about 30% or all are valid."""
 
-    def __init__(self, split: int, samples: int, words: int, length: int, ignore_masked: bool = True) -> None:
-        self.split, self.samples, self.words, self.length = split, samples, words, length
+    def __init__(self, split: int, samples: int, vocab_size: int, length: int, ignore_masked: bool = True) -> None:
+        self.split, self.samples, self.vocab_size, self.length = split, samples, vocab_size, length
         self.ignore_masked = ignore_masked
 
     def __len__(self) -> int:
         return self.samples
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        words, length = self.words, self.length
+        vocab_size, length = self.vocab_size, self.length
         random = torch.Generator().manual_seed(1_000_003 * self.split + int(index))
-        text = (torch.randint(words, (1,), generator=random) + torch.arange(length + 1)) % words
+        text = (torch.randint(vocab_size, (1,), generator=random) + torch.arange(length + 1)) % vocab_size
         noise = torch.rand(length + 1, generator=random) < 0.3
-        text = torch.where(noise, torch.randint(words, text.shape, generator=random), text)
+        text = torch.where(noise, torch.randint(vocab_size, text.shape, generator=random), text)
         position = torch.arange(length)
         valid = (
             position < 0,

@@ -1,4 +1,4 @@
-"""Imported once by the server from which ranks are forked (`ranks`): this process becomes a CPU rank of Megatron."""
+"""Preloaded once by the fork server of `ranks`: imports Megatron and enables its CPU support."""
 
 import contextlib
 import importlib.util
@@ -9,7 +9,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch.testing
 
 if importlib.util.find_spec("megatron"):
-    from megatron_dft.hosts import cpu
+    from megatron_dft.testing import cpu
 
     cpu.enable()
     with contextlib.suppress(ModuleNotFoundError):  # before 0.17
@@ -17,7 +17,7 @@ if importlib.util.find_spec("megatron"):
     with contextlib.suppress(ModuleNotFoundError):
         import torch.utils.tensorboard  # noqa: F401
     with contextlib.suppress(ModuleNotFoundError):  # 0.17
-        import megatron.core.tokenizers.text  # which imports transformers: half the time of a small run
+        import megatron.core.tokenizers.text  # imports transformers, which takes half the time of a small run
     if importlib.util.find_spec("megatron.bridge"):
         cpu.enable_bridge()
         import megatron.bridge.training.finetune

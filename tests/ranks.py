@@ -1,7 +1,7 @@
-"""Real ranks: processes over gloo, forked from one server per pytest process, which has imported what they need.
+"""Ranks over gloo: processes that are forked from one fork server per pytest process.
 
-Importing torch and Megatron takes longer than most tests. The fork server imports both once and becomes a CPU rank of
-Megatron (`rank_preload`); each rank is a fresh fork of it, so nothing is left over from one launch to the next.
+Importing torch and Megatron takes longer than most tests. The fork server imports both once and enables CPU ranks of
+Megatron (`rank_preload`). Each rank is a fresh fork of it, so no state is carried from one launch to the next.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = Path(__file__).resolve().parent.parent
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["rank_preload"])
-# The server finds modules to preload here; it passes over those that it does not find.
+# The fork server preloads modules from here. It ignores missing ones.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 needs_megatron = pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="needs megatron-core")
 
 
 class Rendezvous:
-    """A TCPStore that ranks join like that of torchrun. The constructor binds the port."""
+    """A TCPStore that ranks join, as under torchrun. The constructor binds the port."""
 
     def __init__(self) -> None:
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -53,11 +53,14 @@ class Rendezvous:
 def run_ranks(
     world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 150.0, start: str = "forkserver"
 ) -> list[Any]:
-    """What `function(*args)` returned on each rank, in rank order.
+    """Run `function(*args)` on each rank; returns the results in rank order.
 
-    `function` must be importable (top level of a test module). Ranks that use a GPU start by "spawn": forked ones are
-    CPU ranks. A rank that raises or dies fails the caller with its traceback; ranks that hang for `timeout` seconds
-    fail it with the stack of each.
+    `function` must be importable (top level of a test module). Ranks that use a GPU need start="spawn", because forked
+    ranks are CPU ranks.
+
+    Raises:
+        Exception: with its traceback, if a rank raises or exits.
+        TimeoutError: with the stack of each rank, if a rank hangs for `timeout` seconds.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -76,7 +79,7 @@ def run_ranks(
             join=False,
             start_method=start,
         )
-        started, deadline = False, time.monotonic() + 100.0  # to import everything, on a busy machine
+        started, deadline = False, time.monotonic() + 100.0  # for the imports, on a busy machine
         try:
             while not context.join(timeout=0.5):
                 if not started and len(list(folder.glob("*.stack"))) == world_size:
@@ -85,7 +88,7 @@ def run_ranks(
                     if started:
                         for process in context.processes:
                             with contextlib.suppress(ProcessLookupError):
-                                os.kill(process.pid, signal.SIGUSR1)  # write your stack
+                                os.kill(process.pid, signal.SIGUSR1)  # write the stack
                     time.sleep(1.0)
                     stacks = "\n".join(path.read_text() for path in sorted(folder.glob("*.stack")))
                     raise TimeoutError(f"{function.__name__}: a rank hangs after {timeout:.0f} s\n{stacks}")
@@ -107,21 +110,23 @@ def _rank(
     timeout: float,
 ) -> None:
     os.environ.clear()
-    os.environ.update(environment)  # the server's dates from its start
+    os.environ.update(environment)  # the fork server has the environment of its start
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     with open(folder / f"{rank}.stack", "w") as stack:
         faulthandler.register(signal.SIGUSR1, file=stack)
         torch.set_num_threads(1)
         store = dist.FileStore(str(folder / "store"), world_size)
-        limit = timedelta(seconds=timeout + 30.0)  # the stacks say more than the time-out of gloo
+        limit = timedelta(
+            seconds=timeout + 30.0
+        )  # longer than `timeout`: the stacks are more useful than the error of gloo
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
         torch.save(function(*args), folder / f"{rank}.result")
-        dist.barrier()  # nobody leaves while another still talks to it
+        dist.barrier()  # keep connections open until every rank is done
         dist.destroy_process_group()
 
 
 def megatron_cross_entropy() -> Callable[[Tensor, Tensor], Tensor]:
-    """On a rank: Megatron's unfused cross entropy, with all ranks as its tensor-parallel group, in any version."""
+    """Megatron's unfused cross entropy over all ranks as the tensor-parallel group. Call it on a rank."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
@@ -130,7 +135,7 @@ def megatron_cross_entropy() -> Callable[[Tensor, Tensor], Tensor]:
 
 
 class Collectives(TorchDispatchMode):
-    """Records name and input shape of each collective that really runs, and lets it run."""
+    """Record name and input shape of each collective that runs."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "c10d":

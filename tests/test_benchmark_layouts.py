@@ -1,4 +1,4 @@
-"""The layout benchmark on two real ranks: it counts what is sent, goes on after a kill, and says what disagrees."""
+"""The layout benchmark on two ranks: collectives are counted, a killed run resumes, disagreements are reported."""
 
 import os
 import signal
@@ -10,34 +10,40 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path.insert(0, str(ROOT / "tools" / "benchmarks"))
 
 import benchmark_layouts  # noqa: E402
 import report  # noqa: E402
 from benchmark_layouts import disagreements, read, usual_layouts  # noqa: E402
 from megatron_step import Layout, Task  # noqa: E402
 
-pytest.importorskip("megatron.training")  # its generation
+pytest.importorskip("megatron.training")  # with pretrain()
 pytestmark = [pytest.mark.host, pytest.mark.slow]
 
 HIDDEN, VOCAB, SEQUENCE, SAMPLES, MICRO_BATCH = 32, 256, 32, 8, 2
 SIZES = f"--hidden {HIDDEN} --layers 2 --heads 2 --vocab {VOCAB} --seq-length {SEQUENCE} --rounds 1 --steps 2 "
-WAYS = list(benchmark_layouts.WAYS)
+VARIANTS = list(benchmark_layouts.WAYS)
 MICRO_BATCHES = SAMPLES // MICRO_BATCH
 PLACES = {"2": "tp2", "2sp": "tp2sp", "pp": "pp2", "cp": "cp2", "dp": "dp"}
 
 
 def begin(out, flags):
-    """The benchmark on two ranks, in a group of processes of its own."""
+    """Start the benchmark on two ranks, in its own process group."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(ROOT / "tools" / "benchmark_layouts.py"), *SIZES.split(), "--out", str(out), *flags.split()]
+    command += [
+        str(ROOT / "tools" / "benchmarks" / "benchmark_layouts.py"),
+        *SIZES.split(),
+        "--out",
+        str(out),
+        *flags.split(),
+    ]
     with open(out.parent / "log.txt", "a") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Its two files; the run was killed after its first layout, and started again."""
+    """The rows of both result files. The run is killed after its first layout and started again."""
     out = tmp_path_factory.mktemp("layouts") / "tiny-layouts.csv"
     flags = f"--layouts {' '.join(PLACES.values())}"
     killed = begin(out, flags)
@@ -77,7 +83,7 @@ def test_benchmark_layouts_has_one_row_per_layout_and_implementation(files):
 def test_benchmark_layouts_losses_and_grad_norms_agree(files):
     rows, _ = files
     assert disagreements(rows) == []
-    assert len({row["grad_norm"][:6] for row in rows}) > 8  # the objectives do differ
+    assert len({row["grad_norm"][:6] for row in rows}) > 8  # the objectives differ
 
 
 @pytest.mark.parametrize("key", ["loss", "grad_norm"])
@@ -89,7 +95,7 @@ def test_disagreements_names_implementation_and_quantity(files, key):
 
 
 def test_benchmark_layouts_counts_collectives_of_loss(files):
-    """By hand: fp32; of hidden states n H numbers, of a loss a few for each of n tokens."""
+    """Expected bytes, in fp32: n H numbers of hidden states, and 3 or 4 statistics for each of n tokens."""
     _, wire = files
     n = SAMPLES * SEQUENCE
     kept = sum(max(1, m) for m in valid_of_micro_batches())
@@ -99,20 +105,20 @@ def test_benchmark_layouts_counts_collectives_of_loss(files):
         ("tp", "all_gather"): (MICRO_BATCHES, 3 * 4 * n),
         ("tp", "all_reduce"): grad_of_hidden,
     }
-    for way in WAYS[2:4]:
-        assert calls(wire, "2", way) == {
+    for variant in VARIANTS[2:4]:
+        assert calls(wire, "2", variant) == {
             ("tp", "all_gather"): (MICRO_BATCHES, 3 * 4 * kept),
             ("tp", "all_reduce"): (MICRO_BATCHES, 4 * kept * HIDDEN),
         }
     assert calls(wire, "2", "ours: deft")[("tp", "all_gather")] == (MICRO_BATCHES, 4 * 4 * kept)
-    # Sequence parallelism: each rank holds half of the hidden states, and Megatron gathers them once more in backward.
+    # Sequence parallelism: each rank holds half of the hidden states. Megatron gathers them again in backward.
     assert calls(wire, "2sp", "Megatron") == {
         ("tp", "all_reduce"): (3 * MICRO_BATCHES, 3 * 4 * n),
         ("tp", "all_gather"): (2 * MICRO_BATCHES, 2 * 4 * n * HIDDEN // 2),
         ("tp", "reduce_scatter"): grad_of_hidden,
     }
     for place in ("pp", "cp", "dp"):
-        assert not any(calls(wire, place, way) for way in WAYS)
+        assert not any(calls(wire, place, variant) for variant in VARIANTS)
 
 
 def test_benchmark_layouts_counts_collectives_outside_loss(files):
@@ -127,10 +133,10 @@ def test_benchmark_layouts_counts_collectives_outside_loss(files):
 def test_report_table_has_every_layout_and_variant(files):
     rows, _ = files
     text = report.layouts_part(rows, report.RESULTS / "some-layouts.csv")
-    assert "| layout | Megatron, ms | its loss stage | ours | ours, masked tokens dropped |" in text
+    assert "| layout | Megatron, ms | loss stage | ours | ours, masked tokens dropped |" in text
     for name in ("TP 2", "TP, SP 2", "PP 2", "CP 2", "DP 2"):
         assert f"\n| {name} | " in text
-    stock, ours = (next(row for row in rows if row["implementation"] == way) for way in WAYS[:2])
+    stock, ours = (next(row for row in rows if row["implementation"] == variant) for variant in VARIANTS[:2])
     assert f"| {float(ours['step_ms']) / float(stock['step_ms']):.2f} |" in text
 
 

@@ -1,4 +1,4 @@
-"""Token files as the data of Megatron-Bridge's finetune(), through `python -m megatron_dft.bridge`."""
+"""Token files as data sets of Megatron-Bridge's finetune(), through `python -m megatron_dft.launch_bridge`."""
 
 import json
 import os
@@ -34,7 +34,7 @@ LM = (
 
 
 class TokenHost(Host):
-    """Runs of the tiny recipe on token files, from one checkpoint of Megatron-LM on the same files."""
+    """Runs of the tiny recipe on token files, from a checkpoint that Megatron-LM trained on the same files."""
 
     def __init__(self, folder):
         super().__init__(folder)
@@ -61,7 +61,7 @@ class TokenHost(Host):
         self.loaded = f"--train-iters 3 --lr 1e-3 --load {base} --finetune"
 
     def prepare(self, name, shift, layout):
-        """A token file of 120 conversations of two channels."""
+        """Write a token file of 120 conversations in two channels."""
         source, out = self.folder / f"{name}.jsonl", self.folder / f"{name}.arrow"
         records = [
             {
@@ -75,15 +75,15 @@ class TokenHost(Host):
         command.main([*argv, "--workers", "1", *layout.split()])
         return out
 
-    def words(self, words, recipe="tiny"):
-        return f"--recipe bridge_recipe:{recipe} {self.base} {MODEL} {self.dataset} {words}"
+    def argv(self, argv, recipe="tiny"):
+        return f"--recipe bridge_recipe:{recipe} {self.base} {MODEL} {self.dataset} {argv}"
 
-    def finetune(self, words, **kwargs):
-        return self.curves(self.words(words), script=BRIDGE, **kwargs)
+    def finetune(self, argv, **kwargs):
+        return self.curves(self.argv(argv), script=BRIDGE, **kwargs)
 
-    def refused(self, words):
-        """The message of a run that is refused before it trains."""
-        run = self.begin(self.words(words), script=BRIDGE)
+    def rejection(self, argv):
+        """The output of a run that is rejected before its first iteration."""
+        run = self.begin(self.argv(argv), script=BRIDGE)
         assert run.wait() == 1 and "iteration        1/" not in run.output()
         return run.output()
 
@@ -97,10 +97,10 @@ def without_totals(curves):
     return {tag: curves[tag] for tag in curves if "total" not in tag}
 
 
-def test_token_file_trains_as_with_megatron_lm(host):
-    theirs = host.curves(f"{host.lm} {host.loaded} --loss-type dft --loss-channels maths", script=EXAMPLE)
+def test_token_file_training_matches_megatron_lm(host):
+    theirs = host.curves(f"{host.lm} {host.loaded} --loss-type dft --dft-channels maths", script=EXAMPLE)
     ours = host.finetune("dft.loss_type=dft dft.channels=maths")
-    assert {"lm loss validation", "channel/maths nll", "channel/maths tokens"} <= set(ours)
+    assert {"lm loss validation", "dft/channel/maths/nll", "dft/channel/maths/tokens"} <= set(ours)
     agree(ours, without_totals(theirs), 1e-6)
 
 
@@ -110,33 +110,33 @@ def test_token_file_trains_as_with_megatron_lm(host):
         (2, "model.context_parallel_size=2"),
         (2, "model.tensor_model_parallel_size=2 model.sequence_parallel=true"),
         (2, ""),
-        (4, "model.pipeline_model_parallel_size=4"),  # its middle stages need cu_seqlens as well
+        (4, "model.pipeline_model_parallel_size=4"),  # middle stages need cu_seqlens as well
     ],
     ids=["CP", "TP with SP", "DP", "PP"],
 )
-def test_token_file_trains_alike_in_every_layout(host, ranks, layout):
+def test_token_file_training_is_equal_in_every_layout(host, ranks, layout):
     one = host.finetune("dft.loss_type=dft dft.channels=maths")
     agree(host.finetune(f"dft.loss_type=dft dft.channels=maths {layout}", ranks=ranks), one, 2e-5)
 
 
 @pytest.mark.parametrize(("ranks", "layout"), [(1, ""), (2, "model.context_parallel_size=2")])
 def test_epochs_train_each_token_once(host, ranks, layout):
-    """Global batches of the whole file: each step is an epoch."""
+    """The global batch is the whole file, so each step is an epoch."""
     file = TokenFile(str(host.train))
-    words = f"dft.loss_type=nll train.global_batch_size={len(file)} validation.eval_iters=0 {layout}"
-    curves = host.finetune(words, ranks=ranks)
-    assert curves["valid tokens"] == [file.header.statistics["tokens_that_train"]] * 3
+    argv = f"dft.loss_type=nll train.global_batch_size={len(file)} validation.eval_iters=0 {layout}"
+    curves = host.finetune(argv, ranks=ranks)
+    assert curves["dft/valid_tokens"] == [file.header.statistics["trained_tokens"]] * 3
 
 
 def test_bridge_loss_on_token_file_matches_nll(host):
-    """Without an objective, with Bridge's own loss: labels that do not train are -100."""
+    """Bridge's own loss without an objective. Labels that do not train are -100."""
     stock = host.finetune("")
     ours = host.finetune("dft.loss_type=nll")
     agree({tag: ours[tag] for tag in stock}, stock, 1e-6)
 
 
 def test_validation_nll_matches_hugging_face_on_single_conversations(host):
-    """Each conversation by itself, without packing, in the exported model."""
+    """The exported model evaluates each conversation separately, without packing."""
     folder, saved, exported = (host.folder / name for name in ("hf", "hf-trained", "hf-exported"))
     torch.manual_seed(0)
     shape = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -145,11 +145,11 @@ def test_validation_nll_matches_hugging_face_on_single_conversations(host):
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     file = TokenFile(str(host.valid))
-    words = (
+    argv = (
         f"--recipe bridge_recipe:tiny_llama {MODEL} {host.dataset} dft.loss_type=dft validation.eval_iters=1 "
         f"train.global_batch_size={len(file)} checkpoint.save={saved} checkpoint.save_interval=3"
     )
-    curves = host.curves(words, script=BRIDGE, TINY_LLAMA=str(folder))
+    curves = host.curves(argv, script=BRIDGE, TINY_LLAMA=str(folder))
     run = host.begin(f"export {saved / 'iter_0000003'} {exported}", script=BRIDGE, alone=True, TINY_LLAMA=str(folder))
     assert run.wait() == 0, run.output()[-6000:]
     model, nll, count = LlamaForCausalLM.from_pretrained(exported), 0.0, 0.0
@@ -162,17 +162,17 @@ def test_validation_nll_matches_hugging_face_on_single_conversations(host):
             logits = model(ids[None, :-1]).logits[0].detach().double()
             losses = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
             nll, count = nll + (losses * weights[1:]).sum().item(), count + weights[1:].sum().item()
-    assert count == file.header.statistics["tokens_that_train"]
+    assert count == file.header.statistics["trained_tokens"]
     assert curves["lm loss validation"][0] == pytest.approx(nll / count, rel=1e-6)
 
 
 def test_resumed_run_continues_with_next_row(host):
     folder = host.folder / "whole"
-    words = "dft.loss_type=dft train.train_iters=6 checkpoint.save_interval=3"
-    whole = host.finetune(f"{words} checkpoint.save={folder}")
-    rest = host.finetune(f"{words} checkpoint.load={folder} checkpoint.ckpt_step=3")
+    argv = "dft.loss_type=dft train.train_iters=6 checkpoint.save_interval=3"
+    whole = host.finetune(f"{argv} checkpoint.save={folder}")
+    rest = host.finetune(f"{argv} checkpoint.load={folder} checkpoint.ckpt_step=3")
     assert rest == {tag: values[3:] if len(values) == 6 else values for tag, values in whole.items()}
-    # Bridge stores the section in the checkpoint. It does not build it on loading: this run has other data.
+    # Bridge stores the section in the checkpoint but does not build it on loading: this run has other data.
     alone = f"train.train_iters=6 {MODEL} checkpoint.load={folder} checkpoint.ckpt_step=3"
     assert len(host.curves(alone, script=BRIDGE, alone=True)["lm loss"]) == 3
 
@@ -185,43 +185,43 @@ def test_resumed_run_continues_with_next_row(host):
             "model.context_parallel_size=2 dataset.valid_path={folder}/narrow.arrow",
             "narrow.arrow: prepared for --context-parallel-size 1, the run has model.context_parallel_size 2",
         ),
-        ("train.micro_batch_size=2", "train.micro_batch_size=2: a row of a token file is a micro-batch"),
+        ("train.micro_batch_size=2", "train.micro_batch_size=2: each row of a token file is a micro-batch"),
         ("dataset.dataloader_type=batch", "dataset.dataloader_type=batch: token files require single"),
         ("dataset.valid_path={folder}/train.jsonl", "train.jsonl: expected a token file"),
-        ("dft.channels=maths,law", "dft.channels: the data has no channel 'law'; it has code, maths"),
+        ("dft.channels=maths,law", "dft.channels: the data has no channel 'law': it has code, maths"),
         ("tokenizer.tokenizer_model={folder}/other", "prepared with another tokenizer: tokenizer '"),
         (
             "tokenizer.tokenizer_type=NullTokenizer tokenizer.vocab_size=20 model.vocab_size=32",
             ", the model has a vocabulary of 32",
         ),
         ("dataset.train_paht=x", "dataset: Unexpected config keys"),
-        ("dataset._target_=megatron_dft.objectives.DFT", "is not in the allowlist"),
+        ("dataset._target_=megatron_dft.ops.objectives.DFT", "is not in the allowlist"),
     ],
 )
-def test_run_that_does_not_fit_token_file_is_refused(host, change, reason):
+def test_settings_incompatible_with_token_file_are_rejected(host, change, reason):
     other = tokenizer()
     other.add_tokens(["new"])
     other.save_pretrained(host.folder / "other")
-    assert reason in host.refused(f"dft.loss_type=dft {change.format(folder=host.folder)}")
+    assert reason in host.rejection(f"dft.loss_type=dft {change.format(folder=host.folder)}")
 
 
 def test_context_parallel_without_objective_requires_per_token_loss(host):
-    words = "model.context_parallel_size=2 model.calculate_per_token_loss=false"
-    assert "set model.calculate_per_token_loss=true and ddp.average_in_collective=false" in host.refused(words)
+    argv = "model.context_parallel_size=2 model.calculate_per_token_loss=false"
+    assert "set model.calculate_per_token_loss=true and ddp.average_in_collective=false" in host.rejection(argv)
 
 
 def test_section_in_yaml_replaces_data_set_of_recipe(host, hub, tmp_path):  # noqa: F811
-    """Of one of Bridge's recipes, with the fields of its own data set."""
+    """A recipe of Bridge, whose data set has other fields."""
     (tmp_path / "run.yaml").write_text(
         f"recipe: llama32_1b_sft_config\nmodel: {{seq_length: {LENGTH}}}\ndft: {{loss_type: dft}}\n"
         f"dataset: {{_target_: {TARGET}, train_path: {host.train}}}\n"
         f"tokenizer: {{tokenizer_model: {host.tokenizer}}}\n"
     )
     environment = os.environ | {"HF_HOME": str(hub), "HF_HUB_OFFLINE": "1", "WORLD_SIZE": "1", "RANK": "0"}
-    words = ["--config-file", str(tmp_path / "run.yaml"), "--dry-run", f"dataset.valid_path={host.valid}"]
-    words.append(f"checkpoint.pretrained_checkpoint={hub}")
-    module = [sys.executable, "-m", "megatron_dft.bridge"]
-    run = subprocess.run([*module, *words], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    argv = ["--config-file", str(tmp_path / "run.yaml"), "--dry-run", f"dataset.valid_path={host.valid}"]
+    argv.append(f"checkpoint.pretrained_checkpoint={hub}")
+    module = [sys.executable, "-m", "megatron_dft.launch_bridge"]
+    run = subprocess.run([*module, *argv], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     printed = {line.strip() for line in run.stdout.splitlines()}
     assert {f"_target_: {TARGET}", f"valid_path: {host.valid}", "dataloader_type: single"} <= printed

@@ -1,4 +1,4 @@
-"""Megatron-Bridge's own finetune() on CPU ranks, through `python -m megatron_dft.bridge`."""
+"""finetune() of Megatron-Bridge on CPU ranks, through `python -m megatron_dft.launch_bridge`."""
 
 import importlib.util
 import json
@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 pytestmark = pytest.mark.host
 
 LM = f"{MODEL} {MODELS['dense']} {PER_TOKEN} --micro-batch-size 2 "
-LAYOUTS = {  # for Megatron-LM, for Bridge, ranks
+LAYOUTS = {  # flags of Megatron-LM, overrides of Bridge, ranks
     "one rank": ("", "", 1),
     "TP": (TP2, "model.tensor_model_parallel_size=2", 2),
     "TP with SP": (TP2 + SP, "model.tensor_model_parallel_size=2 model.sequence_parallel=true", 2),
@@ -41,16 +41,16 @@ def host(tmp_path_factory):
     return host
 
 
-def finetune(host, words, recipe="tiny", **kwargs):
+def finetune(host, argv, recipe="tiny", **kwargs):
     base = f"checkpoint.pretrained_checkpoint={host.folder / 'base'}"
-    return host.curves(f"--recipe bridge_recipe:{recipe} {base} {words}", script=BRIDGE, **kwargs)
+    return host.curves(f"--recipe bridge_recipe:{recipe} {base} {argv}", script=BRIDGE, **kwargs)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_nll_matches_bridge_loss(host, layout):
-    _, words, ranks = LAYOUTS[layout]
-    stock = finetune(host, words, ranks=ranks)
-    ours = finetune(host, f"{words} dft.loss_type=nll", ranks=ranks)
+    _, argv, ranks = LAYOUTS[layout]
+    stock = finetune(host, argv, ranks=ranks)
+    ours = finetune(host, f"{argv} dft.loss_type=nll", ranks=ranks)
     assert {"lm loss", "grad-norm"} <= set(stock) < set(ours)
     agree({tag: ours[tag] for tag in stock}, stock, 1e-6)
 
@@ -58,25 +58,25 @@ def test_nll_matches_bridge_loss(host, layout):
 @pytest.mark.parametrize("objective", ["dft", "dft:start=1,ramp=2", "cayley"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_objective_matches_megatron_lm_training(host, layout, objective):
-    flags, words, ranks = LAYOUTS[layout]
+    flags, argv, ranks = LAYOUTS[layout]
     theirs = host.curves(
         f"{LM} {flags} {training(3, 1e-3, 8)} --load {host.folder / 'base'} --finetune --loss-type {objective}",
         ranks=ranks,
     )
-    ours = finetune(host, f"{words} dft.loss_type={objective}", ranks=ranks)
+    ours = finetune(host, f"{argv} dft.loss_type={objective}", ranks=ranks)
     theirs = {tag: theirs[tag] for tag in theirs if "total" not in tag}
     agree(ours, theirs, 1e-6)
 
 
 @pytest.mark.parametrize("objective", ["nll", "dft"])
 def test_mtp_excludes_masked_tokens(host, objective):
-    """Bridge passes no mask to the model, Megatron-LM does; masked tokens skip the output layer in both."""
+    """Masked tokens skip the output layer in both, although only Megatron-LM passes the mask to the model."""
     common = f"{MODEL} {MODELS['mtp']} {PER_TOKEN} --micro-batch-size 2 "
     base = host.folder / "mtp"
     host.curves(f"{common} {training(40, 1e-2, 16)} --micro-batch-size 8 --save {base}")
     theirs = host.curves(f"{common} {training(3, 1e-3, 8)} --load {base} --finetune --loss-type {objective}")
-    words = f"checkpoint.pretrained_checkpoint={base} dft.loss_type={objective}"
-    run = host.begin(f"--recipe bridge_recipe:tiny_mtp {words}", script=BRIDGE)
+    argv = f"checkpoint.pretrained_checkpoint={base} dft.loss_type={objective}"
+    run = host.begin(f"--recipe bridge_recipe:tiny_mtp {argv}", script=BRIDGE)
     assert run.wait() == 0, run.output()[-6000:]
     assert "> megatron_dft: masked tokens skip the output layer" in run.output()
     assert "mtp_1 loss" in theirs
@@ -85,17 +85,17 @@ def test_mtp_excludes_masked_tokens(host, objective):
 
 @pytest.mark.parametrize("layout", ["one rank", "PP", "CP"])
 def test_histograms_and_channels_match_megatron_lm(host, layout):
-    """Every third sample has no channel, or one of two."""
-    flags, words, ranks = LAYOUTS[layout]
+    """A third of the samples has no channel, the others have one of two."""
+    flags, argv, ranks = LAYOUTS[layout]
     theirs = host.curves(
         f"{LM} {flags} {training(3, 1e-3, 8)} --load {host.folder / 'base'} --finetune --loss-type dft "
-        "--loss-metrics full --loss-channels a,b",
+        "--dft-metrics full --dft-channels a,b",
         ranks=ranks,
         CHANNELS="3",
     )
-    ours = finetune(host, f"{words} dft.loss_type=dft dft.metrics=full dft.channels=a,b", ranks=ranks, CHANNELS="3")
+    ours = finetune(host, f"{argv} dft.loss_type=dft dft.metrics=full dft.channels=a,b", ranks=ranks, CHANNELS="3")
     theirs = {tag: theirs[tag] for tag in theirs if "total" not in tag}
-    assert {"dft gradient/0.9-1.0", "channel/b nll", "channel/b nll validation"} <= set(theirs)
+    assert {"dft/gradient/0.9-1.0", "dft/channel/b/nll", "dft/channel/b/nll validation"} <= set(theirs)
     agree(ours, theirs, 1e-6)
 
 
@@ -104,15 +104,15 @@ def test_bridge_without_loss_type_matches_bridge_alone(host):
     assert finetune(host, "") == alone
 
 
-@pytest.mark.parametrize("way", ["dft.compact_masked_tokens=false", "dft.linear_fused=true dft.vocab_chunk=5"])
-def test_compaction_and_linear_fused_leave_curves_unchanged(host, way):
-    agree(finetune(host, f"dft.loss_type=dft {way}"), finetune(host, "dft.loss_type=dft"), 2e-6)
+@pytest.mark.parametrize("variant", ["dft.compact_masked_tokens=false", "dft.linear_fused=true dft.vocab_chunk=5"])
+def test_compaction_and_linear_fused_leave_curves_unchanged(host, variant):
+    agree(finetune(host, f"dft.loss_type=dft {variant}"), finetune(host, "dft.loss_type=dft"), 2e-6)
 
 
 def test_context_parallel_sets_required_settings(host):
-    words = "dft.loss_type=dft model.context_parallel_size=2"
+    argv = "dft.loss_type=dft model.context_parallel_size=2"
     run = host.begin(
-        f"--recipe bridge_recipe:tiny checkpoint.pretrained_checkpoint={host.folder / 'base'} {words} "
+        f"--recipe bridge_recipe:tiny checkpoint.pretrained_checkpoint={host.folder / 'base'} {argv} "
         "model.calculate_per_token_loss=false ddp.average_in_collective=true",
         script=BRIDGE,
         ranks=2,
@@ -120,7 +120,7 @@ def test_context_parallel_sets_required_settings(host):
     assert run.wait() == 0, run.output()[-6000:]
     assert "model.calculate_per_token_loss: False -> True, because under context parallelism" in run.output()
     assert "ddp.average_in_collective: True -> False, because the loss is divided by" in run.output()
-    agree(run.curves(), finetune(host, words, ranks=2))
+    agree(run.curves(), finetune(host, argv, ranks=2))
 
 
 def test_vlm_step_matches_default_step(host):
@@ -134,9 +134,9 @@ def test_callbacks_receive_metrics_of_steps_and_evaluations(host):
         alone=True,
     )
     assert run.wait() == 0, run.output()[-6000:]
-    metrics = "dft accuracy|dft gate|dft loss|dft prob|lm loss"
-    assert run.output().count(f"step:|{metrics}|valid tokens\n") == 3
-    assert run.output().count(f"evaluation:|{metrics}\n") == 2  # after steps 2 and 3; the test set has its own event
+    metrics = "dft/accuracy|dft/gate|dft/loss|dft/prob|lm loss"
+    assert run.output().count(f"step:|{metrics}|dft/valid_tokens\n") == 3
+    assert run.output().count(f"evaluation:|{metrics}\n") == 2  # after steps 2 and 3; the test set has another event
     agree(run.curves(), finetune(host, "validation.eval_interval=2 dft.loss_type=dft"))
 
 
@@ -154,22 +154,22 @@ def test_metrics_are_logged_to_wandb(host):
     while (data := file.scan_data()) is not None:
         record = Record.FromString(data)
         logged |= {key for item in record.history.item for key in (item.key, *item.nested_key)}
-    metrics = {"lm loss", "dft loss", "dft prob", "dft gate", "dft accuracy"}
-    assert metrics | {f"{name} validation" for name in metrics} | {"valid tokens"} <= logged
+    metrics = {"lm loss", "dft/loss", "dft/prob", "dft/gate", "dft/accuracy"}
+    assert metrics | {f"{name} validation" for name in metrics} | {"dft/valid_tokens"} <= logged
 
 
 class TestAdapters:
     def test_nll_matches_bridge_loss(self, host):
         for layout in ("one rank", "TP"):
-            _, words, ranks = LAYOUTS[layout]
-            stock = finetune(host, words, "tiny_lora", ranks=ranks)
-            ours = finetune(host, f"{words} dft.loss_type=nll", "tiny_lora", ranks=ranks)
+            _, argv, ranks = LAYOUTS[layout]
+            stock = finetune(host, argv, "tiny_lora", ranks=ranks)
+            ours = finetune(host, f"{argv} dft.loss_type=nll", "tiny_lora", ranks=ranks)
             agree({tag: ours[tag] for tag in stock}, stock, 1e-6)
 
     def test_objective_trains_adapters(self, host):
         full, adapters = finetune(host, "dft.loss_type=dft"), finetune(host, "dft.loss_type=dft", "tiny_lora")
         assert set(full) == set(adapters)
-        assert adapters["dft loss"][0] == pytest.approx(full["dft loss"][0], rel=1e-5)  # B starts as zero
+        assert adapters["dft/loss"][0] == pytest.approx(full["dft/loss"][0], rel=1e-5)  # B starts as zero
         assert adapters["grad-norm"][0] != full["grad-norm"][0] and adapters["lm loss"][2] != full["lm loss"][2]
 
     def test_adapter_on_output_layer_disables_compaction(self, host):
@@ -211,7 +211,7 @@ class TestCheckpoints:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         ("train.train_iter=3", "train.train_iter: expected a setting of TrainingConfig"),
         ("+train.train_iter=3", "did you mean 'train_iters'"),
@@ -219,28 +219,28 @@ class TestCheckpoints:
             "model.cross_entropy_loss_fusion=true model.cross_entropy_fusion_impl=te",
             "got --cross-entropy-fusion-impl te",
         ),
-        ("comm_overlap.tp_comm_overlap=true", "comm_overlap: expected a recipe with that section"),
+        ("comm_overlap.tp_comm_overlap=true", "comm_overlap: expected a recipe with this section"),
         ("dist.use_decentralized_pg=true", "expected Megatron's global process groups"),
         ("--step no_step", "got 'megatron.bridge.training.no_step:forward_step'"),
         ("--recipe llama32_1b_stf_config", "did you mean 'llama32_1b_sft_config'"),
     ],
 )
-def test_bridge_rejects_unknown_and_incompatible_settings(host, words, message):
+def test_bridge_rejects_unknown_and_incompatible_settings(host, argv, message):
     base = f"checkpoint.pretrained_checkpoint={host.folder / 'base'}"
-    run = host.begin(f"--recipe bridge_recipe:tiny {base} dft.loss_type=dft {words}", script=BRIDGE)
-    assert run.wait() == 1 and "\nmegatron_dft.bridge: " in "\n" + run.output() and message in run.output()
+    run = host.begin(f"--recipe bridge_recipe:tiny {base} dft.loss_type=dft {argv}", script=BRIDGE)
+    assert run.wait() == 1 and "\nmegatron_dft.launch_bridge: " in "\n" + run.output() and message in run.output()
 
 
 def test_hugging_face_export_matches_validation_nll(host):
-    """Weights from Hugging Face, fine-tuned with DFT, exported: its NLL there is what Bridge logged at the end."""
+    """Import from Hugging Face, fine-tune with DFT, export: the NLL there equals the last validation of Bridge."""
     folder, saved, exported = (host.folder / name for name in ("hf", "hf-trained", "hf-exported"))
     torch.manual_seed(0)
     shape = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
     config = LlamaConfig(**shape, **heads, tie_word_embeddings=False, dtype="float32", initializer_range=0.2)
     LlamaForCausalLM(config).save_pretrained(folder)
-    words = Tokenizer(WordLevel({str(word): word for word in range(32)}, unk_token="0"))
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    tokenizer = Tokenizer(WordLevel({str(word): word for word in range(32)}, unk_token="0"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     flags = f"--recipe bridge_recipe:tiny_llama dft.loss_type=dft checkpoint.save={saved} checkpoint.save_interval=3"
     curves = host.curves(flags, script=BRIDGE, TINY_LLAMA=str(folder))
     run = host.begin(f"export {saved / 'iter_0000003'} {exported}", script=BRIDGE, alone=True, TINY_LLAMA=str(folder))
@@ -253,7 +253,7 @@ def test_hugging_face_export_matches_validation_nll(host):
     assert curves["lm loss validation"][0] == pytest.approx(nll / count, rel=1e-6)
 
 
-# What the recipes ask Hugging Face for, which a machine without internet has not: the shape of each model.
+# The model configurations that the recipes load from Hugging Face, for machines without internet access.
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -306,7 +306,7 @@ SHAPES = {
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """A cache of Hugging Face's that holds the shapes, under the revisions that the recipes pin."""
+    """A Hugging Face cache with the model configurations, under the revisions that the recipes pin."""
     folder = tmp_path_factory.mktemp("hf")
     source = importlib.util.find_spec("megatron.bridge.recipes.qwen.h100.qwen3").origin
     (pinned,) = re.findall(r"_QWEN3_8B_MODEL_REVISION = .(\w{40})", Path(source).read_text())
@@ -321,7 +321,7 @@ def hub(tmp_path_factory):
     return folder
 
 
-READY = {  # ranks, and some of the final configuration
+READY = {  # ranks, some lines of the final configuration
     "llama32_1b_sft": (1, {"context_parallel_size: 1", "calculate_per_token_loss: true", "seq_length: 4096"}),
     "llama32_1b_lora": (1, {"target_modules:", "dim: 32"}),
     "qwen3_8b_sft": (4, {"tensor_model_parallel_size: 4", "packed_sequence_size: 4096", "pad_seq_to_mult: 4"}),
@@ -341,17 +341,17 @@ def test_every_example_recipe_is_tested():
 
 @pytest.mark.parametrize("name", READY)
 def test_example_recipe_builds_final_config(hub, name):
-    """With Transformer Engine, as on GPUs, for as many ranks as it is meant for."""
+    """With Transformer Engine, as on GPUs, and the number of ranks of the recipe."""
     ranks, expected = READY[name]
     environment = os.environ | {"HF_HOME": str(hub), "HF_HUB_OFFLINE": "1", "WORLD_SIZE": str(ranks), "RANK": "0"}
-    words = [
+    argv = [
         "--config-file",
         f"examples/conf/{name}.yaml",
         "--dry-run",
         "dft.loss_type=tsallis:q=0.5",
         f"checkpoint.pretrained_checkpoint={hub}",
     ]
-    command = [sys.executable, "-m", "megatron_dft.bridge", *words]
+    command = [sys.executable, "-m", "megatron_dft.launch_bridge", *argv]
     run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     assert expected <= {line.strip() for line in run.stdout.splitlines()}

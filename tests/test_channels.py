@@ -1,4 +1,4 @@
-"""Channels on labels: they travel wherever labels go, and come off without a trace."""
+"""with_channels and split_channels: channel numbers in the upper bits of labels."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ def test_labels_and_channels_round_trip():
     channel = torch.tensor([[0, 1, 2], [3, 1000, 5]])
     back, numbers = split_channels(with_channels(labels, channel), 1001)
     assert torch.equal(back, labels)
-    assert numbers.tolist() == [[0, 1, 0], [3, 1000, 0]]  # a label that is ignored has none
+    assert numbers.tolist() == [[0, 1, 0], [3, 1000, 0]]  # ignored labels have no channel
 
 
 def test_labels_without_channels_are_unchanged():

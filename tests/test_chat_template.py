@@ -1,6 +1,6 @@
-"""ChatTemplate: what each assistant turn generates, against the training templates of TRL and by hand.
+"""ChatTemplate: the text that each assistant turn generates, compared with the training templates of TRL.
 
-A template with the suffix _training marks with {% generation %} what the assistant generates.
+A template with the suffix _training marks the generated text with {% generation %}.
 """
 
 import contextlib
@@ -35,14 +35,14 @@ from megatron_dft.data import template as template_module
 from megatron_dft.data.conversations import conversation_of
 from megatron_dft.data.template import ChatTemplate
 
-COUNT, NIGHTLY = 150, 2000  # conversations of a family, in the default tier and in the nightly tier
-# Reason of a refusal -> what the message contains. `check_refusal` checks each reason without ChatTemplate.
+COUNT, NIGHTLY = 150, 2000  # conversations per family, by default and in the nightly tests
+# Reason of a rejection -> text of the message. `check_refusal` verifies each reason without ChatTemplate.
 REASONS = {
-    "template": "the chat template refuses it: ",
+    "template": "the chat template raised ",
     "reply": "the chat template changes or drops a part of this reply",
     "context": "the chat template does not begin this reply with its generation prompt",
 }
-# Refused conversations by reason, of COUNT and of NIGHTLY. All others are compared.
+# Number of rejected conversations by reason, among COUNT and among NIGHTLY. All others are compared.
 REFUSED = {
     "cohere": {"template": (33, 514)},  # two assistant turns or two user turns in a row
     "cohere2": {"template": (33, 514)},
@@ -57,12 +57,12 @@ REFUSED = {
     "qwen3_6": {"template": (2, 41), "reply": (12, 106)},
     "qwen3_8": {"template": (1, 15)},
 }
-# Conversations in which the training template writes a turn differently, of COUNT and of NIGHTLY: Qwen3 writes no
-# thoughts where all user messages are tool responses.
+# Number of conversations whose turns the training template renders differently, among COUNT and among NIGHTLY: Qwen3
+# renders no thoughts if all user messages are tool responses.
 DIFFERENT = {"qwen3": (2, 28), "qwen3_8": (1, 26)}
-# Text behind the closing token that the original template assigns to the turn and TRL leaves unmarked.
+# Text after the closing token that the original template assigns to the turn and TRL does not mark.
 BEHIND_CLOSING = {"llava_next": " "}
-# Chat templates that write nothing behind a reply.
+# Chat templates without text after a reply.
 WITHOUT_CLOSING = {"glm4moe"}
 
 pytestmark = pytest.mark.skipif(not families(), reason="needs the templates of TRL")
@@ -84,11 +84,11 @@ def contexts(samples):
     return [(i, text[:begin], text[begin:end]) for i, text, begin, end in spans]
 
 
-# -- against TRL
+# -- compared with TRL
 
 
 def is_refused_by_template(source, messages):
-    """Whether the template raises for the conversation, or for a beginning of it that a turn is generated from."""
+    """Whether the template raises for the conversation, or for a prefix that a turn is generated from."""
     beginnings = [(messages, False)]
     for i in assistants(messages):
         beginnings += [(messages[:i], True), (messages[: i + 1], False)]
@@ -105,7 +105,7 @@ def without_layout(text):
 
 
 def check_refusal(family, messages, message):
-    """Key of REASONS of a message, which is checked."""
+    """Verify the reason that a message states; returns its key in REASONS."""
     source = trl_templates()[family]
     (reason,) = [name for name, pattern in REASONS.items() if pattern in message]
     if reason == "template":
@@ -119,14 +119,14 @@ def check_refusal(family, messages, message):
         cleans = (without_layout, lambda part: without_layout(SPECIAL.sub("", part)))
         assert any(clean(messages[i]["content"]) not in clean(text[same:]) for clean in cleans), message
         return reason
-    # Of two assistant turns in a row, the first is written differently when the second follows.
+    # The first of two consecutive assistant turns is rendered differently if the second follows.
     assert messages[i - 1]["role"] == "assistant", message
     assert not text.startswith(text_of(source, before, True))
     return reason
 
 
 def outcome_of(template, family, messages):
-    """same, different or the reason of a refusal. Fails if other characters train than expected."""
+    """Returns "same", "different" or the reason of a rejection. Fails if the trained characters are not as expected."""
     try:
         samples = template.render(messages, assistants(messages))
     except ValueError as error:
@@ -174,7 +174,7 @@ def test_chat_template_requires_closing_token_or_marks():
         if name not in WITHOUT_CLOSING:
             chat_template(name)
             continue
-        with pytest.raises(ValueError, match=r"writes nothing behind a reply.*--chat-template FILE") as error:
+        with pytest.raises(ValueError, match=r"writes nothing after a reply.*--chat-template FILE") as error:
             chat_template(name)
         assert f"chat_templates/{name}_training.jinja of TRL" in str(error.value)
 
@@ -182,7 +182,7 @@ def test_chat_template_requires_closing_token_or_marks():
 @pytest.mark.parametrize("count", [40, pytest.param(NIGHTLY, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("name", [name for name, source in trl_templates().items() if "endgeneration" in source])
 def test_chat_template_uses_marks_of_template(name, count):
-    """All turns: the marks as they are. Without the first turn: the marks from the header of the second on."""
+    """With all turns, the spans are the marks. Without the first turn, they begin at the header of the second turn."""
     source = trl_templates()[name]
     template = chat_template(name)
     compared = removed = 0
@@ -193,7 +193,7 @@ def test_chat_template_uses_marks_of_template(name, count):
             try:
                 samples = template.render(messages, trained)
             except ValueError as error:
-                if "its marks cannot be matched with turns" in str(error):
+                if "its marks cannot be assigned to turns" in str(error):
                     text = text_of(source, messages)
                     assert any(not text.startswith(text_of(source, messages[:i])) for i in turns)
                 else:
@@ -224,7 +224,7 @@ def test_chat_template_uses_marks_of_template(name, count):
 @pytest.mark.parametrize("count", [40, pytest.param(NIGHTLY, marks=pytest.mark.nightly)])
 @per_family
 def test_chat_template_removes_turn_of_weight_zero(family, count):
-    """Without the first turn: the other turns with the same contexts."""
+    """Without the first turn, the other turns keep their contexts."""
     template = chat_template(family)
     removed = 0
     for messages in conversations(count):
@@ -261,7 +261,7 @@ def test_like_others_equals_exact(name, count):
         try:
             exact = template._exact(messages, turns, {})
         except ValueError:
-            # The template refuses a beginning of the conversation, which `_like_others` does not render.
+            # The template rejects a prefix of the conversation that `_like_others` does not render.
             assert is_refused_by_template(template.source, messages), (messages, generated(samples))
             continue
         assert samples == exact, messages
@@ -271,8 +271,8 @@ def test_like_others_equals_exact(name, count):
 
 @pytest.mark.parametrize("reply", ["<think>never ended", "<think>\nnever ended", "<", "<b>"])
 @pytest.mark.parametrize("name", ["deepseekv3", "nemotron_3_nano", "qwen3_5_think"])
-def test_like_others_equals_exact_if_reply_begins_as_generation_prompt_ends(name, reply):
-    # The generation prompt of deepseekv3 ends with "<think>\n", which its template leaves out of replies.
+def test_like_others_equals_exact_if_reply_begins_like_end_of_generation_prompt(name, reply):
+    # The generation prompt of deepseekv3 ends with "<think>\n". Its template does not render this text in replies.
     template = chat_template(name)
     messages = talk("one", reply, "two", reply)
     samples = template._like_others(messages, [1, 3], {})
@@ -283,7 +283,7 @@ def test_like_others_equals_exact_if_reply_begins_as_generation_prompt_ends(name
 
 @pytest.fixture
 def rendered(monkeypatch):
-    """Number of messages of each rendering."""
+    """Number of messages in each rendering."""
     counts = []
     tokenizer = chat_templates.tokenizer()
     render = tokenizer.apply_chat_template
@@ -333,13 +333,13 @@ def test_chat_template_with_sequence_per_turn_renders_in_linear_calls(name, rend
 )
 @pytest.mark.parametrize("name", ["deepseekv3", "lfm2_v2", "nemotron_3_nano", "qwen3", "qwen3_5_nothink"])
 def test_chat_template_accepts_empty_thoughts(name, reply):
-    # Data for the mode of Qwen3 without thoughts has <think>\n\n</think>\n\n in every reply.
+    # Data for the non-thinking mode of Qwen3 has <think>\n\n</think>\n\n in every reply.
     messages = talk("2 + 2?", reply)
     (sample,) = chat_template(name).render(messages, [1])
     assert mask_of(sample) == expected_mask(name, messages, sample)
 
 
-# Text that each turn generates, of the replies "<think>\nadd\n</think>\n\n4" and "<think>\n5\n</think>\n\n9".
+# Generated text of each turn, for the replies "<think>\nadd\n</think>\n\n4" and "<think>\n5\n</think>\n\n9".
 WITH_THOUGHTS = {
     "gptoss": ["<|channel|>final<|message|><think>\nadd\n</think>\n\n4<|end|>"],
     "llama3": ["<think>\nadd\n</think>\n\n4<|eot_id|>"],
@@ -356,11 +356,11 @@ def test_chat_template_trains_thoughts_of_every_turn(name):
     samples = chat_template(name).render(messages, [1, 3])
     texts = [text.replace("<|return|>", "<|end|>") for text in generated(samples)]
     assert texts == WITH_THOUGHTS[name] * 2
-    rewrites = name in ("nemotron_3_nano", "qwen3", "qwen3_5_think")  # earlier turns
+    rewrites = name in ("nemotron_3_nano", "qwen3", "qwen3_5_think")  # earlier turns are rewritten
     assert len(samples) == (2 if rewrites else 1)
 
 
-def test_chat_template_refuses_dropped_thoughts():
+def test_chat_template_rejects_dropped_thoughts():
     messages = talk("2 + 2?", "4", "+ 1?", "<think>\nadd\n</think>\n\n5")
     with pytest.raises(ValueError, match=r"^message 3: the chat template changes or drops a part of this reply"):
         chat_template("deepseekv3").render(messages, [1, 3])
@@ -389,35 +389,37 @@ def result(text):
     return {"role": "tool", "content": text, "tool_call_id": "call12345", "name": "get_weather"}
 
 
-def asked(*pairs):
-    """Questions and assistant messages in turn."""
+def dialog(*pairs):
+    """Messages of a conversation; strings are user messages."""
     return [{"role": "user", "content": m} if isinstance(m, str) else m for m in pairs]
 
 
-def said(text, **fields):
+def assistant(text, **fields):
     return {"role": "assistant", "content": text, **fields}
 
 
 WITH_TOOLS = {
-    "messages": asked("Weather in Bern?", call("Bern"), result("hot 17"), said("It is 17 degrees."))
-    + asked("In Rome?", call("Rome"), result("hot 18"), said("18")),
+    "messages": dialog("Weather in Bern?", call("Bern"), result("hot 17"), assistant("It is 17 degrees."))
+    + dialog("In Rome?", call("Rome"), result("hot 18"), assistant("18")),
     "tools": [TOOL],
 }
 WITH_REASONING = {
-    "messages": asked("2 + 2?", said("4", reasoning_content="add"), "+ 1?", said("5", reasoning_content="a 😀\n\nb"))
+    "messages": dialog(
+        "2 + 2?", assistant("4", reasoning_content="add"), "+ 1?", assistant("5", reasoning_content="a 😀\n\nb")
+    )
 }
 ALTERNATE = "Conversation roles must alternate"
-NO_TOOLS = "^tools: the chat template does not write them$"
-# Why families refuse WITH_TOOLS. The others train the calls and the replies.
+NO_TOOLS = "^tools: the chat template omits them$"
+# Error messages of families that reject WITH_TOOLS. The others train the calls and the replies.
 TOOLS_REFUSED = {
     **dict.fromkeys(("cohere", "cohere2", "gemma", "gemma3"), ALTERNATE),
     **dict.fromkeys(("deepseek_r1_distill", "idefics3", "llama3", "qwen2_5_vl", "smolvlm"), NO_TOOLS),
-    "deepseekv3": "TypeError: can only concatenate str",  # takes arguments as JSON text
-    "lfm2": "^message 1: the chat template does not write tool_calls$",
+    "deepseekv3": "TypeError: can only concatenate str",  # requires arguments as JSON text
+    "lfm2": "^message 1: the chat template omits tool_calls$",
     "llava_next": "Only user and assistant roles are supported",
-    **dict.fromkeys(("phi3", "phi3_5"), "^message 2: the chat template does not write a message of tool here$"),
+    **dict.fromkeys(("phi3", "phi3_5"), "^message 2: the chat template omits a message of role tool here$"),
 }
-CLOSES_CALLS = {"diffusion_gemma": "<|tool_response>"}  # TRL leaves out what ends a call
+CLOSES_CALLS = {"diffusion_gemma": "<|tool_response>"}  # TRL does not mark the end of a call
 READS_REASONING = {
     *("diffusion_gemma", "gptoss", "muse_glimmer", "nemotron_3_5_lightning", "nemotron_3_nano", "nemotron_3_super"),
     *("nemotron_3_ultra", "qwen3", "qwen3_5_nothink", "qwen3_5_think", "qwen3_6", "qwen3_8"),
@@ -465,7 +467,7 @@ def test_chat_template_with_tools_trains_calls_and_replies(name):
 def test_chat_template_with_reasoning_matches_trl_training_template(family):
     template = chat_template(family)
     if family not in READS_REASONING:
-        with pytest.raises(ValueError, match=r"^message 1: the chat template does not write reasoning_content$"):
+        with pytest.raises(ValueError, match=r"^message 1: the chat template omits reasoning_content$"):
             render_record(template, WITH_REASONING)
         return
     conversation, samples = render_record(template, WITH_REASONING)
@@ -479,39 +481,43 @@ def test_chat_template_with_reasoning_matches_trl_training_template(family):
 @pytest.mark.parametrize(
     ("name", "record", "message"),
     [
-        ("llama3", WITH_REASONING, "^message 1: the chat template does not write reasoning_content$"),
+        ("llama3", WITH_REASONING, "^message 1: the chat template omits reasoning_content$"),
         (
             "phi3",
-            {"messages": asked("Weather?", call("Bern"))},
-            "^message 1: the chat template does not write tool_calls$",
+            {"messages": dialog("Weather?", call("Bern"))},
+            "^message 1: the chat template omits tool_calls$",
         ),
-        ("phi3", {**WITH_TOOLS, "messages": asked("Hi", said("yo"))}, NO_TOOLS),
-        ("phi3", {"messages": asked("Hi", said("yo"), result("17"), said("17"))}, "^message 2: .* of tool here$"),
+        ("phi3", {**WITH_TOOLS, "messages": dialog("Hi", assistant("yo"))}, NO_TOOLS),
+        (
+            "phi3",
+            {"messages": dialog("Hi", assistant("yo"), result("17"), assistant("17"))},
+            "^message 2: .* of role tool here$",
+        ),
         (
             "llama3_1",
-            {"messages": asked("Weather?", call("Bern", content="I look."))},
-            "^message 1: .* of assistant here$",
+            {"messages": dialog("Weather?", call("Bern", content="I look."))},
+            "^message 1: .* of role assistant here$",
         ),
         (
             "phi3",
-            {"messages": asked("Hi", said("yo"), {"role": "tool", "content": "17"}, said("17"))},
-            r"^message 2: .* of tool here$",
+            {"messages": dialog("Hi", assistant("yo"), {"role": "tool", "content": "17"}, assistant("17"))},
+            r"^message 2: .* of role tool here$",
         ),
         (
             "qwen3",
-            {"messages": asked("Hi", said("yo")), "chat_template_kwargs": {"enable_thinkin_g": False}},
+            {"messages": dialog("Hi", assistant("yo")), "chat_template_kwargs": {"enable_thinkin_g": False}},
             "^chat_template_kwargs: the chat template has no variable 'enable_thinkin_g'$",
         ),
     ],
     ids=["reasoning_content", "tool_calls", "tools", "role", "content", "role without fields", "variable"],
 )
-def test_chat_template_refuses_what_it_does_not_write(name, record, message):
+def test_chat_template_rejects_fields_that_it_does_not_render(name, record, message):
     with pytest.raises(ValueError, match=message):
         render_record(chat_template(name), record)
 
 
-def test_chat_template_kwargs_change_the_text():
-    record = {"messages": asked("2 + 2?", said("4"), "+ 1?", said("5"))}
+def test_chat_template_kwargs_change_rendered_text():
+    record = {"messages": dialog("2 + 2?", assistant("4"), "+ 1?", assistant("5"))}
     template = chat_template("nemotron_3_nano")
     (with_thoughts,) = render_record(template, record)[1]
     record["chat_template_kwargs"] = {"enable_thinking": False}
@@ -602,7 +608,7 @@ def test_chat_template_reads_marks(name):
         assert (sample.text, mask_of(sample)) == (text, mask)
 
 
-def test_chat_template_reads_mark_that_reaches_the_end():
+def test_chat_template_reads_mark_at_end_of_text():
     source = MARKS["within a span"][0]
     (sample,) = ChatTemplate(small_tokenizer(), source).render(talk("hi", "yo"), [1])
     assert sample.spans == ((len("<turn>hi</turn>"), len(sample.text)),)
@@ -630,8 +636,8 @@ def test_chat_template_removes_marks_of_turn_of_weight_zero(name):
     ],
     ids=["trim", "slice", "length"],
 )
-def test_chat_template_refuses_marked_text_that_is_changed(reply):
-    with pytest.raises(ValueError, match=r"^the chat template changes what it marks with {% generation %} afterwards$"):
+def test_chat_template_rejects_marked_text_that_is_changed(reply):
+    with pytest.raises(ValueError, match=r"^the chat template changes text after marking it with {% generation %}$"):
         ChatTemplate(small_tokenizer(), turns_with(reply)).render(talk("hi", "yo"), [1])
 
 
@@ -645,22 +651,22 @@ def test_chat_template_requires_mark_of_closing_token():
     "change",
     ["[:4]", "|truncate(6)", "|replace('e', '3')", "|e", "|title", ".split('</think>')[-1]"],
 )
-def test_chat_template_refuses_replies_that_it_changes(change):
+def test_chat_template_rejects_replies_that_it_changes(change):
     source = CHATML.replace("m['content']", f"(m['content']{change})")
     with pytest.raises(ValueError):
         ChatTemplate(small_tokenizer(), source).render(talk("a", "The <em>answer</em>: first. </think> second"), [1])
 
 
-def test_chat_template_refuses_conversation_without_marked_text():
+def test_chat_template_rejects_conversation_without_marked_text():
     source = turns_with("{% if false %}{% generation %}{% endgeneration %}{% endif %}{{ m.content }}</s>")
     with pytest.raises(ValueError, match=r"^the chat template marks nothing with {% generation %}$"):
         ChatTemplate(small_tokenizer(), source).render(talk("hi", "yo"), [1])
 
 
 @pytest.mark.parametrize("character", ["\ufdd0", "\ufdd1"])
-def test_chat_template_refuses_noncharacters_with_marks(character):
+def test_chat_template_rejects_noncharacters_with_marks(character):
     template = ChatTemplate(small_tokenizer(), MARKED)
-    with pytest.raises(ValueError, match=r"^a message holds U\+FDD0 or U\+FDD1"):
+    with pytest.raises(ValueError, match=r"^a message contains the noncharacter U\+FDD0 or U\+FDD1"):
         template.render(talk(f"hi {character}", "yo"), [1])
 
 
@@ -684,13 +690,13 @@ def test_chat_template_executes_no_command(name, tmp_path):
     outside, inside, later = (tmp_path / n for n in ("outside", "inside", "later"))
     jinja2.Environment().from_string(expression % outside).render()
     assert outside.exists()  # the command works outside the sandbox
-    with pytest.raises(ValueError, match=r"^the chat template refuses it: "):
+    with pytest.raises(ValueError, match=r"^the chat template raised "):
         ChatTemplate(small_tokenizer(), expression % inside + CHATML)
     template = ChatTemplate(
         small_tokenizer(), "{% if messages | length > 2 %}" + expression % later + "{% endif %}" + CHATML
     )
     assert template.render(talk("hi", "yo"), [1])
-    with pytest.raises(ValueError, match=r"^the chat template refuses it: "):
+    with pytest.raises(ValueError, match=r"^the chat template raised "):
         template.render(talk("hi", "yo", "and", "no"), [1, 3])
     assert not inside.exists() and not later.exists()
 
@@ -717,8 +723,8 @@ def test_chat_template_executes_no_command(name, tmp_path):
         "{% if messages %}",
     ],
 )
-def test_chat_template_refuses_unsafe_or_broken_template(source):
-    with pytest.raises(ValueError, match=r"^the chat template refuses it: "):
+def test_chat_template_rejects_unsafe_or_broken_template(source):
+    with pytest.raises(ValueError, match=r"^the chat template raised "):
         ChatTemplate(small_tokenizer(), source + CHATML)
 
 
@@ -726,7 +732,7 @@ def test_chat_template_refuses_unsafe_or_broken_template(source):
     "expression",
     ["'' | attr('__class__')", "raise_exception.__globals__", "self._TemplateReference__context", "[].__add__"],
 )
-def test_chat_template_writes_nothing_for_unsafe_attributes(expression):
+def test_chat_template_renders_unsafe_attributes_as_empty(expression):
     messages = talk("hi", "yo")
     (sample,) = ChatTemplate(small_tokenizer(), "{{ " + expression + " }}" + CHATML).render(messages, [1])
     assert [sample] == ChatTemplate(small_tokenizer(), CHATML).render(messages, [1])
@@ -747,7 +753,7 @@ def test_chat_template_stops_after_time_limit(source, monkeypatch):
     template = ChatTemplate(small_tokenizer(), "{% if messages | length > 2 %}" + source + "{% endif %}" + CHATML)
     with pytest.raises(ValueError, match=r"^the chat template did not end within "):
         template.render(talk("hi", "yo", "and", "no"), [1, 3])
-    assert template.render(talk("hi", "yo"), [1])  # the next conversation has its own limit
+    assert template.render(talk("hi", "yo"), [1])  # each conversation has its own time limit
 
 
 @per_family

@@ -1,4 +1,4 @@
-"""The comparison of objectives measures what it says, and its page says what was measured."""
+"""The comparison of objectives: its measurements, its verdicts, and its page of the documentation."""
 
 import itertools
 import json
@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_dft.objectives import parse_objective
-from megatron_dft.vocab_parallel import vocab_parallel_dft_loss, vocab_stats
+from megatron_dft.ops.objectives import parse_objective
+from megatron_dft.ops.vocab_parallel import vocab_parallel_dft_loss, vocab_stats
 
 pytest.importorskip("matplotlib")
 ROOT = Path(__file__).resolve().parent.parent
-TOOLS = ROOT / "tools"
+TOOLS = ROOT / "tools" / "studies"
 sys.path.insert(0, str(TOOLS))
 try:
     import compare_objectives as tool
@@ -30,7 +30,7 @@ TINY = tool.Settings(words=8, relations=2, width=8, base_steps=5, steps=4, batch
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
-    """The folder that the quick version writes."""
+    """The output folder of compare_objectives.py --quick."""
     folder = tmp_path_factory.mktemp("dynamics")
     command = [sys.executable, str(TOOLS / "compare_objectives.py"), "--quick", "--out", str(folder)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
@@ -71,7 +71,7 @@ def test_priors_have_mean_p_in_stated_range(results):
     for row in results["priors"]:
         low, high = {"strong": (0.5, 1.0), "middle": (0.1, 0.5), "weak": (0.0, 0.1)}[row["prior"]]
         assert low < row["p"] < high
-        # 40% of the targets are wrong, and the base does not expect those.
+        # 40% of the targets are wrong. The base model assigns them a low probability.
         assert row["prior"] == "weak" or 0.5 * row["p"] < row["p of noisy targets"] < 0.8 * row["p"]
 
 
@@ -103,7 +103,7 @@ def test_same_returns_weight_and_curve_differences():
     point = {"train nll": 1.0, "train objective": 0.3}
     weights = {"dft": torch.zeros(3), "prob": torch.tensor([0.0, 0.0, -0.5])}
     found = tool.same(weights, {"dft": [point], "prob": [{**point, "train nll": 1.25, "train objective": 0.9}]}, {})
-    assert found == {"weights": 0.5, "curves": 0.25}  # the objective's own value may differ
+    assert found == {"weights": 0.5, "curves": 0.25}  # values of the objectives may differ
 
 
 @pytest.mark.nightly
@@ -120,7 +120,7 @@ def test_gradient_shares_sum_to_one_and_nll_favors_low_p(results):
 
 def test_gradient_share_is_binned_by_p():
     p = torch.tensor([0.05, 0.55, 0.55, 1.0], dtype=torch.float64)
-    collision = p**2 + (1 - p) ** 2  # of two answers; the gradient's norm for nll is then sqrt(2) (1-p)
+    collision = p**2 + (1 - p) ** 2  # with two answers, so the gradient norm of nll is sqrt(2) (1-p)
     stats = tool.TokenStats(p.log(), torch.ones(4, dtype=torch.bool), collision=collision)
     share = tool.gradient_share(parse_objective("nll"), stats)
     assert share == pytest.approx([0.95 / 1.85, 0, 0, 0, 0, 0.9 / 1.85, 0, 0, 0, 0.0])
@@ -204,17 +204,17 @@ def test_split_objectives_keeps_commas_of_parameters():
         tool.main(["--seeds", "1"])
 
 
-# ---- The rule, on numbers that are made up -----------------------------------------------------------------------
+# ---- Verdicts on synthetic results -------------------------------------------------------------------------------
 
 
-def made_up(accuracy, nll_rise=1.0, dft_rise=-0.1, apart=0.0):
-    """Results of four seeds; `accuracy` maps (prior, targets, objective) to a mean, 0.5 where it says nothing."""
+def synthetic(accuracy, nll_rise=1.0, dft_rise=-0.1, apart=0.0):
+    """Synthetic results of four seeds. `accuracy` maps (prior, targets, objective) to a mean; the default is 0.5."""
     jitter = (-0.01, 0.0, 0.0, 0.01)
     names = ("nll", "dft", "prob", "deft")
     runs = []
     for (prior, targets), name, factor, seed in itertools.product(TASKS, names, (1.0, 3.0), range(4)):
         mean = accuracy.get((prior, targets, name, factor), accuracy.get((prior, targets, name), 0.5))
-        # Seeds differ among themselves by more than objectives do: the rule has to take pairs.
+        # Seeds differ more than objectives, so the verdicts must compare pairs of the same seed.
         value = mean + seed + jitter[(seed + names.index(name)) % 4]
         run = {"prior": prior, "targets": targets, "objective": name, "factor": factor, "seed": seed}
         first = {"train nll": 2.0, "train objective": 0.2}
@@ -232,46 +232,46 @@ WINS = {("strong", "noisy", "dft"): 0.6, ("weak", "clean", "nll"): 0.6, ("weak",
 
 
 def test_verdict_requires_significant_difference():
-    assert [verdict(i, made_up(WINS)) for i in (1, 2)] == ["reproduced"] * 2
-    assert [verdict(i, made_up({})) for i in (1, 2)] == ["not reproduced"] * 2
-    assert verdict(1, made_up({("strong", "noisy", "dft"): 0.4})) == "not reproduced"
-    assert verdict(1, made_up({("strong", "noisy", "dft"): 0.505})) == "not reproduced"  # within its error
-    assert verdict(2, made_up({**WINS, ("weak", "noisy", "nll"): 0.5})) == "not reproduced"
+    assert [verdict(i, synthetic(WINS)) for i in (1, 2)] == ["reproduced"] * 2
+    assert [verdict(i, synthetic({})) for i in (1, 2)] == ["not reproduced"] * 2
+    assert verdict(1, synthetic({("strong", "noisy", "dft"): 0.4})) == "not reproduced"
+    assert verdict(1, synthetic({("strong", "noisy", "dft"): 0.505})) == "not reproduced"  # within the standard error
+    assert verdict(2, synthetic({**WINS, ("weak", "noisy", "nll"): 0.5})) == "not reproduced"
 
 
 def test_verdict_uses_best_learning_rate_of_each_objective():
-    assert verdict(1, made_up({**WINS, ("strong", "noisy", "nll", 3.0): 0.6})) == "not reproduced"
-    assert verdict(1, made_up({**WINS, ("strong", "noisy", "nll", 3.0): 0.55})) == "reproduced"
-    assert report.best_factor(made_up(WINS), "strong", "noisy", "nll") == 1.0  # of equal ones the smaller
-    assert report.best_factor(made_up({("weak", "clean", "nll", 3.0): 0.6}), "weak", "clean", "nll") == 3.0
+    assert verdict(1, synthetic({**WINS, ("strong", "noisy", "nll", 3.0): 0.6})) == "not reproduced"
+    assert verdict(1, synthetic({**WINS, ("strong", "noisy", "nll", 3.0): 0.55})) == "reproduced"
+    assert report.best_factor(synthetic(WINS), "strong", "noisy", "nll") == 1.0  # the smaller of equal ones
+    assert report.best_factor(synthetic({("weak", "clean", "nll", 3.0): 0.6}), "weak", "clean", "nll") == 3.0
 
 
 def test_verdict_detects_equal_runs_and_rising_nll():
-    assert verdict(3, made_up({})) == "reproduced"
-    assert verdict(3, made_up({}, apart=1e-3)) == "not reproduced"
-    assert verdict(4, made_up({})) == "reproduced"
-    assert verdict(4, made_up({}, nll_rise=-0.1)) == "not reproduced"
-    assert verdict(4, made_up({}, nll_rise=0.005)) == "not reproduced"
-    assert verdict(4, made_up({}, dft_rise=0.1)) == "not reproduced"
+    assert verdict(3, synthetic({})) == "reproduced"
+    assert verdict(3, synthetic({}, apart=1e-3)) == "not reproduced"
+    assert verdict(4, synthetic({})) == "reproduced"
+    assert verdict(4, synthetic({}, nll_rise=-0.1)) == "not reproduced"
+    assert verdict(4, synthetic({}, nll_rise=0.005)) == "not reproduced"
+    assert verdict(4, synthetic({}, dft_rise=0.1)) == "not reproduced"
 
 
 def test_between_requires_difference_from_both_ends():
     inside = {**WINS, ("strong", "noisy", "deft"): 0.55}
     inside |= {("weak", targets, "deft"): 0.55 for targets in report.TARGETS}
-    assert verdict(5, made_up(inside)) == "reproduced"
-    assert verdict(5, made_up({**inside, ("strong", "noisy", "deft"): 0.7})) == "not reproduced"
-    assert verdict(5, made_up({})) == "not reproduced"  # nothing to be between of
+    assert verdict(5, synthetic(inside)) == "reproduced"
+    assert verdict(5, synthetic({**inside, ("strong", "noisy", "deft"): 0.7})) == "not reproduced"
+    assert verdict(5, synthetic({})) == "not reproduced"  # the ends do not differ
     low, middle, high = ([x + 0.01 * i for i in (0, 1, 0, -1)] for x in (0.3, 0.5, 0.7))
     shifted = [x + 0.01 * i for x, i in zip(high, (3, -2, -1, 1), strict=True)]
     assert report.between(low, middle, high) == report.between(high, middle, low) == "between"
     assert report.between(low, high, middle) == report.between(middle, high, low) == "above both"
     assert report.between(high, low, middle) == "below both"
-    assert report.between(low, shifted, high) == "not told apart from an end"
+    assert report.between(low, shifted, high) == "within error of nll or dft"
     assert report.between(high, low, shifted) == "nll and dft do not differ"
 
 
 def test_verdict_is_not_tested_without_objective():
-    results = made_up(WINS)
+    results = synthetic(WINS)
     results["settings"]["objectives"] = ("nll", "dft")
     assert [row["verdict"] for row in report.verdicts(results)] == [
         "reproduced",
@@ -282,7 +282,7 @@ def test_verdict_is_not_tested_without_objective():
     ]
 
 
-# ---- What is committed ------------------------------------------------------------------------------------------
+# ---- Committed results ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.nightly
@@ -290,7 +290,7 @@ def test_docs_page_and_verdicts_match_results(out, results):
     places = report.Places(out / "results.json", out / "report.md", out / "figures")
     committed = json.loads(report.DOCS.numbers.read_text())
     for numbers, where in ((results, places), (committed, report.DOCS)):
-        again = f"run: python tools/compare_objectives.py --docs --from {where.numbers}"
+        again = f"run: python tools/studies/compare_objectives.py --docs --from {where.numbers}"
         assert report.round_all(report.verdicts(numbers)) == numbers["verdicts"], again
         assert report.page(numbers, where) == where.page.read_text(), again
         assert all((where.figures / name).exists() for name in report.FIGURES), again

@@ -1,4 +1,4 @@
-"""torch.compile sees the loss as one operator forward and one backward, of either backend; no graph is broken."""
+"""torch.compile: the loss is one operator forward and one backward, of either backend, without graph breaks."""
 
 import copy
 from dataclasses import dataclass
@@ -6,9 +6,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 from formulas import example
+from kernel_cases import at_iteration, begin
 
-from megatron_dft import compiled, parse_objective, vocab_parallel_dft_loss
-from megatron_dft.objectives import Objective, of_graph_name
+from megatron_dft import parse_objective, vocab_parallel_dft_loss
+from megatron_dft.ops import compiled
+from megatron_dft.ops.objectives import Objective, of_graph_name
 
 pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
 
@@ -25,7 +27,7 @@ def backend(request):
 
 
 @pytest.fixture(autouse=True)
-def _from_the_start():
+def _reset_dynamo():
     torch._dynamo.reset()
 
 
@@ -39,28 +41,29 @@ def run(function, logits, target, upstream, *others):
     return loss.detach(), torch.autograd.grad(loss, logits, upstream)[0]
 
 
-def both(function, *case):
-    """What the function gives in eager mode, and compiled into a single graph."""
+def eager_and_compiled(function, *case):
+    """Results of the function in eager mode, and compiled into a single graph."""
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     return run(function, *case), run(compiled, *case)
 
 
-@pytest.mark.parametrize("value", ["objective", "nll"])
+@pytest.mark.parametrize("return_nll", [False, True])
 @pytest.mark.parametrize("specification", SPECIFICATIONS)
-def test_compiled_loss_is_bitwise_equal_to_eager(specification, value, backend):
-    objective = parse_objective(specification)
-    objective.begin(4)
+def test_compiled_loss_is_bitwise_equal_to_eager(specification, return_nll, backend):
+    objective = at_iteration(specification, 4, DEVICE)
 
     def function(logits, target):
-        return vocab_parallel_dft_loss(2.0 * logits, target, objective=objective, value=value, backend=backend)
+        return vocab_parallel_dft_loss(
+            2.0 * logits, target, objective=objective, return_nll=return_nll, backend=backend
+        )
 
-    eager, compiled = both(function, *make_case())
+    eager, compiled = eager_and_compiled(function, *make_case())
     torch.testing.assert_close(compiled, eager, **EXACT)
     assert eager[1].abs().max() > 0.0
 
 
 def test_compiled_loss_uses_options_of_each_call(backend):
-    """Specifications, objects and other options, one after the other through the same function, and once more."""
+    """One compiled function with several objectives and options in sequence, twice."""
 
     def function(logits, target, objective, size, ignored):
         options = {"true_vocab_size": size, "ignore_index": ignored, "backend": backend, "inplace_backward": True}
@@ -82,7 +85,7 @@ def test_compiled_loss_uses_options_of_each_call(backend):
 def test_graph_name_is_shared_by_equal_unscheduled_objectives():
     names = [parse_objective("tsallis:q=0.125").graph_name() for _ in range(3)]
     assert len(set(names)) == 1 and of_graph_name(names[0]) == parse_objective("tsallis:q=0.125")
-    scheduled = [parse_objective("dft:start=7") for _ in range(2)]
+    scheduled = [at_iteration("dft:start=7", 8) for _ in range(2)]
     names = [objective.graph_name() for objective in scheduled * 2]
     assert (
         len(set(names)) == 2
@@ -91,7 +94,7 @@ def test_graph_name_is_shared_by_equal_unscheduled_objectives():
 
 
 def test_compiled_loss_follows_schedule(backend):
-    objective = parse_objective("dft:start=0,ramp=4")
+    objective = at_iteration("dft:start=0,ramp=4", 1, DEVICE)
 
     def function(logits, target):
         return vocab_parallel_dft_loss(2.0 * logits, target, objective=objective, backend=backend)
@@ -99,7 +102,7 @@ def test_compiled_loss_follows_schedule(backend):
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     case, sums = make_case(), []
     for iteration in (1, 2, 4):
-        objective.begin(iteration)
+        begin(objective, iteration)
         torch.testing.assert_close(run(compiled, *case), run(function, *case), **EXACT)
         sums.append(run(compiled, *case)[0].sum().item())
     assert len(set(sums)) == 3
@@ -107,12 +110,12 @@ def test_compiled_loss_follows_schedule(backend):
 
 @pytest.mark.parametrize("shape", [(6,), (2, 3), (0,)])
 def test_loss_operator_passes_opcheck(shape, backend):
-    """Schema, fake tensors, autograd registration, and dynamic shapes."""
+    """Schema, fake tensors, autograd registration and dynamic shapes."""
     logits, target, _ = (x.to(DEVICE) for x in example(*shape))
     if not target.numel():
         logits, target = logits[:0], target[:0]
-    arguments = (logits.float().requires_grad_(), target.clamp(max=8), "deft", None, -100, "nll", 9, backend)
-    torch.library.opcheck(compiled.loss_operator, arguments)
+    arguments = (logits.float().requires_grad_(), target.clamp(max=8), "deft", None, -100, True, 9, backend)
+    torch.library.opcheck(compiled._loss, arguments)
 
 
 def test_compiled_loss_rejects_wrong_shape_at_compile_time(backend):
@@ -122,16 +125,14 @@ def test_compiled_loss_rejects_wrong_shape_at_compile_time(backend):
 
 
 def test_compiled_loss_distinguishes_schedules_and_parameters(backend):
-    """Objects of one class through one function: each has the values of its own parameters and its own iteration."""
+    """One compiled function with several objects of a class: each uses its own parameters and iteration."""
 
     def function(logits, target, objective):
         return vocab_parallel_dft_loss(2.0 * logits, target, objective=objective, backend=backend)
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     texts = ["dft:start=0,ramp=4", "dft:start=0,ramp=4", "dft:start=2,ramp=4", "deft:start=0,ramp=4"]
-    objectives = [parse_objective(text) for text in texts]
-    for objective, iteration in zip(objectives, (1, 3, 4, 3), strict=True):
-        objective.begin(iteration)
+    objectives = [at_iteration(*case, DEVICE) for case in zip(texts, (1, 3, 4, 3), strict=True)]
     objectives += [parse_objective(f"entropy:form={form}") for form in ("complement", "exponential")]
     sums = set()
     for objective in objectives * 2:
@@ -144,7 +145,7 @@ def test_compiled_loss_distinguishes_schedules_and_parameters(backend):
 
 @dataclass(frozen=True)
 class Powers(Objective):
-    """p to the sum of some powers, if switched on; its fields are neither numbers nor strings."""
+    """The gate is p to the sum of `powers`. Its fields are neither numbers nor strings."""
 
     powers: tuple[float, ...]
     on: bool = True
@@ -156,7 +157,7 @@ class Powers(Objective):
 
 
 class OwnInit(Objective):
-    """Without fields: the parameter is set by hand."""
+    """An objective without dataclass fields. Its own __init__ sets the parameter."""
 
     name = "own init"
 
@@ -169,7 +170,7 @@ class OwnInit(Objective):
 
 
 def test_compiled_loss_distinguishes_custom_objectives(backend):
-    """Whatever their fields are; and copies, whose originals may differ from them later."""
+    """Custom objectives with any fields, and a copy that is changed after copying."""
 
     def function(logits, target, objective):
         return vocab_parallel_dft_loss(2.0 * logits, target, objective=objective, backend=backend)

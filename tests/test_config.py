@@ -6,38 +6,38 @@ from dataclasses import fields
 import pytest
 
 from megatron_dft import OBJECTIVES, DFTConfig, parse_objective
-from megatron_dft.config import load_function
-from megatron_dft.linear import Split
+from megatron_dft.ops.linear_fused import Split
+from megatron_dft.utils import load_function
 
 FLAGS = {
     "loss_type": (["--loss-type", "tsallis:q=0.5"], "tsallis:q=0.5"),
-    "mtp": (["--loss-mtp", "same"], "same"),
-    "true_vocab_size": (["--loss-true-vocab-size", "50257"], 50257),
-    "backend": (["--loss-backend", "torch"], "torch"),
-    "inplace_backward": (["--no-loss-inplace-backward"], False),
-    "compact_masked_tokens": (["--no-loss-compact-masked-tokens"], False),
-    "linear_fused": (["--loss-linear-fused"], True),
-    "vocab_chunk": (["--loss-vocab-chunk", "4096", "--loss-linear-fused"], 4096),
-    "keep_chunks": (["--loss-keep-chunks", "2", "--loss-linear-fused"], 2),
-    "metrics": (["--loss-metrics", "full"], "full"),
-    "channels": (["--loss-channels", "maths,code"], "maths,code"),
-    "callback": (["--loss-callback", "json:dumps"], "json:dumps"),
+    "mtp": (["--dft-mtp", "same"], "same"),
+    "true_vocab_size": (["--dft-true-vocab-size", "50257"], 50257),
+    "backend": (["--dft-backend", "torch"], "torch"),
+    "inplace_backward": (["--no-dft-inplace-backward"], False),
+    "compact_masked_tokens": (["--no-dft-compact-masked-tokens"], False),
+    "linear_fused": (["--dft-linear-fused"], True),
+    "vocab_chunk": (["--dft-vocab-chunk", "4096", "--dft-linear-fused"], 4096),
+    "keep_chunks": (["--dft-keep-chunks", "2", "--dft-linear-fused"], 2),
+    "metrics": (["--dft-metrics", "full"], "full"),
+    "channels": (["--dft-channels", "maths,code"], "maths,code"),
+    "callback": (["--dft-callback", "json:dumps"], "json:dumps"),
 }
 
 
-def parse(*words):
-    return DFTConfig.from_args(DFTConfig.add_arguments(argparse.ArgumentParser()).parse_args(words))
+def parse(*argv):
+    return DFTConfig.from_args(DFTConfig.add_arguments(argparse.ArgumentParser()).parse_args(argv))
 
 
 @pytest.mark.parametrize("name", [f.name for f in fields(DFTConfig)])
 def test_config_field_has_flag_key_and_help(name):
-    words, value = FLAGS[name]
-    settings = {"linear_fused": "--loss-linear-fused" in words, "loss_type": "nll"} | {name: value}
-    words = words if name == "loss_type" else [*words, "--loss-type", "nll"]
+    argv, value = FLAGS[name]
+    settings = {"linear_fused": "--dft-linear-fused" in argv, "loss_type": "nll"} | {name: value}
+    argv = argv if name == "loss_type" else [*argv, "--loss-type", "nll"]
     expected = DFTConfig(**settings)
     assert expected != DFTConfig()
-    assert parse(*words) == expected == DFTConfig.from_mapping(settings)
-    flag = words[0].replace("--no-", "--")
+    assert parse(*argv) == expected == DFTConfig.from_mapping(settings)
+    flag = argv[0].replace("--no-", "--")
     (action,) = (a for a in DFTConfig.add_arguments(argparse.ArgumentParser())._actions if flag in a.option_strings)
     assert action.help.endswith(".") and action.default == getattr(DFTConfig(), name)
 
@@ -45,7 +45,7 @@ def test_config_field_has_flag_key_and_help(name):
 def test_config_without_flags_is_disabled():
     assert parse() == DFTConfig() == DFTConfig.from_mapping({}) == DFTConfig.from_args(argparse.Namespace())
     assert not DFTConfig().enabled
-    assert DFTConfig(loss_type="nll").enabled  # our cross entropy, not the host's
+    assert DFTConfig(loss_type="nll").enabled  # the cross entropy of megatron_dft, not of the host
 
 
 def test_help_lists_every_objective():
@@ -54,7 +54,7 @@ def test_help_lists_every_objective():
 
 
 def test_from_args_ignores_missing_and_foreign_fields():
-    args = argparse.Namespace(loss_type="dft", backend="nccl", mtp=3)  # the last two are not ours
+    args = argparse.Namespace(loss_type="dft", backend="nccl", mtp=3)  # not flags of megatron_dft
     assert DFTConfig.from_args(args) == DFTConfig(loss_type="dft")
 
 
@@ -68,7 +68,7 @@ def test_options_report_nll_and_pass_every_setting():
     config = DFTConfig(loss_type="tsallis:q=2", true_vocab_size=7, backend="torch", inplace_backward=False)
     options = config.options(group)
     assert options.objective == parse_objective("tsallis:q=2.0") and options.tp_group is group
-    assert (options.value, options.ignore_index) == ("nll", -100)
+    assert (options.return_nll, options.ignore_index) == (True, -100)
     assert (options.true_vocab_size, options.backend, options.inplace_backward) == (7, "torch", False)
     assert DFTConfig(loss_type="dft").options().inplace_backward
     assert DFTConfig(loss_type="dft", linear_fused=True, vocab_chunk=5, keep_chunks=2).split() == Split(5, 2)
@@ -90,8 +90,8 @@ def test_options_report_nll_and_pass_every_setting():
         ({"inplace_backward": "yes"}, "dft: inplace_backward: expected bool, got 'yes'"),
         ({"inplace_backward": None}, "dft: inplace_backward: expected bool, got None"),
         ({"compact_masked_tokens": 1}, "dft: compact_masked_tokens: expected bool, got 1"),
-        ({"vocab_chunk": 1024}, "dft: vocab_chunk, keep_chunks: expected them with linear_fused"),
-        ({"keep_chunks": 1}, "dft: vocab_chunk, keep_chunks: expected them with linear_fused"),
+        ({"vocab_chunk": 1024}, "vocab_chunk, keep_chunks .* require linear_fused"),
+        ({"keep_chunks": 1}, "vocab_chunk, keep_chunks .* require linear_fused"),
         (
             {"loss_type": "dft", "linear_fused": True, "vocab_chunk": 0},
             "vocab_chunk: expected at least 1",
@@ -104,22 +104,16 @@ def test_from_mapping_rejects_invalid_settings(settings, message):
         DFTConfig.from_mapping(settings)
 
 
-@pytest.mark.parametrize("words", [["--loss-mtp", "none"], ["--loss-true-vocab-size", "x"], ["--loss-backend", "nccl"]])
-def test_parser_rejects_invalid_flags(words, capsys):
+@pytest.mark.parametrize("argv", [["--dft-mtp", "none"], ["--dft-true-vocab-size", "x"], ["--dft-backend", "nccl"]])
+def test_parser_rejects_invalid_flags(argv, capsys):
     with pytest.raises(SystemExit):
-        parse(*words)
-    assert words[0] in capsys.readouterr().err
+        parse(*argv)
+    assert argv[0] in capsys.readouterr().err
 
 
 def test_compact_masked_tokens_flag_defaults_to_none():
-    both = ([], ["--loss-compact-masked-tokens"])
-    assert [parse("--loss-type", "dft", *words).compact_masked_tokens for words in both] == [None, True]
-
-
-def test_options_share_objective_instance_of_config():
-    config = DFTConfig(loss_type="dft:start=2")
-    config.objective.begin(1)
-    assert config.options().objective is config.objective
+    both = ([], ["--dft-compact-masked-tokens"])
+    assert [parse("--loss-type", "dft", *argv).compact_masked_tokens for argv in both] == [None, True]
 
 
 def test_load_function_resolves_module_and_name():
@@ -135,16 +129,16 @@ def test_load_function_resolves_module_and_name():
 
 @pytest.mark.parametrize("name", [name for name in FLAGS if name not in ("loss_type", "vocab_chunk", "keep_chunks")])
 def test_config_rejects_setting_without_loss_type(name):
-    with pytest.raises(ValueError, match=f"dft: {name}: expected an objective beside it, got none; add --loss-type"):
+    with pytest.raises(ValueError, match=rf"{name} \(--dft-.*\): no objective; add loss_type \(--loss-type\)"):
         DFTConfig(**{name: FLAGS[name][1]})
 
 
-def test_config_derives_detail_from_metrics_and_channels():
-    assert DFTConfig("dft").detail.names == ()
+def test_config_derives_metric_spec_from_metrics_and_channels():
+    assert DFTConfig("dft").metric_spec.names == ()
     assert DFTConfig("dft").options().needs == frozenset()
     config = DFTConfig("dft", metrics="full", channels="maths, code")
-    assert config.detail.channels == ("other", "maths", "code")
+    assert config.metric_spec.channels == ("other", "maths", "code")
     assert config.options().needs == {"entropy", "collision"}
     for names in ("", "maths,", "maths,maths", "other"):
-        with pytest.raises(ValueError, match=f"channels: expected different names, .* got '{names}'"):
+        with pytest.raises(ValueError, match=f"channels: expected distinct names, .* got '{names}'"):
             DFTConfig("nll", channels=names)

@@ -1,4 +1,4 @@
-"""Records of chat data to conversations: what is honoured, and what is refused by name."""
+"""conversation_of: supported formats and fields of chat records, and the errors for all others."""
 
 import pytest
 
@@ -19,7 +19,7 @@ READ = {
     "text parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, REPLY]},
     "texts as parts": {"messages": [{"role": "user", "content": ["a"]}, REPLY]},
     "empty fields": {"messages": [{**USER, "images": []}, {**REPLY, "tool_calls": None, "refusal": None}], "tools": []},
-    "fields that describe": {"messages": [USER, {**REPLY, "model": "x"}], "id": 7, "source": "web", "score": 0.5},
+    "metadata fields": {"messages": [USER, {**REPLY, "model": "x"}], "id": 7, "source": "web", "score": 0.5},
     "weight of 1": {"messages": [USER, {**REPLY, "weight": 1, "loss": True}], "weight": 1},
 }
 
@@ -57,12 +57,12 @@ def test_weight_0_removes_turn(field, value):
 
 
 @pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking", "thought"])
-def test_thoughts_are_given_to_template(field):
+def test_reasoning_fields_are_passed_to_template(field):
     conversation = conversation_of({"messages": [USER, {**REPLY, field: "hm"}]})
     assert conversation.messages[1] == {**REPLY, "reasoning_content": "hm"}
 
 
-def test_tools_are_given_to_template():
+def test_tools_are_passed_to_template():
     call = {"type": "function", "id": "1", "function": {"name": "add", "arguments": '{"x": 1}'}}
     messages = [
         USER,
@@ -96,7 +96,7 @@ def test_fields_without_effect_are_listed():
 
 
 @pytest.mark.parametrize("reply", ["", " \n", "<think>\n\n</think>\n\n", "</think>"])
-def test_reply_without_text_is_refused(reply):
+def test_reply_without_text_is_rejected(reply):
     with pytest.raises(ValueError, match="empty reply: message 1"):
         conversation_of({"messages": [USER, {"role": "assistant", "content": reply}]})
 
@@ -106,7 +106,7 @@ REFUSED = {
     "no messages: 'messages' is empty": {"messages": []},
     "no messages: 'prompt' is null": {"prompt": None, "completion": "b"},
     "no messages: expected a list in 'messages', got int": {"messages": 3},
-    "no messages: expected one of completion, response, output beside 'prompt', got none": {"prompt": "a"},
+    "no messages: expected one of completion, response, output with 'prompt', got none": {"prompt": "a"},
     "got 'completion' and 'response'": {"prompt": "a", "completion": "b", "response": "c"},
     "ambiguous: the record has 'messages' and 'prompt'": {"messages": TALK, "prompt": "x", "completion": "y"},
     "unsupported field: 'input'": {"prompt": "2+2?", "completion": "4", "input": "context"},
@@ -119,29 +119,29 @@ REFUSED = {
     },
     "unsupported field: 'label'": {"prompt": "a", "completion": "b", "label": False},
     "bad message: message 1: expected an object, got str": {"system": "x", "messages": ["a"]},
-    "two system messages: one in 'system', and another": {"system": "x", "system_prompt": "y", "messages": TALK},
+    "two system messages: one in 'system' and another": {"system": "x", "system_prompt": "y", "messages": TALK},
     "two system messages: one in 'system'": {"messages": [{"role": "system", "content": "x"}, *TALK], "system": "y"},
-    "bad message: message 0: expected a role of": {"messages": [{"role": "narrator", "content": "a"}, REPLY]},
+    "bad message: message 0: expected one of the roles": {"messages": [{"role": "narrator", "content": "a"}, REPLY]},
     "bad message: message 0: expected an object, got str": {"messages": ["a"]},
     "bad message: message 0: expected text or a list of text parts, got int": {
         "messages": [{"role": "user", "content": 3}, REPLY]
     },
     "bad message: message 0: it has 'role' and 'from'": {"messages": [{**USER, "from": "human"}, REPLY]},
-    "bad message: message 0: a tool's result before": {"messages": [{"role": "tool", "content": "a"}, *TALK]},
-    "bad message: message 1: arguments of a tool call that are no JSON": {
+    "bad message: message 0: a tool result before": {"messages": [{"role": "tool", "content": "a"}, *TALK]},
+    "bad message: message 1: arguments of a tool call are not JSON": {
         "messages": [USER, {**REPLY, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]
     },
-    "bad message: message 0: tool calls or thoughts of a message of user": {
+    "bad message: message 0: tool calls or reasoning in a message of role user": {
         "messages": [{**USER, "thinking": "hm"}, REPLY]
     },
     "no assistant message": {"messages": [USER]},
     "empty reply: message 1": {"messages": [USER, {"role": "assistant", "content": " \n"}]},
-    "reply to nothing: message 0": {"messages": [REPLY, USER, REPLY]},
+    "no user message: message 0": {"messages": [REPLY, USER, REPLY]},
     "bad message: message 0: it has 'value' and 'content'": {
         "messages": [{"from": "human", "value": "a", "content": "b"}, REPLY]
     },
-    "no assistant message: nothing behind the prompt": {"prompt": [USER, REPLY, USER], "completion": [USER]},
-    "unsupported weight: message 0: a message of user cannot train": {"messages": [{**USER, "train": True}, REPLY]},
+    "no assistant message: nothing after the prompt": {"prompt": [USER, REPLY, USER], "completion": [USER]},
+    "unsupported weight: message 0: a message of role user cannot": {"messages": [{**USER, "train": True}, REPLY]},
     **{
         f"unsupported field: message 1: {name!r}": {"messages": [USER, {**REPLY, name: value}]}
         for name, value in {"label": False, "masked": True, "mask": 0, "thoughts": "hm", "cot": "hm"}.items()
@@ -164,13 +164,13 @@ REFUSED = {
         "messages": [USER, {**REPLY, "weight": "0"}]
     },
     "weight and train contradict each other": {"messages": [USER, {**REPLY, "weight": 0, "train": True}]},
-    "bad chat_template_kwargs: 'tools' is no variable": {"messages": TALK, "chat_template_kwargs": {"tools": []}},
+    "bad chat_template_kwargs: 'tools' is reserved": {"messages": TALK, "chat_template_kwargs": {"tools": []}},
     "bad tools: expected a list of JSON schemas": {"messages": TALK, "tools": ["f"]},
 }
 
 
 @pytest.mark.parametrize("reason", REFUSED)
-def test_conversation_of_refuses_by_name(reason):
+def test_conversation_of_rejects_record_with_reason(reason):
     with pytest.raises(ValueError) as refused:
         conversation_of(REFUSED[reason])
     assert reason in str(refused.value)

@@ -1,4 +1,4 @@
-"""CPU ranks: attention against its formula on one, two and four ranks, the flags, and Megatron's classes on top."""
+"""CPU ranks: attention on one, two and four ranks compared with its formula, flags, and Megatron's classes."""
 
 import importlib.util
 import math
@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from megatron_dft.hosts import cpu
-from megatron_dft.hosts.cpu_attention import attention, partition
+from megatron_dft.testing import cpu
+from megatron_dft.testing.cpu_attention import attention, partition
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-12}
 
@@ -25,14 +25,14 @@ class Case:
     scale: float | None = None
 
     def tensors(self):
-        """query, key, value and the gradient of the output, of the whole sequence."""
+        """query, key, value and the gradient of the output, for the whole sequence."""
         generator = torch.Generator().manual_seed(sum(self.documents))
         batch = () if self.packed else (self.batch,)
         shapes = [(self.heads, 6), (self.groups, 6), (self.groups, 5), (self.heads * 5,)]
         return [torch.randn(sum(self.documents), *batch, *s, dtype=torch.float64, generator=generator) for s in shapes]
 
     def cu_seqlens(self):
-        """As Megatron gives them: int32, and empty documents at the end."""
+        """cu_seqlens as in Megatron: int32, with empty documents at the end."""
         if not self.packed:
             return None
         ends = torch.tensor((0, *self.documents, 0, 0)).cumsum(0)
@@ -49,7 +49,7 @@ CASES = {
 
 
 def formula(query, key, value, case):
-    """softmax(scale q k^T) v, one document and one head at a time, over the tokens up to the query's own."""
+    """Causal softmax(scale q k^T) v, one document and one head at a time."""
     scale = 1.0 / math.sqrt(query.shape[-1]) if case.scale is None else case.scale
     documents = []
     for q, k, v in zip(*(x.split(case.documents) for x in (query, key, value)), strict=True):
@@ -64,8 +64,8 @@ def formula(query, key, value, case):
     return torch.cat(documents)
 
 
-def held(documents, cp_size, cp_rank):
-    """Positions on a rank: of each document chunk `rank` from the front and chunk `rank` from the back."""
+def cp_positions(documents, cp_size, cp_rank):
+    """Positions of a rank: chunk `rank` from the front and chunk `rank` from the back of each document."""
     positions, start = [], 0
     for length in documents:
         chunk = length // (2 * cp_size)
@@ -111,13 +111,13 @@ def test_partition_gives_each_rank_front_and_back_chunk_of_documents(documents, 
     ends = torch.tensor((0, *documents, 0)).cumsum(0).to(torch.int32)
     for rank in range(cp_size):
         ours = partition(ends, sum(documents), cp_size, rank)
-        assert ours.tolist() == held(documents, cp_size, rank).tolist()
+        assert ours.tolist() == cp_positions(documents, cp_size, rank).tolist()
 
 
 @pytest.mark.parametrize(
     ("ends", "cp_size", "message"),
     [
-        ([0, 6, 16], 2, "expected documents of a multiple of 4 tokens under context parallelism of 2, got one of 6"),
+        ([0, 6, 16], 2, "expected documents of a multiple of 4 tokens with context parallel size 2, got one of 6"),
         ([0, 8], 1, "expected cumulative lengths from 0 to 16, got 0 to 8; pad the last document"),
         ([4, 16], 1, "expected cumulative lengths from 0 to 16, got 4 to 16"),
     ],
@@ -128,13 +128,13 @@ def test_partition_rejects_invalid_document_lengths(ends, cp_size, message):
 
 
 def on_one_of_four_ranks():
-    """Context parallelism over all four, and over two in each of two groups."""
+    """Attention with context parallelism over four ranks, and over two ranks in each of two groups."""
     world, rank = dist.group.WORLD, dist.get_rank()
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     results = {}
     for cp_size, group in ((4, world), (2, pairs[rank // 2])):
         for name, case in CASES.items():
-            mine = held(case.documents, cp_size, group.rank())
+            mine = cp_positions(case.documents, cp_size, group.rank())
             *tensors, upstream = (x[mine] for x in case.tensors())
             results[name, cp_size] = output_and_gradients(
                 lambda *qkv, case=case, group=group: attention(
@@ -156,7 +156,7 @@ def four_ranks():
 def test_context_parallel_attention_matches_one_rank(four_ranks, name, cp_size):
     wanted = expected(CASES[name])
     for rank, results in enumerate(four_ranks):
-        mine = held(CASES[name].documents, cp_size, rank % cp_size)
+        mine = cp_positions(CASES[name].documents, cp_size, rank % cp_size)
         torch.testing.assert_close(results[name, cp_size], [x[mine] for x in wanted], **TOLERANCE)
 
 
@@ -190,7 +190,7 @@ def test_complete_arguments_rejects_gpu_only_flags(flags, message):
         cpu.complete_arguments(flags.split())
 
 
-# What follows needs Megatron, and a process of its own: enable() is for good.
+# The tests below need Megatron and their own processes, because enable() cannot be undone.
 
 
 def on_one_rank_of_megatron():
@@ -223,9 +223,9 @@ def on_one_rank_of_megatron():
 
     def run(case, cp_size, rank, **options):
         core = megatron_attention(case, cp_size, **options)
-        mine = held(case.documents, cp_size, rank)
+        mine = cp_positions(case.documents, cp_size, rank)
         query, key, value = (x[mine] for x in case.tensors()[:3])
-        value = torch.nn.functional.pad(value, (0, 1))  # Megatron's own wants values as wide as keys
+        value = torch.nn.functional.pad(value, (0, 1))  # Megatron's class requires values as wide as keys
         packed, ends = None, case.cu_seqlens()
         if case.packed:
             packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends // 2, cu_seqlens_q_padded=ends)
@@ -293,7 +293,7 @@ def megatron():
 def test_megatron_attention_supports_packing_and_context_parallelism(megatron, name, cp_size):
     wanted = expected(CASES[name])[0]
     for rank, results in enumerate(megatron):
-        mine = held(CASES[name].documents, cp_size, rank if cp_size > 1 else 0)
+        mine = cp_positions(CASES[name].documents, cp_size, rank if cp_size > 1 else 0)
         torch.testing.assert_close(results[name, cp_size], wanted[mine], **TOLERANCE)
 
 
@@ -301,7 +301,7 @@ def test_megatron_attention_supports_packing_and_context_parallelism(megatron, n
 def test_query_key_layer_scaling_leaves_attention_unchanged(megatron):
     wanted = expected(CASES["causal"])[0]
     for rank, results in enumerate(megatron):
-        torch.testing.assert_close(results["layer scaling"], wanted[held((16,), 2, rank)], **TOLERANCE)
+        torch.testing.assert_close(results["layer scaling"], wanted[cp_positions((16,), 2, rank)], **TOLERANCE)
 
 
 @pytest.mark.host

@@ -1,4 +1,4 @@
-"""Chat data to token files: what is counted is what is stored, and no file is ever lost."""
+"""python -m megatron_dft.data: token files, their reports, errors, and atomic replacement of the output."""
 
 import contextlib
 import gzip
@@ -57,14 +57,14 @@ def folder(tmp_path_factory):
 
 
 def prepare(folder, source, *argv, out=None):
-    """The token file and the report."""
+    """Run the command; returns the token file and the report."""
     out = out or folder / f"{source.name}.arrow"
     command.main([str(source), "--tokenizer", str(folder / "tokenizer"), "--out", str(out), *argv])
     return TokenFile(str(out)), json.loads(out.with_name(f"{out.name}.report.json").read_text())
 
 
 def sequences(file):
-    """(channel, ids, ids that train) of every conversation, in no order."""
+    """Counter of (channel, ids, trained ids) over all conversations."""
     found = []
     for row in map(file.__getitem__, range(len(file))):
         ends = np.cumsum(row.lengths)
@@ -94,7 +94,7 @@ def test_data_stores_each_valid_record_once_and_names_each_invalid_one(folder, f
         assert reason in entry["reason"] and entry["file"] == str(folder / "law.jsonl")
     assert (report["records"], report["rejected"]) == (len(GOOD) + len(BAD), len(BAD))
     assert report == file.header.statistics
-    assert report["tokens_that_train"] == sum(len(x[2]) * n for x, n in found.items())
+    assert report["trained_tokens"] == sum(len(x[2]) * n for x, n in found.items())
     assert f"{folder / 'law.jsonl'}:1: not JSON" in capsys.readouterr().err
 
 
@@ -123,21 +123,21 @@ def test_sample_of_shifts_pads_and_masks():
 
 
 def test_sample_of_never_trains_on_first_token_or_across_conversations(folder):
-    """A full row, every token of which was to train."""
+    """A full row in which every token has weight 1."""
     header = SimpleNamespace(seq_length=6, multiple=1, pad_id=0)
     row = Row(np.arange(1, 7), np.ones(6), np.array([2, 4]), np.array([0, 0]))
     assert sample_of(row, header).labels.tolist() == [2, -100, 4, 5, 6, -100]
 
 
 @pytest.mark.parametrize("form", ["completion", "chat"])
-def test_empty_prompt_counts_what_trains(folder, tmp_path, form):
+def test_empty_prompt_report_counts_trained_tokens(folder, tmp_path, form):
     records = [{"prompt": "", "completion": "one two yes"}, {"prompt": "", "completion": "no"}]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(x) + "\n" for x in records))
     file, report = prepare(folder, tmp_path / "x.jsonl", "--seq-length", "64", "--format", form)
     samples = [sample_of(file[i], file.header) for i in range(len(file))]
-    assert sum(int((sample.labels >= 0).sum()) for sample in samples) == report["tokens_that_train"]
+    assert sum(int((sample.labels >= 0).sum()) for sample in samples) == report["trained_tokens"]
     if form == "completion":
-        assert report["tokens"] - report["tokens_that_train"] == 2  # the first token of each
+        assert report["tokens"] - report["trained_tokens"] == 2  # the first token of each sequence
 
 
 def test_data_splits_conversation_that_template_rewrites(folder, tmp_path, capsys):
@@ -156,11 +156,11 @@ def test_too_long_truncate_rejects_sequences_without_trained_tokens(folder, tmp_
     flags = ["--seq-length", "64", "--too-long", "truncate", "--max-rejected", "0.5"]
     file, report = prepare(folder, tmp_path / "x.jsonl", *flags)
     assert (len(file), report["truncated"], report["rejected"]) == (2, 1, 1)
-    assert report["rejected_for"] == {"nothing trains": 1} and report["length"]["max"] == 64
+    assert report["rejected_for"] == {"no trained token": 1} and report["length"]["max"] == 64
 
 
 def test_record_with_one_rejected_sequence_counts_as_rejected(folder, tmp_path):
-    """Of a conversation that becomes two sequences the second is too long: the first one trains."""
+    """A conversation becomes two sequences, and the second is too long. The first is kept."""
     tokenizer(THINKING).save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "x.jsonl").write_text(json.dumps({"messages": talk("one", "yes", "two", "no " * 100), "id": 3}))
     file, report = prepare(tmp_path, tmp_path / "x.jsonl", "--seq-length", "64", "--max-rejected", "1")
@@ -196,16 +196,16 @@ def test_chat_template_file_and_kwargs_override_tokenizer(folder, tmp_path):
     assert file.header.fingerprint["chat_template_kwargs"] == {"ending": " yes"}
 
 
-# -- nothing is lost
+# -- errors and atomic output
 
 
-def refused(argv, reason):
+def assert_rejected(argv, reason):
     with pytest.raises(SystemExit) as end:
         command.main(argv)
     assert str(end.value.code).startswith("megatron_dft.data: ") and reason in end.value.code, end.value.code
 
 
-def test_nothing_usable_keeps_earlier_file(folder, tmp_path):
+def test_run_without_usable_records_keeps_earlier_file(folder, tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps(GOOD[0]))
     out = tmp_path / "x.jsonl.arrow"
     prepare(folder, tmp_path / "x.jsonl", "--seq-length", "64", out=out)
@@ -214,10 +214,10 @@ def test_nothing_usable_keeps_earlier_file(folder, tmp_path):
     argv += ["--out", str(out), "--workers", "1"]
     for text in ("nothing\n", "", "\n\n", json.dumps({"messages": talk("a")})):
         (tmp_path / "x.jsonl").write_text(text)
-        refused(argv, "no conversation can be used")
+        assert_rejected(argv, "no usable conversation")
         assert out.read_bytes() == before
     (tmp_path / "x.jsonl").write_text(f"{json.dumps(GOOD[0])}\nnothing\n")
-    refused(argv, "1 of 2 records are rejected (50.0%, --max-rejected 1.0%)")
+    assert_rejected(argv, "1 of 2 records are rejected (50.0%, --max-rejected 1.0%)")
     assert out.read_bytes() == before
     assert json.loads((tmp_path / "x.jsonl.arrow.rejected.jsonl").read_text())["line"] == 2
     assert not [path for path in tmp_path.iterdir() if "unfinished" in path.name]
@@ -228,32 +228,32 @@ def test_nothing_usable_keeps_earlier_file(folder, tmp_path):
 
 
 @pytest.mark.parametrize("content", [gzip.compress(b"{}\n" * 999, mtime=0)[:-9], "{}".encode("utf-16"), b"PAR1 no"])
-def test_file_that_cannot_be_read_to_its_end_ends_the_run(folder, tmp_path, content):
-    """Whatever may be rejected: nobody knows how much is lost."""
+def test_truncated_or_unreadable_file_fails_run_and_keeps_earlier_file(folder, tmp_path, content):
+    """Even with --max-rejected 1, because the number of lost records is unknown."""
     source = tmp_path / "source"
     source.mkdir()
     (source / "a.jsonl").write_text(json.dumps(GOOD[0]))
     (source / "b.jsonl").write_bytes(content)
     argv = [str(source), "--tokenizer", str(folder / "tokenizer"), "--seq-length", "64"]
     argv += ["--out", str(tmp_path / "x.arrow"), "--max-rejected", "1"]
-    refused(argv, f"{source / 'b.jsonl'}:")
+    assert_rejected(argv, f"{source / 'b.jsonl'}:")
     assert not (tmp_path / "x.arrow").exists()
     (source / "b.jsonl").unlink()
     command.main(argv)
     before = (tmp_path / "x.arrow").read_bytes()
     (source / "b.jsonl").write_bytes(content)
-    refused(argv, f"{tmp_path / 'x.arrow'} is not written; the earlier one is unchanged")
+    assert_rejected(argv, f"{tmp_path / 'x.arrow'} is not written; the existing file is unchanged")
     assert (tmp_path / "x.arrow").read_bytes() == before
 
 
-def test_files_left_out_of_a_folder_are_named(folder, tmp_path, capsys):
+def test_skipped_files_of_folder_are_listed(folder, tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text(json.dumps(GOOD[0]))
     (tmp_path / "b.jsonl.bz2").write_bytes(b"BZh")
     command.main([str(tmp_path), "--tokenizer", str(folder / "tokenizer"), "--preview", "9"])
-    assert f"{tmp_path / 'b.jsonl.bz2'}: left out of the folder for its suffix" in capsys.readouterr().err
+    assert f"{tmp_path / 'b.jsonl.bz2'}: skipped for its suffix" in capsys.readouterr().err
 
 
-def test_output_is_written_through_a_link(folder, tmp_path):
+def test_output_is_written_through_symlink(folder, tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps(GOOD[0]))
     (tmp_path / "store").mkdir()
     (tmp_path / "x.arrow").symlink_to(tmp_path / "store" / "real.arrow")
@@ -289,11 +289,11 @@ def test_data_never_writes_its_input(folder, tmp_path, kind):
         "report": tmp_path / "x.arrow",
     }[kind]
     argv = [str(source), "--tokenizer", str(folder / "tokenizer"), "--seq-length", "64", "--out", str(out)]
-    refused(argv, "is an input, and would be overwritten")
+    assert_rejected(argv, "is an input file")
     assert source.read_text() == json.dumps(GOOD[0])
 
 
-def test_side_files_of_shards_are_apart(folder, tmp_path):
+def test_shards_have_separate_side_files(folder, tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps(GOOD[0]))
     for shard in ("train.shard0", "train.shard1"):
         prepare(folder, tmp_path / "x.jsonl", "--seq-length", "64", out=tmp_path / shard)
@@ -305,7 +305,7 @@ def test_side_files_of_shards_are_apart(folder, tmp_path):
 @pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_data_killed_at_any_moment_leaves_old_or_new_file(folder, tmp_path):
-    """50 random moments of the run. Afterwards a run cleans up what was left."""
+    """Kill at 50 random moments. A later run removes the unfinished files."""
     (tmp_path / "x.jsonl").write_text((folder / "long.jsonl").read_text() * 10)
     argv = [sys.executable, "-m", "megatron_dft.data", str(tmp_path / "x.jsonl"), "--tokenizer"]
     argv += [str(folder / "tokenizer"), "--seq-length", "104", "--out", str(tmp_path / "x.arrow")]
@@ -318,7 +318,7 @@ def test_data_killed_at_any_moment_leaves_old_or_new_file(folder, tmp_path):
         run = subprocess.Popen([*argv, "--channel", "new"], stdout=-3, stderr=-3, start_new_session=True)
         time.sleep(rng.uniform(0.3, 1.1) * whole)
         finished += run.poll() is not None
-        with contextlib.suppress(ProcessLookupError):  # it has ended
+        with contextlib.suppress(ProcessLookupError):  # the run has ended
             os.killpg(run.pid, signal.SIGKILL)
         run.wait()
         stored = (tmp_path / "x.arrow").read_bytes()
@@ -335,8 +335,8 @@ def test_data_killed_at_any_moment_leaves_old_or_new_file(folder, tmp_path):
     ("argv", "reason"),
     [
         ("nothing.jsonl --tokenizer {tok}", "nothing.jsonl"),
-        ("{law} --tokenizer {tok}", "--seq-length and --out are required, or --preview N"),
-        ("{law} --tokenizer /nowhere --preview 1", "--tokenizer /nowhere: expected the folder of a tokenizer"),
+        ("{law} --tokenizer {tok}", "--seq-length and --out are required, unless --preview N"),
+        ("{law} --tokenizer /nowhere --preview 1", "--tokenizer /nowhere: no tokenizer found"),
         ("{law} --tokenizer {tok} --preview 1 --chat-template /nowhere", "--chat-template /nowhere: expected a Jinja"),
         ("{law} --tokenizer {tok} --preview 1 --format completion --chat-template {law}", "uses no chat template"),
         (
@@ -344,25 +344,25 @@ def test_data_killed_at_any_moment_leaves_old_or_new_file(folder, tmp_path):
             "--chat-template-kwargs: --format completion uses no chat template",
         ),
         ('{law} --tokenizer {tok} --preview 1 --chat-template-kwargs {{"enable":1}}', "has no variable 'enable'"),
-        ('{law} --tokenizer {tok} --preview 1 --chat-template-kwargs {{"tools":[]}}', "'tools' is no variable"),
+        ('{law} --tokenizer {tok} --preview 1 --chat-template-kwargs {{"tools":[]}}', "'tools' is reserved"),
         (
             "{law} --tokenizer {tok} --out {out} --seq-length 100 --context-parallel-size 2 "
             "--tensor-model-parallel-size 2 --sequence-parallel",
             "--seq-length 100: expected a multiple of 8 for --context-parallel-size 2",
         ),
-        ("{law} --tokenizer {tok} --out {tok} --seq-length 96", "is no regular file"),
-        ("{law} --tokenizer {tok} --out {fifo} --seq-length 96", "fifo is no regular file"),
+        ("{law} --tokenizer {tok} --out {tok} --seq-length 96", "is not a regular file"),
+        ("{law} --tokenizer {tok} --out {fifo} --seq-length 96", "fifo is not a regular file"),
         ("{law} --tokenizer {tok} --preview 1 --chat-template {blank}", "blank.jinja: the chat template is empty"),
-        ("{law} --tokenizer {tok} --preview-html {law}", "it is an input, and would be overwritten"),
+        ("{law} --tokenizer {tok} --preview-html {law}", "this is an input file"),
     ],
 )
-def test_data_refuses_invalid_arguments(folder, argv, reason):
+def test_data_rejects_invalid_arguments(folder, argv, reason):
     places = {"law": folder / "law.jsonl", "tok": folder / "tokenizer", "out": folder / "never.arrow"}
     places |= {"fifo": folder / "fifo", "blank": folder / "blank.jinja"}
     places["blank"].write_text(" ")
     if not places["fifo"].exists():
         os.mkfifo(places["fifo"])
-    refused([word.format(**places) for word in argv.split()], reason)
+    assert_rejected([argument.format(**places) for argument in argv.split()], reason)
     assert not (folder / "never.arrow").exists()
 
 
@@ -375,7 +375,7 @@ def test_data_refuses_invalid_arguments(folder, argv, reason):
         ("--channel", "a,b"),
     ],
 )
-def test_data_refuses_invalid_values(folder, flag, value, capsys):
+def test_data_rejects_invalid_values(folder, flag, value, capsys):
     with pytest.raises(SystemExit):
         command.main([str(folder / "law.jsonl"), "--tokenizer", str(folder / "tokenizer"), f"{flag}={value}"])
     assert flag in capsys.readouterr().err
@@ -399,11 +399,11 @@ def test_token_file_is_memory_mapped_and_picklable(folder):
         file[len(file)]
 
 
-def test_token_file_refuses_other_files(folder, tmp_path):
+def test_token_file_rejects_other_files(folder, tmp_path):
     file, _ = prepare(folder, folder / "long.jsonl", "--seq-length", "104")
     data = (folder / "long.jsonl.arrow").read_bytes()
     holes, mark = bytearray(data), b"\xff" * 4
-    batch = data.index(mark, data.index(mark) + 8)  # the message behind the schema, and its length
+    batch = data.index(mark, data.index(mark) + 8)  # the message after the schema, and its length
     holes[batch + 4 : batch + 8] = mark
     versions = data.replace(b'"version": 1', b'"version": 9')
     for content in (b"", b"ARROW1", data[: len(data) // 2], versions, bytes(holes)):
@@ -423,14 +423,14 @@ def test_reading_a_sample_takes_less_than_a_millisecond(folder):
         for i in range(len(file)):
             sample_of(file[i], file.header)
         times.append((time.perf_counter() - start) / len(file))
-    assert min(times) < 1e-3  # the least disturbed
+    assert min(times) < 1e-3  # the fastest run is least disturbed
 
 
 @pytest.mark.slow
 @pytest.mark.host
 @pytest.mark.parametrize(("form", "ranks", "layout"), [("chat", 2, "--context-parallel-size 2"), ("completion", 1, "")])
 def test_data_report_matches_tokens_trained_by_megatron(tmp_path, form, ranks, layout):
-    """One iteration over all rows, on CPU ranks: nothing is cut, every channel has its tokens."""
+    """One iteration over all rows, on CPU ranks. Megatron trains every token and channel of the report."""
     pytest.importorskip("megatron.training")
     tokenizer(CHATML, pad_token="<|im_end|>", eos_token="<|im_end|>").save_pretrained(tmp_path / "tokenizer")
     records = [
@@ -450,9 +450,9 @@ def test_data_report_matches_tokens_trained_by_megatron(tmp_path, form, ranks, l
         "--tensorboard-log-interval 1 --num-workers 0 --sft --tokenizer-type HuggingFaceTokenizer "
         "--no-create-attention-mask-in-dataloader --calculate-per-token-loss "
         f"--tokenizer-model {tmp_path / 'tokenizer'} --train-data-path {tmp_path / 'x.jsonl.arrow'} "
-        f"--data-cache-path {tmp_path / 'cache'} --loss-type nll --loss-channels maths,code {layout}"
+        f"--data-cache-path {tmp_path / 'cache'} --loss-type nll --dft-channels maths,code {layout}"
     )
     curves = Host(tmp_path).curves(flags, ranks=ranks, script=EXAMPLE)
-    assert curves["valid tokens"] == [report["tokens_that_train"]]
+    assert curves["dft/valid_tokens"] == [report["trained_tokens"]]
     for shown, name in {"maths": "maths", "code": "code", "other": "law"}.items():
-        assert curves[f"channel/{shown} tokens"] == [report["channels"][name]["tokens_that_train"]]
+        assert curves[f"dft/channel/{shown}/tokens"] == [report["channels"][name]["trained_tokens"]]

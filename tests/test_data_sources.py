@@ -1,4 +1,4 @@
-"""Chat files to raw records: formats, encodings, and what is refused and why."""
+"""expand, records and parse: file formats and encodings of chat data, and the errors for all others."""
 
 import gzip
 import json
@@ -33,7 +33,7 @@ def write(tmp_path):
 
 
 def outcome(record):
-    """Number, and the object or the reason."""
+    """Record number, and the parsed object or the error message."""
     try:
         return record.number, parse(record)
     except ValueError as error:
@@ -45,7 +45,7 @@ def outcomes(file):
 
 
 def reason(text):
-    """Why parse refuses JSON text."""
+    """The error message of parse."""
     with pytest.raises(ValueError) as error:
         parse(Record("f", 1, text if isinstance(text, bytes) else text.encode()))
     return str(error.value)
@@ -70,7 +70,7 @@ def parquet(path, rows, **options):
 CHILD = """
 import json, sys
 {before}
-sys.path.append({folder!r})  # the module alone: the package imports torch, which takes seconds
+sys.path.append({folder!r})  # imports sources alone: the package imports torch, which takes seconds
 from sources import expand, parse, records
 for record in records(expand(sys.argv[1:])):
     try:
@@ -81,7 +81,7 @@ for record in records(expand(sys.argv[1:])):
 
 
 def in_child(*paths, stdin=b"", before="", shell='"$@"'):
-    """File, number and outcome of each record, read by another process that bash starts."""
+    """File, number and outcome of each record, read by another process under bash."""
     code = CHILD.format(before=before, folder=os.path.dirname(sources.__file__))
     argv = ["bash", "-c", shell, "bash", sys.executable, "-c", code, *paths]
     run = subprocess.run(argv, input=stdin, capture_output=True, check=True)
@@ -105,7 +105,7 @@ def test_expand_keeps_files_of_any_suffix_and_their_order(write, tmp_path):
     assert expand([]) == []
 
 
-def test_expand_reads_a_hidden_folder_that_is_given_itself(write, tmp_path):
+def test_expand_reads_a_hidden_folder_that_is_named(write, tmp_path):
     file = write(b"{}", ".cache/x.jsonl")
     assert expand([str(tmp_path / ".cache")]) == [file]
 
@@ -117,25 +117,25 @@ def test_expand_follows_links_to_folders(write, tmp_path):
     assert expand([str(tmp_path / "data")]) == [str(tmp_path / "data" / "link" / "x.jsonl")]
 
 
-def test_expand_refuses_a_missing_path(tmp_path):
+def test_expand_rejects_a_missing_path(tmp_path):
     with pytest.raises(ValueError, match=r"none\.jsonl: no such file or folder"):
         expand([str(tmp_path / "none.jsonl")])
 
 
-def test_expand_refuses_a_broken_link_in_a_folder(tmp_path):
+def test_expand_rejects_a_broken_link_in_a_folder(tmp_path):
     (tmp_path / "x.jsonl").symlink_to(tmp_path / "none")
     with pytest.raises(ValueError, match=r"x\.jsonl: no such file"):
         expand([str(tmp_path)])
 
 
-def test_expand_refuses_a_folder_without_known_suffixes(write, tmp_path):
+def test_expand_rejects_a_folder_without_known_suffixes(write, tmp_path):
     write(b"{}", "data/x.txt")
     with pytest.raises(ValueError, match=r"data: no file in this folder ends in \.jsonl, \.jsonl\.gz, .*\.parquet"):
         expand([str(tmp_path / "data")])
 
 
 @pytest.mark.parametrize("spelling", ["same", "dots", "link", "folder", "cycle"])
-def test_expand_refuses_a_file_given_twice(write, tmp_path, spelling):
+def test_expand_rejects_a_file_given_twice(write, tmp_path, spelling):
     file = write(b"{}", "data/x.jsonl")
     if spelling in ("link", "cycle"):
         (tmp_path / "data" / "y.jsonl").symlink_to(file if spelling == "link" else tmp_path / "data")
@@ -151,7 +151,7 @@ def test_expand_refuses_a_file_given_twice(write, tmp_path, spelling):
         expand(paths)
 
 
-def test_expand_refuses_standard_input_twice():
+def test_expand_rejects_standard_input_twice():
     with pytest.raises(ValueError, match="-: given twice; pass it once"):
         expand(["-", "-"])
 
@@ -207,11 +207,11 @@ def test_records_skips_blank_lines_and_counts_them(write):
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \r\n", b"\xef\xbb\xbf", b"[]", b"[\n]\n", gzip.compress(b"", mtime=0)])
-def test_records_names_a_file_without_records(write, content):
+def test_records_reports_a_file_without_records(write, content):
     assert outcomes(write(content)) == [(0, "empty file")]
 
 
-def test_records_reads_files_in_order_and_goes_on_after_an_unreadable_one(write):
+def test_records_reads_files_in_order_and_continues_after_an_unreadable_one(write):
     files = [write(b'{"a": 1}', "a"), write("{}".encode("utf-16"), "b"), write(b"", "c"), write(b'{"a": 2}', "d")]
     assert [(record.file, record.number) for record in records(files)] == list(zip(files, [1, 1, 0, 1], strict=True))
 
@@ -222,18 +222,18 @@ def test_records_joins_lines_longer_than_a_chunk(write):
     assert outcomes(file) == numbered(objects)
 
 
-def test_records_refuses_only_the_line_that_is_not_utf8(write):
+def test_records_rejects_only_the_line_that_is_not_utf8(write):
     file = write(b'{"a": 1}\n{"a": "caf\xe9"}\n{"a": 2}\n')
-    reason = "not UTF-8: byte 11 is 0xe9, which may be Windows-1252 or Latin-1; convert it to UTF-8"
+    reason = "not UTF-8: byte 11 is 0xe9, possibly Windows-1252 or Latin-1; convert it to UTF-8"
     assert outcomes(file) == [(1, {"a": 1}), (2, reason), (3, {"a": 2})]
 
 
 @pytest.mark.parametrize("name", ["UTF-16LE", "UTF-16BE", "UTF-32LE", "UTF-32BE"])
 @pytest.mark.parametrize("bom", ["", "\ufeff"])
 @pytest.mark.parametrize("blank", ["", "\n"])
-def test_records_refuses_wide_encodings_by_name(write, name, bom, blank):
+def test_records_rejects_wide_encodings_by_name(write, name, bom, blank):
     content = (bom + blank + LINES.decode()).encode(name)
-    expected = [(1, f"{name} text; convert it to UTF-8, as iconv -f {name} -t UTF-8 does")]
+    expected = [(1, f"{name} text; convert it to UTF-8, e.g. with iconv -f {name} -t UTF-8")]
     assert outcomes(write(content)) == expected
     assert outcomes(write(gzip.compress(content, mtime=0))) == expected
 
@@ -247,13 +247,13 @@ def test_records_of_iconv_output_are_accepted(write):
 @pytest.mark.parametrize(
     ("content", "kind"), [(b"PK\x03\x04rest", "zip"), (b"BZh9rest", "bzip2"), (b"ARROW1", "Arrow")]
 )
-def test_records_refuses_other_formats_by_name(write, content, kind):
+def test_records_rejects_other_formats_by_name(write, content, kind):
     assert outcomes(write(content)) == [
-        (1, f"{kind} data; expected JSON text, the same compressed once by gzip or zstd, or parquet")
+        (1, f"{kind} data; expected JSON text, compressed at most once by gzip or zstd, or parquet")
     ]
 
 
-def test_records_refuses_data_compressed_twice(write):
+def test_records_rejects_data_compressed_twice(write):
     assert outcomes(write(gzip.compress(gzip.compress(LINES), mtime=0)))[0][1].startswith(
         "gzip data; expected JSON text"
     )
@@ -291,14 +291,14 @@ def test_records_reads_a_json_array_with_one_line_per_element(write):
     assert outcomes(write(b"[\n" + b",\n\n".join(LINES.splitlines()) + b"\n]")) == numbered(OBJECTS)
 
 
-def test_records_refuses_only_the_element_that_is_invalid(write):
+def test_records_rejects_only_the_element_that_is_invalid(write):
     text = b'[{"a": 1},\n{"a": 1, "a": 2},\n{"a": "\xe9"},\n3,\n{"a": NaN},\n{"a": "\\ud800"},\n{"a": 2}]'
     found = outcomes(write(text))
     assert [number for number, _ in found] == list(range(1, 8))
     assert [x for _, x in found if isinstance(x, dict)] == [{"a": 1}, {"a": 2}]
-    words = ["duplicate key", "not UTF-8", "expected an object, got int", "NaN", "half a surrogate pair"]
-    for (_, why), word in zip(found[1:6], words, strict=True):
-        assert word in why
+    fragments = ["duplicate key", "not UTF-8", "expected an object, got int", "NaN", "unpaired surrogate"]
+    for (_, why), fragment in zip(found[1:6], fragments, strict=True):
+        assert fragment in why
 
 
 def test_records_reads_as_jsonl_what_is_not_one_array_of_objects(write):
@@ -323,12 +323,12 @@ def test_records_reads_as_jsonl_what_is_not_one_array_of_objects(write):
         (b"[\n" * 100_000, "Nested too deeply at byte 1 of line 2"),
     ],
 )
-def test_records_refuses_an_invalid_array_over_several_lines_once(write, text, why):
+def test_records_rejects_an_invalid_array_over_several_lines_once(write, text, why):
     assert outcomes(write(text)) == [(1, f"invalid JSON array: {why}")]
 
 
 @pytest.mark.parametrize("text", [json.dumps(OBJECTS[0], indent=2), "\n  {\r\n", '{\n"a": 1}\n{\n"a": 1}\n'])
-def test_records_refuses_an_object_over_several_lines_once(write, text):
+def test_records_rejects_an_object_over_several_lines_once(write, text):
     [(number, why)] = outcomes(write(text.encode()))
     assert number == 1
     assert why.startswith("the file is one JSON object over several lines; expected one line per conversation")
@@ -364,7 +364,7 @@ def test_records_reads_zstd_in_several_frames(write):
 def test_records_reads_zstd_with_a_long_window(write):
     zstandard = pytest.importorskip("zstandard")
     options = zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=True)
-    compressor = zstandard.ZstdCompressor(compression_params=options).compressobj()  # does not know the size
+    compressor = zstandard.ZstdCompressor(compression_params=options).compressobj()  # writes no content size
     assert outcomes(write(compressor.compress(LINES) + compressor.flush())) == numbered(OBJECTS)
 
 
@@ -387,17 +387,17 @@ def test_records_before_a_truncation_are_read(write, kind, compress, share):
 
 
 @pytest.mark.parametrize(("kind", "compress"), [("gzip", gzip.compress), ("zstd", zstd)])
-def test_records_before_damage_are_read(write, kind, compress):
+def test_records_before_invalid_compressed_data_are_read(write, kind, compress):
     *before, last = outcomes(write(compress(LINES) + b"garbage"))
     assert before == numbered(OBJECTS)
     assert last[0] == 4 and last[1].startswith(f"damaged {kind} data: ")
 
 
-def test_records_names_the_missing_package(write):
+def test_records_reports_the_missing_package(write):
     files = [write(b"\x28\xb5\x2f\xfd rest", "z"), write(b"PAR1 rest", "p")]
     assert in_child(*files, before="sys.modules.update(zstandard=None, pyarrow=None)") == [
-        (files[0], 1, "zstd data need the package zstandard; run pip install zstandard"),
-        (files[1], 1, "parquet needs the package pyarrow; run pip install pyarrow"),
+        (files[0], 1, "zstd data require the package zstandard; run pip install zstandard"),
+        (files[1], 1, "parquet requires the package pyarrow; run pip install pyarrow"),
     ]
 
 
@@ -427,18 +427,18 @@ def test_records_reads_parquet_in_batches_over_row_groups(tmp_path):
     assert done == sorted(done) and done[0] > 0 and done[-1] == os.path.getsize(file)
 
 
-def test_records_names_parquet_without_rows(tmp_path):
+def test_records_reports_parquet_without_rows(tmp_path):
     pa = pytest.importorskip("pyarrow")
     assert outcomes(parquet(tmp_path / "x.parquet", pa.table({"a": pa.array([], "string")}))) == [(0, "empty file")]
 
 
-def test_records_refuses_truncated_parquet(write, tmp_path):
+def test_records_rejects_truncated_parquet(write, tmp_path):
     content = Path(parquet(tmp_path / "x.parquet", [{"a": 1}] * 100)).read_bytes()
     [(number, why)] = outcomes(write(content[:-20]))
     assert number == 1 and why.startswith("damaged or truncated parquet: ")
 
 
-def test_records_before_damaged_parquet_are_read(write, tmp_path):
+def test_records_before_corrupt_parquet_are_read(write, tmp_path):
     rows = [{"text": os.urandom(50).hex()} for _ in range(1000)]
     file = parquet(tmp_path / "x.parquet", rows, row_group_size=500, use_dictionary=False)
     content = bytearray(Path(file).read_bytes())
@@ -449,7 +449,7 @@ def test_records_before_damaged_parquet_are_read(write, tmp_path):
     assert last[0] == len(before) + 1 and last[1].startswith("damaged or truncated parquet: ")
 
 
-def test_records_refuses_duplicate_parquet_columns(tmp_path):
+def test_records_rejects_duplicate_parquet_columns(tmp_path):
     pa = pytest.importorskip("pyarrow")
     table = pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"])
     assert outcomes(parquet(tmp_path / "x.parquet", table)) == [(1, "duplicate column: 'a'; keep one of them")]
@@ -486,7 +486,7 @@ def test_records_reads_standard_input(form):
     assert in_child("-", stdin=content) == [("-", *x) for x in numbered(OBJECTS)]
 
 
-def test_records_refuses_parquet_from_a_pipe():
+def test_records_rejects_parquet_from_a_pipe():
     assert in_child("-", stdin=b"PAR1 rest") == [
         ("-", 1, "parquet cannot be read from a pipe; pass the path of the file")
     ]
@@ -539,20 +539,20 @@ def test_parse_raises_the_error_of_the_record():
         ('"a"', "expected an object, got str"),
         ('{"a": 1, "b": 1, "a": 1}', "duplicate key: 'a'; keep one of them"),
         ('{"a": [{"b": 1, "\\u0062": 1}]}', "duplicate key: 'b'; keep one of them"),
-        ('{"a": NaN}', "not JSON: NaN is no JSON number; write null, or leave the field out"),
-        ('{"a": [-Infinity]}', "not JSON: -Infinity is no JSON number"),
-        ('{"a": "x\\ud800"}', "half a surrogate pair: \\ud800; write both halves, or remove it"),
-        ('{"a": [{"\\uDE00b": 1}]}', "half a surrogate pair: \\ude00"),
-        ('{"a": "\\ude00\\ud83d"}', "half a surrogate pair: \\ude00"),
+        ('{"a": NaN}', "not JSON: NaN is not a JSON number; write null, or leave the field out"),
+        ('{"a": [-Infinity]}', "not JSON: -Infinity is not a JSON number"),
+        ('{"a": "x\\ud800"}', "unpaired surrogate: \\ud800; write the pair, or remove it"),
+        ('{"a": [{"\\uDE00b": 1}]}', "unpaired surrogate: \\ude00"),
+        ('{"a": "\\ude00\\ud83d"}', "unpaired surrogate: \\ude00"),
         ('{"a": ' + "[" * 200_000, "nested too deeply"),
         ('{"a": ' + "9" * 5000 + "}", "Exceeds the limit (4300 digits)"),
     ],
 )
-def test_parse_refuses(text, why):
+def test_parse_rejects_invalid_json(text, why):
     assert reason(text).startswith(why)
 
 
-def test_parse_speed():
+def test_parse_takes_less_than_15_us():
     text = "the answer of the model is explained here, and so on. " * 4
     messages = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
     record = Record("f", 1, json.dumps({"messages": messages, "id": 1}).encode())

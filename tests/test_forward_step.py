@@ -1,7 +1,7 @@
-"""forward_step and loss_func in the forms that Megatron accepts: each trains with the objective, or is refused by name.
+"""Every form of forward_step and loss_func that Megatron accepts trains with the objective or raises ValueError.
 
-Real models and schedules on two tensor-parallel ranks. Megatron alone is the reference, with the line that users write
-by hand on top of its loss.
+Megatron models and schedules on two tensor-parallel ranks. The reference is Megatron's own loss with DFT as one line on
+top of it.
 """
 
 import importlib.util
@@ -13,7 +13,7 @@ from ranks import run_ranks
 from tiny_models import (
     BATCH,
     SEQUENCE,
-    WAYS,
+    VARIANTS,
     batch,
     dft_line,
     forward,
@@ -25,7 +25,8 @@ from tiny_models import (
 
 from megatron_dft import DFTConfig, install
 from megatron_dft.channels import with_channels
-from megatron_dft.hosts import compat, hook
+from megatron_dft.hosts import compat
+from megatron_dft.hosts.binding import head_of, with_metrics
 
 pytest.importorskip("megatron.core")
 
@@ -36,7 +37,7 @@ def plain(output):
     return output
 
 
-TRANSFORMS = {  # what a forward_step may do to the model's output
+TRANSFORMS = {  # operations of a forward_step on the model's output
     "unchanged": plain,
     "clone": torch.clone,
     "flat": lambda output: output.view(-1),
@@ -59,7 +60,7 @@ def flat_mask(loss_mask, output):
 
 
 def mean_and_report(loss_mask, output):
-    """Megatron's legacy form: two values."""
+    """The legacy form of Megatron's loss_func, with two values."""
     total, tokens, report = loss_func(loss_mask, output)
     return total / tokens.clamp(min=1), report
 
@@ -72,7 +73,7 @@ def unnamed_mask(mask, output):
     return loss_func(mask, output)
 
 
-def whole_number(loss_mask, output):
+def integer_num_tokens(loss_mask, output):
     loss, tokens, report = loss_func(loss_mask, output)
     return loss, int(tokens), report
 
@@ -90,18 +91,18 @@ LOSS_FUNCS = {
     "mask that is a view": lambda labels, loss_mask: partial(
         flat_mask, torch.stack([loss_mask, loss_mask], -1)[..., 0]
     ),
-    "num_tokens is an int": lambda labels, loss_mask: partial(whole_number, loss_mask),
+    "num_tokens is an int": lambda labels, loss_mask: partial(integer_num_tokens, loss_mask),
     "two values": lambda labels, loss_mask: partial(mean_and_report, loss_mask),
 }
 
 
-def passed_on(function):
+def decorated(function):
     """A decorator that hides the names of the arguments."""
     return lambda *args, **kwargs: function(*args, **kwargs)
 
 
 def step(transform=plain, make=LOSS_FUNCS["loss_mask first"], line=None, passes=1):
-    """A forward_step; `line` is what users write on top of Megatron's loss."""
+    """A forward_step. `line` is applied to the loss of the model."""
 
     def forward_step(data_iterator, model):
         tokens, labels, loss_mask = next(data_iterator)
@@ -120,7 +121,7 @@ def run(forward_step, config=None, model=None, batches=None, per_token=True, **k
     model = model or gpt(calculate_per_token_loss=per_token)
     if config is not None:
         install([model], config)
-        forward_step = hook.with_metrics(forward_step, config, **kwargs)
+        forward_step = with_metrics(forward_step, config, **kwargs)
     batches = batches or [batch(0), batch(1)]
     report = get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -149,7 +150,7 @@ def with_full_backward_hook():
 
 
 def multi_token_prediction(config, masked_labels, given):
-    """The loss and gradients of the heads, when a script masks labels or passes the mask to the model, or neither."""
+    """Gradients of the MTP layers, for scripts that mask labels and scripts that pass the mask to the model."""
     model = gpt(mtp_num_layers=1, calculate_per_token_loss=True)
     if config is not None:
         install([model], config)
@@ -161,8 +162,8 @@ def multi_token_prediction(config, masked_labels, given):
     return {name: p.grad.clone() for name, p in model.named_parameters() if name.startswith("mtp.")}
 
 
-def elsewhere():
-    """A model that is given labels and does not compute its loss where every model of Megatron does."""
+def model_with_own_loss():
+    """A model whose forward computes its loss without compute_language_model_loss."""
     model = gpt()
     kind = type("OwnLoss", (type(model),), {"forward": own_forward})
     model.__class__ = kind
@@ -175,14 +176,14 @@ def own_forward(self, *args, labels=None, **kwargs):
 
 
 def schedule_plan_labels():
-    """What the schedule plan of --overlap-moe-expert-parallel-comm is built with."""
+    """Check the labels that build_schedule_plan of --overlap-moe-expert-parallel-comm receives."""
     model = gpt()
     seen = {}
     model.build_schedule_plan = lambda tokens, positions, mask, labels=None, loss_mask=None: seen.update(labels=labels)
     install([model], DFTConfig("cayley"))
     tokens, labels, loss_mask = batch()
     model.build_schedule_plan(tokens, tokens, None, labels=labels, loss_mask=loss_mask)
-    head = hook.head_of(model)
+    head = head_of(model)
     return seen["labels"] is head.inputs.labels, torch.equal(head._target(head.inputs) >= 0, loss_mask.t() > 0)
 
 
@@ -190,7 +191,7 @@ def removed():
     model = gpt()
     before = set(vars(model)), len(model._forward_pre_hooks), len(model._forward_hooks)
     handle = install([model], DFTConfig("dft"))
-    bound = compat.LOSS in vars(model) and hook.head_of(model) is handle.bindings[0].head
+    bound = compat.LOSS in vars(model) and head_of(model) is handle.bindings[0].head
     described = handle.bindings[0].output_layer
     handle.remove()
     after = set(vars(model)), len(model._forward_pre_hooks), len(model._forward_hooks)
@@ -198,9 +199,9 @@ def removed():
     return before == after, bound, described, again
 
 
-def out_of_range(way):
-    """The loss of each token when one label is no token id."""
-    (model,) = install([gpt()], DFTConfig("dft", **WAYS[way])).chunks
+def out_of_range(variant):
+    """Where the loss is NaN if one label is not a token id."""
+    (model,) = install([gpt()], DFTConfig("dft", **VARIANTS[variant])).chunks
     tokens, labels, loss_mask = batch()
     labels[0, 0], loss_mask[0, 0] = 2**33 + 3, 1.0
     return forward(model, tokens, labels, loss_mask).isnan()
@@ -212,7 +213,7 @@ def on_ranks():
     facts = {"host": run(step(line=dft_line)), "host, mean": run(step(make=legacy_line), per_token=False)}
     for name, transform in TRANSFORMS.items():
         facts["transform", name] = run(step(transform), dft)
-    facts["transform", "decorated"] = run(passed_on(step()), dft)
+    facts["transform", "decorated"] = run(decorated(step()), dft)
     facts["transform", "full backward hook"] = run(step(), dft, with_full_backward_hook())
     for name, make in LOSS_FUNCS.items():
         facts["loss_func", name] = run(step(make=make), dft, per_token=name != "two values")
@@ -228,8 +229,10 @@ def on_ranks():
     facts["too short"] = message(lambda: run(step(lambda output: output[:, 1:], shorter), dft))
     facts["twice"] = message(lambda: run(step(passes=2), dft))
     facts["two values per token"] = message(lambda: run(step(make=LOSS_FUNCS["two values"]), dft))
-    facts["unnamed channel"] = message(lambda: run(step(), DFTConfig("dft", channels="a"), batches=[marked(2)]))
-    facts["elsewhere"] = message(lambda: forward(install([elsewhere()], dft).chunks[0], *batch()))
+    facts["unnamed channel"] = message(
+        lambda: run(step(), DFTConfig("dft", channels="a"), batches=[batch_of_channel(2)])
+    )
+    facts["elsewhere"] = message(lambda: forward(install([model_with_own_loss()], dft).chunks[0], *batch()))
     facts["not through forward"] = message(lambda: through_forward_method())
     for mtp in ("nll", "same"):
         config = DFTConfig("nll", mtp=mtp)
@@ -238,8 +241,8 @@ def on_ranks():
     facts["mtp host"] = multi_token_prediction(None, False, True)
     facts["plan"] = schedule_plan_labels()
     facts["removed"] = removed()
-    for way in WAYS:
-        facts["out of range", way] = out_of_range(way)
+    for variant in VARIANTS:
+        facts["out of range", variant] = out_of_range(variant)
     facts["totals"] = run(step(), DFTConfig("dft", metrics="full"), micro_batches=lambda: 2)[0]
     return facts
 
@@ -249,7 +252,7 @@ def legacy_line(labels, loss_mask):
 
 
 def all_tokens(labels, loss_mask):
-    """Counts tokens that the mask given to the model leaves out."""
+    """A loss_func that counts tokens which the mask of the model excludes."""
     return partial(loss_func, torch.ones_like(loss_mask))
 
 
@@ -258,7 +261,7 @@ def all_tokens_unnamed(labels, loss_mask):
 
 
 def later_all_tokens():
-    """The right mask in the first micro-batch alone."""
+    """A loss_func with the correct mask in the first micro-batch only."""
     masks = []
 
     def make(labels, loss_mask):
@@ -273,7 +276,7 @@ def transposed(labels, loss_mask):
 
 
 def ignored_labels():
-    """Labels of masked tokens are -100; the mask that the model is given leaves none out."""
+    """A batch with label -100 at masked tokens and a loss mask of ones."""
     tokens, labels, loss_mask = batch()
     return tokens, labels.masked_fill(loss_mask == 0, -100), torch.ones_like(loss_mask)
 
@@ -282,7 +285,7 @@ def shorter(labels, loss_mask):
     return partial(loss_func, loss_mask[:, 1:])
 
 
-def marked(channel):
+def batch_of_channel(channel):
     tokens, labels, loss_mask = batch()
     return tokens, with_channels(labels, channel), loss_mask
 
@@ -304,7 +307,7 @@ def test_forward_step_output_transform_keeps_loss_and_gradient(facts, name):
     for rank in facts:
         report, gradient = rank["transform", name]
         same(gradient, rank["host"][1], 2e-5)
-        same([x["dft loss"].view(-1) for x in report], [x["lm loss"].view(-1) for x in rank["host"][0]], 1e-5)
+        same([x["dft/loss"].view(-1) for x in report], [x["lm loss"].view(-1) for x in rank["host"][0]], 1e-5)
 
 
 @pytest.mark.parametrize("name", [*LOSS_FUNCS, "output in a list"])
@@ -312,29 +315,32 @@ def test_loss_func_form_keeps_loss_and_gradient(facts, name):
     for rank in facts:
         report, gradient = rank["loss_func", name]
         same(gradient, rank["host, mean" if name == "two values" else "host"][1], 2e-5)
-        same([x["dft loss"].view(-1) for x in report], [x["lm loss"].view(-1) for x in rank["host"][0]], 1e-5)
-        assert [x["dft prob"][1] for x in report] == [batch(seed)[2].sum() for seed in (0, 1)]
+        same([x["dft/loss"].view(-1) for x in report], [x["lm loss"].view(-1) for x in rank["host"][0]], 1e-5)
+        assert [x["dft/prob"][1] for x in report] == [batch(seed)[2].sum() for seed in (0, 1)]
 
 
 @pytest.mark.parametrize(
-    ("case", "words"),
+    ("case", "fragments"),
     [
-        ("wrong mask", ("its loss mask counts tokens that have no loss", "give both the same mask")),
+        ("wrong mask", ("its loss mask counts tokens that have no loss", "use the same mask for both")),
         ("unnamed wrong mask", ("its loss mask counts tokens that have no loss",)),
         ("ignored counted", ("their label is -100",)),
-        ("closure", ("counts 24 tokens, and the loss_mask given to the model has", "return functools.partial")),
-        ("transposed", ("the per-token loss (3, 8)", "got a loss mask of (8, 3)")),
-        ("too short", ("the per-token loss (3, 8)", "got a loss mask of (3, 7)", "output from forward_step in full")),
+        ("closure", ("counts 24 tokens, but the loss_mask passed to the model has", "return functools.partial")),
+        ("transposed", ("the per-token loss of the model (3, 8)", "the loss mask has shape (8, 3)")),
+        (
+            "too short",
+            ("the per-token loss of the model (3, 8)", "shape (3, 7)", "unchanged from forward_step"),
+        ),
         ("twice", ("expected one forward pass with labels, got 2",)),
         ("two values per token", ("--calculate-per-token-loss", "got two values")),
-        ("unnamed channel", ("--loss-channels a:", "channel number 2")),
-        ("elsewhere", ("OwnLoss", "never called it")),
-        ("not through forward", ("--loss-mtp nll", "call model(...), not model.forward(...)")),
+        ("unnamed channel", ("--dft-channels a:", "a label has channel 2,")),
+        ("elsewhere", ("OwnLoss", "never called compute_language_model_loss")),
+        ("not through forward", ("--dft-mtp nll", "call model(...), not model.forward(...)")),
     ],
 )
-def test_forward_step_rejects_invalid_mask_output_or_call(facts, case, words):
-    for word in words:
-        assert word in facts[0][case], facts[0][case]
+def test_forward_step_rejects_invalid_mask_output_or_call(facts, case, fragments):
+    for fragment in fragments:
+        assert fragment in facts[0][case], facts[0][case]
 
 
 def test_wrong_loss_mask_in_later_micro_batch_makes_loss_nan(facts):
@@ -345,7 +351,7 @@ def test_wrong_loss_mask_in_later_micro_batch_makes_loss_nan(facts):
 @pytest.mark.parametrize("case", [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("mtp", ["nll", "same"])
 def test_mtp_excludes_ignored_labels(facts, mtp, case):
-    """Whether the script passes the mask to the model or puts it into the labels."""
+    """Scripts may pass the mask to the model, mask the labels, or both."""
     for rank in facts:
         same(rank["mtp", mtp, case], rank["mtp host"], 2e-5)
 
@@ -358,16 +364,16 @@ def test_install_handle_describes_and_removes_binding(facts):
     assert facts[0]["removed"] == (True, True, "masked tokens skip the output layer", "no error")
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_label_out_of_range_makes_only_its_loss_nan(facts, way):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_label_out_of_range_makes_only_its_loss_nan(facts, variant):
     expected = torch.zeros(BATCH, SEQUENCE, dtype=torch.bool)
     expected[0, 0] = True
-    assert torch.equal(facts[0]["out of range", way], expected)
+    assert torch.equal(facts[0]["out of range", variant], expected)
 
 
 def test_totals_are_summed_over_micro_batches(facts):
-    pairs = torch.stack([x["valid tokens"] for x in facts[0]["totals"]]).sum(0)
+    pairs = torch.stack([x["dft/valid_tokens"] for x in facts[0]["totals"]]).sum(0)
     assert pairs.tolist() == [sum(float(batch(seed)[2].sum()) for seed in (0, 1)), 1.0]
-    effective = torch.stack([x["dft effective tokens"] for x in facts[0]["totals"]]).sum(0)
-    gate = torch.stack([x["dft gate"] for x in facts[0]["totals"]]).sum(0)
+    effective = torch.stack([x["dft/effective_tokens"] for x in facts[0]["totals"]]).sum(0)
+    gate = torch.stack([x["dft/gate"] for x in facts[0]["totals"]]).sum(0)
     same(effective, torch.stack([gate[0].double(), torch.ones(()).double()]), 1e-6)

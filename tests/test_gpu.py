@@ -1,14 +1,14 @@
-"""What only a GPU can show: no waiting, captured graphs, memory, determinism, more than 2^31 logits (`make gpu`)."""
+"""Tests on a GPU: host-device syncs, CUDA graphs, memory, determinism, more than 2^31 logits (`make gpu`)."""
 
 import warnings
 
 import pytest
 import torch
 from formulas import example
-from kernel_cases import floor
+from kernel_cases import at_iteration, begin, fp32_rounding
 from ranks import run_ranks
 
-from megatron_dft import linear_dft_loss, parse_objective, vocab_parallel_dft_loss
+from megatron_dft import linear_dft_loss, vocab_parallel_dft_loss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -18,7 +18,7 @@ SPECIFICATIONS = ["dft", "nll", "deft", "entropy", "threshold", "luffy", "cayley
 
 
 def make_case(tokens, vocab, dtype=torch.bfloat16, seed=0):
-    """Logits [N, V], targets that count, every third token masked, upstream gradients."""
+    """Logits [N, V], likely targets with every third token masked, upstream gradients."""
     generator = torch.Generator("cuda").manual_seed(seed)
     logits = torch.empty(tokens, vocab, device="cuda", dtype=dtype).normal_(generator=generator)
     target = torch.randint(vocab, (tokens,), device="cuda", generator=generator)
@@ -41,7 +41,7 @@ def test_triton_matches_fp64_torch_backend(tokens, vocab, specification):
     loss, gradient = run(logits, target, upstream, objective=specification)
     truth = run(logits.double(), target, upstream.double(), objective=specification, backend="torch")
     torch.testing.assert_close(loss.double(), truth[0], rtol=1e-5, atol=1e-5)
-    half = 2**-8 * 1.02  # half a unit of bf16, and a little for fp32
+    half = 2**-8 * 1.02  # half a unit of bf16, and fp32 rounding
     torch.testing.assert_close(gradient.double(), truth[1], rtol=half, atol=1e-7)
 
 
@@ -52,7 +52,7 @@ def test_gradient_is_rounded_once():
     _, gradient = run(logits, target, upstream.float())
     truth = run(logits.double(), target, upstream, backend="torch")[1]
     unit = torch.ldexp(torch.full_like(truth, 2.0**-7), truth.frexp().exponent - 1)
-    slack = floor(logits.double(), target, upstream)[1]
+    slack = fp32_rounding(logits.double(), target, upstream)[1]
     assert ((gradient.double() - truth).abs() <= 0.5 * unit.clamp(min=2.0**-133) + slack).all()
 
 
@@ -66,21 +66,19 @@ def test_loss_is_bitwise_deterministic(specification):
 
 @pytest.mark.parametrize("specification", [*SPECIFICATIONS, "dft:start=1,ramp=4"])
 def test_loss_has_no_host_device_sync(specification):
-    objective = parse_objective(specification)
-    objective.begin(2)
+    objective = at_iteration(specification, 2, "cuda")
     case = make_case(64, 1024)
-    run(*case, objective=objective, value="nll")  # compiled
+    run(*case, objective=objective, return_nll=True)  # compiles the kernels
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run(*case, objective=objective, value="nll")
+        run(*case, objective=objective, return_nll=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("specification", [*SPECIFICATIONS, "dft:start=1,ramp=4"])
 def test_cuda_graph_follows_inputs_and_schedule(specification):
-    objective = parse_objective(specification)
-    objective.begin(2)
+    objective = at_iteration(specification, 2, "cuda")
     source, target, upstream = make_case(96, 2000)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -94,7 +92,7 @@ def test_cuda_graph_follows_inputs_and_schedule(specification):
     for seed in (1, 2):
         for static, fresh in zip((source, target, upstream), make_case(96, 2000, seed=seed), strict=True):
             static.copy_(fresh)
-        objective.begin(2 + seed)
+        begin(objective, 2 + seed)
         graph.replay()
         torch.testing.assert_close(captured, run(source, target, upstream, objective=objective), **EXACT)
 
@@ -140,7 +138,7 @@ def test_inductor_compiled_loss_is_bitwise_equal_to_eager():
 
 
 def layer(tokens, width, vocab, dtype=torch.bfloat16):
-    """Hidden states and weight of an output layer, both leaves; logits are about normal, targets are likely."""
+    """Hidden states and weight of an output layer, both leaves, with about normal logits and likely targets."""
     generator = torch.Generator("cuda").manual_seed(0)
     hidden = torch.empty(tokens, width, device="cuda", dtype=dtype).normal_(generator=generator)
     weight = torch.empty(vocab, width, device="cuda", dtype=dtype).normal_(0.0, width**-0.5, generator=generator)
@@ -181,7 +179,7 @@ def test_linear_dft_loss_is_bitwise_deterministic():
 
 def test_compact_masked_tokens_has_one_host_device_sync():
     case = layer(300, 512, 32000)
-    run_layer(*case)  # compiled
+    run_layer(*case)  # compiles the kernels
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -217,7 +215,7 @@ def test_vocab_chunk_extra_memory_is_at_most_one_sixth_of_full_logits():
     target.clamp_(min=0)
     extra = {}
     for chunk in (128256, 8192):
-        for _ in range(2):  # the first time code is loaded
+        for _ in range(2):  # the first run loads code
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
@@ -228,7 +226,7 @@ def test_vocab_chunk_extra_memory_is_at_most_one_sixth_of_full_logits():
 
 
 def on_one_of_two_ranks():
-    """Loss and gradient of this rank's shard, on the GPU that both ranks share."""
+    """Loss and gradient of this rank's shard. Both ranks share one GPU."""
     results = {}
     logits, target, upstream = (x.cuda() for x in example(64, 2, vocab=512))
     shard = logits.float().chunk(2, -1)[torch.distributed.get_rank()].contiguous()
@@ -240,7 +238,7 @@ def on_one_of_two_ranks():
 
 
 def test_two_tp_ranks_on_one_gpu_match_one_rank():
-    """The Triton backend with a real group: gloo, and tensors on the GPU."""
+    """The Triton backend with a process group: gloo, with tensors on the GPU."""
     ranks = run_ranks(2, on_one_of_two_ranks, start="spawn")
     logits, target, upstream = (x.cuda() for x in example(64, 2, vocab=512))
     for specification in ranks[0]:
@@ -253,7 +251,7 @@ def test_two_tp_ranks_on_one_gpu_match_one_rank():
 
 @pytest.fixture
 def megatron():
-    """Megatron on this GPU, one rank."""
+    """Megatron on one rank with this GPU."""
     pytest.importorskip("megatron.core")
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -268,18 +266,17 @@ def megatron():
 
 @pytest.mark.parametrize("mtp", [None, 1])
 def test_micro_batch_has_no_host_device_sync_after_first(megatron, mtp):
-    """Model, loss, metrics in full with channels; without the one host-device sync that compaction costs."""
+    """Model, loss, full metrics and channels. Compaction is off, because it costs one host-device sync."""
     from functools import partial
 
     from tiny_models import BATCH, SEQUENCE, batch, gpt, loss_func
 
     from megatron_dft import DFTConfig, install
     from megatron_dft.channels import with_channels
-    from megatron_dft.hosts import hook
+    from megatron_dft.hosts.binding import with_metrics
 
     settings = {"compact_masked_tokens": False, "metrics": "full", "channels": "a,b", "mtp": "same"}
     config = DFTConfig("dft:start=1,ramp=4", **settings)
-    config.objective.begin(3)
     model = gpt(calculate_per_token_loss=True, mtp_num_layers=mtp).cuda()
     install([model], config)
     tokens, labels, loss_mask = (x.cuda() for x in batch())
@@ -290,7 +287,7 @@ def test_micro_batch_has_no_host_device_sync_after_first(megatron, mtp):
     def forward_step(data_iterator, model):
         return model(tokens, positions, causal, labels=labels, loss_mask=loss_mask), partial(loss_func, loss_mask)
 
-    step = hook.with_metrics(forward_step, config, micro_batches=lambda: 1)
+    step = with_metrics(forward_step, config, micro_batches=lambda: 1)
 
     def micro_batch():
         output, func = step(None, model)
@@ -299,11 +296,11 @@ def test_micro_batch_has_no_host_device_sync_after_first(megatron, mtp):
         return report
 
     first = micro_batch()
-    if mtp is None:  # Megatron's own part of multi-token prediction may wait
+    if mtp is None:  # Megatron's multi-token prediction may sync
         torch.cuda.set_sync_debug_mode("error")
     try:
         second = micro_batch()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert {name: x.tolist() for name, x in first.items()} == {name: x.tolist() for name, x in second.items()}
-    assert first["valid tokens"].tolist() == [float(loss_mask.sum()), 1.0]
+    assert first["dft/valid_tokens"].tolist() == [float(loss_mask.sum()), 1.0]

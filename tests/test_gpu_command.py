@@ -1,4 +1,4 @@
-"""tools/gpu.py: a part that fails or hangs ends no other, and each gets its line."""
+"""tools/benchmarks/gpu.py: every part runs and is reported, even if another one fails or hangs."""
 
 import sys
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from ranks import ROOT
 
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path.insert(0, str(ROOT / "tools" / "benchmarks"))
 import gpu
 
 
@@ -24,7 +24,7 @@ def parts(monkeypatch):
     return known
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="one part is without a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="one part requires a machine without a GPU")
 def test_gpu_command_runs_every_part_after_failures(parts, tmp_path, capsys):
     assert gpu.main(["--out", str(tmp_path)]) == 1
     lines = capsys.readouterr().out.splitlines()
@@ -41,7 +41,7 @@ def test_gpu_command_runs_every_part_after_failures(parts, tmp_path, capsys):
     assert (tmp_path / "report.txt").read_text().splitlines() == lines
 
 
-def test_gpu_command_names_parts_without_time_left(parts, tmp_path, capsys):
+def test_gpu_command_reports_parts_without_time_left(parts, tmp_path, capsys):
     assert gpu.main(["--out", str(tmp_path), "--budget", "1", "--only", "works"]) == 1
     assert capsys.readouterr().out.splitlines() == ["works     not run: no time left"]
 

@@ -1,4 +1,4 @@
-"""A real pretrain() on one GPU, from the wheel of megatron-core, through the launcher (`make gpu`)."""
+"""pretrain() of the megatron-core wheel on one GPU, through the launcher (`make gpu`)."""
 
 import os
 import subprocess
@@ -24,8 +24,8 @@ FLAGS = (
     "--global-batch-size 16 --micro-batch-size 4 --bf16 --calculate-per-token-loss --transformer-impl local "
     "--no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-persist-layer-norm --no-rope-fusion "
 )
-SCHEDULE = "--loss-type dft:start=3,ramp=4 --no-loss-compact-masked-tokens --no-check-for-nan-in-loss-and-grad "
-# Megatron alone calls make at its start, for which the wheel has no Makefile.
+SCHEDULE = "--loss-type dft:start=3,ramp=4 --no-dft-compact-masked-tokens --no-check-for-nan-in-loss-and-grad "
+# Without the launcher, Megatron calls make, and the wheel has no Makefile.
 ALONE = f"""
 import runpy, sys
 from megatron.core.datasets import utils
@@ -37,7 +37,7 @@ runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
 
 @pytest.fixture(scope="module")
 def curves(tmp_path_factory):
-    """curves(flags): what a run logs to TensorBoard; without flags that of Megatron alone. Each run is started once."""
+    """curves(flags): TensorBoard curves of a run; without flags, of Megatron without the launcher. Runs are cached."""
     pytest.importorskip("megatron.training")
     pytest.importorskip("tensorboard")
     known = {}
@@ -65,24 +65,24 @@ def curves(tmp_path_factory):
 def test_nll_matches_megatron_on_gpu(curves):
     theirs, ours = curves(), curves("--loss-type nll")
     for tag in ("lm loss", "grad-norm"):
-        assert ours[tag] == pytest.approx(theirs[tag], rel=2e-3), tag  # bf16; other kernels
+        assert ours[tag] == pytest.approx(theirs[tag], rel=2e-3), tag  # bf16, and different kernels
     assert len(theirs["lm loss"]) == 10
 
 
 def test_dft_with_full_metrics_and_channels_trains_on_gpu(curves):
-    found = curves("--loss-type dft --loss-metrics full --loss-channels a,b", CHANNELS="3")
+    found = curves("--loss-type dft --dft-metrics full --dft-channels a,b", CHANNELS="3")
     assert found["lm loss"][-1] < found["lm loss"][0]
-    assert sum(found[f"channel/{name} tokens"][0] for name in ("other", "a", "b")) == found["valid tokens"][0]
+    assert sum(found[f"dft/channel/{name}/tokens"][0] for name in ("other", "a", "b")) == found["dft/valid_tokens"][0]
 
 
 def test_linear_fused_matches_full_logits_on_gpu(curves):
-    full, fused = curves("--loss-type dft"), curves("--loss-type dft --loss-linear-fused")
-    for tag in ("lm loss", "grad-norm", "dft prob"):
+    full, fused = curves("--loss-type dft"), curves("--loss-type dft --dft-linear-fused")
+    for tag in ("lm loss", "grad-norm", "dft/prob"):
         assert fused[tag] == pytest.approx(full[tag], rel=2e-3), tag
 
 
 def test_schedule_in_full_iteration_cuda_graph_matches_eager(curves):
     eager = curves(SCHEDULE)
     graph = curves(f"{SCHEDULE} --cuda-graph-impl full_iteration --te-rng-tracker")
-    for tag in ("lm loss", "dft blend", "dft loss", "valid tokens"):
+    for tag in ("lm loss", "dft/blend", "dft/loss", "dft/valid_tokens"):
         assert graph[tag] == pytest.approx(eager[tag], rel=2e-3), tag

@@ -1,4 +1,4 @@
-"""Scripts through the launcher: each trains with the objective, or ends with a non-zero exit code and the reason."""
+"""The launcher: each script trains with the objective, or fails with a non-zero exit code and the reason."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ IMPORT = "from megatron.training import argument_utils, arguments, get_args, pre
 
 
 def variant(host, name, *changes):
-    """The script of the tests with changes, each of which must apply."""
+    """Write a copy of the training script with text changes. Each old text must occur."""
     text = SCRIPT.read_text()
     for old, new in changes:
         assert old in text, old
@@ -39,16 +39,16 @@ def test_launcher_replaces_pretrain_imported_from_defining_module(host, pretrain
     agree(host.curves(DFT, script=script), host.curves(DFT), 0.0)
 
 
-# What a script does instead, and how the run ends.
+# Changes of the script that bypass the objective, and the error of the run.
 MISSED = {
-    "own loop": ("    main()", "    print('trained')", "without a call of Megatron's pretrain()"),
-    "exit": ("    main()", "    import sys; sys.exit(0)", "without a call of Megatron's pretrain()"),
+    "own loop": ("    main()", "    print('trained')", "the script did not call Megatron's pretrain()"),
+    "exit": ("    main()", "    import sys; sys.exit(0)", "the script did not call Megatron's pretrain()"),
     "loss in forward_step": (
         'labels=batch["labels"] if needs_labels else None',
         "labels=None",
-        "the loss of this model does not come from the objective",
+        "the objective did not compute the loss of this model",
     ),
-    "loss thrown away": (
+    "loss discarded": (
         '    return output, partial(loss_func, batch["loss_mask"])',
         "    if last:\n"
         '        logits = model(batch["tokens"], batch["position_ids"], None)\n'
@@ -56,12 +56,12 @@ MISSED = {
         "        ce = torch.nn.functional.cross_entropy\n"
         "        output = ce(logits.transpose(1, 2).float(), targets, reduction='none')\n"
         '    return output, partial(loss_func, batch["loss_mask"])',
-        "a gradient came back to 0 of them; forward_step trains on another loss",
+        "received a gradient in 0; forward_step trains on another loss",
     ),
     "loss without gradients": (
         "    output = model(",
         "    with torch.no_grad(): output = model(",
-        "forward_step did not call it with labels and with gradients",
+        "forward_step called it without labels or without gradients",
     ),
     "loss replaced": (
         "    needs_tokens, needs_labels",
@@ -71,15 +71,15 @@ MISSED = {
         "        globals()['mine'] = inner.compute_language_model_loss = "
         "lambda labels, logits: logits.float().logsumexp(-1).t()\n"
         "    needs_tokens, needs_labels",
-        "the loss of this model does not come from the objective",
+        "the objective did not compute the loss of this model",
     ),
 }
 
 
-MISSED["refusal passed over"] = (
+MISSED["error caught"] = (
     "    main()",
     "    try:\n        main()\n    except Exception as error:\n        print('ignored', error)",
-    "pretrain() ended with an error that the script has caught",
+    "pretrain() ended with an error that the script caught",
 )
 
 
@@ -88,13 +88,13 @@ MISSED["refusal passed over"] = (
 def test_launcher_fails_if_objective_reaches_no_model(host, name):
     old, new, reason = MISSED[name]
     changes = [(old, new)]
-    if name == "refusal passed over":
+    if name == "error caught":
         changes.append(MISSED["loss in forward_step"][:2])
     if name == "loss without gradients":
-        changes.append(MISSED["loss thrown away"][:2])
+        changes.append(MISSED["loss discarded"][:2])
     code, output = host.start(DFT, script=variant(host, name.replace(" ", "_"), *changes))
     assert code != 0 and reason in output, output[-2000:]
-    assert "dft loss" not in output
+    assert "dft/loss" not in output
 
 
 def test_launcher_fails_on_every_rank_without_pretrain_call(host):
@@ -123,7 +123,7 @@ LATER = (
 
 @pytest.mark.parametrize("form", ["tensor", "list"])
 def test_wrong_loss_mask_in_later_iteration_fails_run(host, form):
-    """At the latest when pretrain() ends; in the first micro-batch it is refused at once."""
+    """The run fails at the end of pretrain() at the latest. The first micro-batch is checked at once."""
     changes = [(LATER[0], LATER[1].replace("FORM", "" if form == "tensor" else "(lambda x: [x] if last else x)"))]
     if form == "list":
         changes.append(("output.view(-1).float()", "output[0].view(-1).float()"))
@@ -132,13 +132,13 @@ def test_wrong_loss_mask_in_later_iteration_fails_run(host, form):
 
 
 def test_channels_fail_run_if_no_label_carries_one(host):
-    code, output = host.start(f"{DFT} --loss-channels a,b")
+    code, output = host.start(f"{DFT} --dft-channels a,b")
     assert "no label of the first iteration carries a channel" in output
-    assert code != 0 and "--loss-channels a,b: no label of this run carried a channel" in output
+    assert code != 0 and "--dft-channels a,b: no label of this run carried a channel" in output
 
 
 def test_pretrain_restores_pre_wrap_hooks(host):
-    """So that a second pretrain() of it does not bind the loss twice."""
+    """Otherwise a second pretrain() of the configuration would bind the loss twice."""
     script = variant(
         host,
         "hooks",
@@ -158,7 +158,7 @@ def test_launcher_keeps_exit_code_of_script(host):
 
 
 def test_launcher_without_objective_replaces_nothing(tmp_path):
-    """Not even with our own flags; and the script sees none of them."""
+    """Also with --loss-type ce. The script receives no flags of megatron_dft."""
     script = tmp_path / "look.py"
     script.write_text(
         "import sys, megatron.training.training as t, megatron.training.arguments as a\n"
@@ -173,10 +173,10 @@ def test_launcher_without_objective_replaces_nothing(tmp_path):
 
 
 def test_device_flag_is_accepted_before_and_after_script(host):
-    for words in (["--device", "cpu", "SCRIPT"], ["--device=cpu", "SCRIPT"], ["SCRIPT", "--device", "cpu"]):
+    for argv in (["--device", "cpu", "SCRIPT"], ["--device=cpu", "SCRIPT"], ["SCRIPT", "--device", "cpu"]):
         script = host.folder / "device.py"
         script.write_text("import sys, os; print('argv', sys.argv[1:2], os.environ['CUDA_VISIBLE_DEVICES'] == '')\n")
-        command = [sys.executable, "-m", "megatron_dft.launch", *[str(script) if w == "SCRIPT" else w for w in words]]
+        command = [sys.executable, "-m", "megatron_dft.launch", *[str(script) if x == "SCRIPT" else x for x in argv]]
         output = subprocess.run([*command, "--lr", "1"], capture_output=True, text=True, timeout=120, check=True).stdout
         assert "argv ['--lr'] True" in output
 
@@ -192,43 +192,44 @@ RERUN = (
 
 @pytest.mark.parametrize(("layout", "ranks"), [("", 1), (PP2, 2)])
 def test_rerun_step_is_counted_once(host, layout, ranks):
-    """Its rerun state machine, on by default, repeats forward and backward of a step whose loss it rejects."""
-    flags = f"{DFT} {layout} --loss-metrics full --loss-channels a,b --save {host.folder / 'rerun'} --save-interval 3 "
+    """Megatron's rerun state machine, on by default, repeats a step whose loss it rejects."""
+    flags = f"{DFT} {layout} --dft-metrics full --dft-channels a,b --save {host.folder / 'rerun'} --save-interval 3 "
     plain = host.curves(flags, ranks=ranks, CHANNELS="3")
     run = host.begin(flags, script=variant(host, "rerun", RERUN), ranks=ranks, CHANNELS="3")
     assert run.wait() == 0, run.output()[-3000:]
     assert "First rerun" in run.output()
     agree(run.curves(), plain, 1e-6)
-    total = plain["valid tokens total"][-1]
+    total = plain["dft/valid_tokens_total"][-1]
     resumed = host.curves(
         f"{flags} --load {host.folder / 'rerun'} --train-iters 4 --override-opt-param-scheduler",
         ranks=ranks,
         CHANNELS="3",
     )
-    assert resumed["valid tokens total"][-1] == total + resumed["valid tokens"][-1]
+    assert resumed["dft/valid_tokens_total"][-1] == total + resumed["dft/valid_tokens"][-1]
 
 
-SFT = "--sft "  # of which pretrain() reads only how validation is averaged, if data and batches are the script's own
+SFT = "--sft "  # only changes how pretrain() averages validation, as the script has its own data and batches
 
 
 @pytest.mark.parametrize("sft", ["", SFT])
 @pytest.mark.parametrize(("layout", "ranks"), [("", 1), (CP2, 2), (DP, 2), (TP2, 2)])
 def test_validation_is_mean_over_tokens(host, sft, layout, ranks):
-    """Whatever the micro-batch size and the layout; Megatron's own, under --sft, is a mean of means."""
-    common = f"{DFT} {sft} --no-create-attention-mask-in-dataloader --loss-metrics full --loss-channels a,b,c "
+    """In every micro-batch size and layout. Under --sft, Megatron's own validation is a mean of means."""
+    common = f"{DFT} {sft} --no-create-attention-mask-in-dataloader --dft-metrics full --dft-channels a,b,c "
     one = host.curves(f"{common} --micro-batch-size 8", CHANNELS="4")
     many = host.curves(f"{common} --micro-batch-size 1 {layout}", ranks=ranks, CHANNELS="4")
     names = [name for name in one if "validation" in name and "vs samples" not in name]
-    assert {"lm loss validation", "dft prob validation", "channel/b nll validation"} <= set(names)
+    assert {"lm loss validation", "dft/prob validation", "dft/channel/b/nll validation"} <= set(names)
     for name in names:
         assert many[name] == pytest.approx(one[name], rel=2e-5), name
 
 
 def test_valid_tokens_are_summed_over_data_parallel_ranks(host):
-    """Reported by Megatron's own all-reduce of the report, so the counts of all ranks are there."""
+    """Megatron's all-reduce of the report sums the counts of all ranks."""
     one = host.curves(DFT)
     four = host.curves(f"{DFT} {DP} --micro-batch-size 2", ranks=4)
-    assert four["valid tokens"] == one["valid tokens"] and four["valid tokens total"] == one["valid tokens total"]
+    for name in ("dft/valid_tokens", "dft/valid_tokens_total"):
+        assert four[name] == one[name]
 
 
 def test_sft_error_names_attention_mask_flag(host):
@@ -238,7 +239,7 @@ def test_sft_error_names_attention_mask_flag(host):
 
 
 def test_legacy_loss_func_is_rejected_only_with_per_token_loss(host):
-    """Two values: a mean over the micro-batch and the report."""
+    """The legacy loss_func returns two values: a mean over the micro-batch and the report."""
     two = variant(
         host,
         "two_values",

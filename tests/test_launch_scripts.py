@@ -1,4 +1,4 @@
-"""The launch scripts start real training, and start it again after a death; SLURM's is only parsed here."""
+"""examples/launch: the scripts train and restart killed ranks. slurm.sh is only parsed."""
 
 import os
 import shutil
@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 from host_flags import TP2
 from host_runs import Host
-from launch_script_runs import DEATH, LAUNCH, RUN, SAVED, STEPS, curves_in, environment, script_in, steps_in
+from launch_script_runs import KILLED, LAUNCH, RUN, SAVED, STEPS, curves_in, environment, script_in, steps_in
 
 pytest.importorskip("megatron.training")
 pytest.importorskip("tensorboard")
 pytestmark = [pytest.mark.host, pytest.mark.slow]
 
 
-def launch(name: str, words: list[str], log: Path, **more: str) -> int:
-    """Exit code of a launch script, 124 if it hangs; its output goes to a file."""
+def launch(name: str, argv: list[str], log: Path, **more: str) -> int:
+    """Exit code of a launch script; 124 if it hangs. Its output is written to a file."""
     with log.open("w") as file:
         return subprocess.run(
-            ["timeout", "300", "bash", str(LAUNCH / name), *words],  # SIGTERM: torchrun ends its ranks, then itself
+            ["timeout", "300", "bash", str(LAUNCH / name), *argv],  # on SIGTERM, torchrun ends its ranks, then exits
             env={**os.environ, **environment(**more)},
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -28,15 +28,15 @@ def launch(name: str, words: list[str], log: Path, **more: str) -> int:
 
 def test_launch_script_restarts_killed_rank_with_unchanged_curves(tmp_path):
     folders = f"--save {tmp_path}/saved --load {tmp_path}/saved --tensorboard-dir {tmp_path}/logs --device cpu"
-    words = [str(script_in(tmp_path)), *f"{RUN} {TP2} {folders}".split()]
+    argv = [str(script_in(tmp_path)), *f"{RUN} {TP2} {folders}".split()]
     log = tmp_path / "log.txt"
-    code = launch("one_machine.sh", words, log, GPUS="2", DIE_ONCE_IN_ITERATION=str(DEATH))
+    code = launch("one_machine.sh", argv, log, GPUS="2", KILL_ONCE_IN_ITERATION=str(KILLED))
     assert code == 0, log.read_text()[-6000:]
-    assert steps_in(log) == [*range(1, DEATH), *range(SAVED + 1, STEPS + 1)]
-    whole = Host(tmp_path).curves(f"{RUN} {TP2}", ranks=2)
+    assert steps_in(log) == [*range(1, KILLED), *range(SAVED + 1, STEPS + 1)]
+    uninterrupted = Host(tmp_path).curves(f"{RUN} {TP2}", ranks=2)
     for tag, values in curves_in(tmp_path / "logs").items():
-        left = STEPS - SAVED if len(whole[tag]) == STEPS else 1  # an evaluation has one value
-        assert values[-left:] == whole[tag][-left:], tag
+        left = STEPS - SAVED if len(uninterrupted[tag]) == STEPS else 1  # an evaluation has one value
+        assert values[-left:] == uninterrupted[tag][-left:], tag
 
 
 def test_launch_script_preflight_stops_run_before_launch(tmp_path):

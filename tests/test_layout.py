@@ -1,4 +1,4 @@
-"""The house: imports point down only, Megatron is imported late, and every public name is documented."""
+"""The package layout: imports point to lower layers only, Megatron is imported lazily, public names are documented."""
 
 import ast
 import inspect
@@ -11,36 +11,33 @@ import pytest
 import megatron_dft
 
 PACKAGE = Path(megatron_dft.__file__).parent
-FLOORS = {
-    "version": 0,
-    "stats": 0,
-    "channels": 0,
-    "data": 1,
-    "objectives": 1,
-    "reference": 2,
-    "triton_kernels": 2,
-    "metrics": 2,
-    "compaction": 1,
-    "autograd": 3,
-    "survey": 3,
-    "compiled": 4,
-    "linear": 4,
-    "config": 5,
-    "vocab_parallel": 5,
-    "hosts": 6,
-    "launch": 7,
-    "bridge": 7,
-    "advise": 8,
-    "doctor": 8,
-    "__init__": 9,
-}
+LAYERS = (
+    ("version", "utils"),
+    ("ops",),
+    ("channels", "metrics"),
+    ("config", "data"),
+    ("hosts",),
+    ("testing",),
+    ("launch", "launch_bridge"),
+    ("advisor", "doctor"),
+    ("cli",),
+    ("__main__", "__init__"),
+)
+LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
 HOST_PACKAGES = {"megatron", "nemo", "transformers", "transformer_engine", "datasets", "apex", "lightning"}
+ALLOWED = {
+    "hosts": HOST_PACKAGES,
+    "testing": {"megatron"},
+    "advisor": {"megatron"},
+    "doctor": {"megatron"},
+    "data": {"transformers"},
+}
 FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in PACKAGE.rglob("*.py")}
 NODES = {name: list(ast.walk(ast.parse(path.read_text()))) for name, path in FILES.items()}
 
 
 def imported(name):
-    """Full names of what a file imports, at any depth of its code."""
+    """Dotted names that a file imports, at module level and inside of functions."""
     for node in NODES[name]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -49,27 +46,28 @@ def imported(name):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def room(dotted):
-    """The part of the house that megatron_dft.x.y lives in; the package itself for its public names."""
+def module_of(dotted):
+    """The module or subpackage x of megatron_dft.x.y; `__init__` for the public names."""
     part = dotted.split(".")[1] if "." in dotted else "__init__"
-    return part if part in FLOORS else "__init__"
+    return part if part in LAYER_OF else "__init__"
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_imports_point_to_lower_layers_only(name):
     own = name.split("/")[0]
-    assert own in FLOORS, f"{name}.py has no floor yet"
+    assert own in LAYER_OF, f"{name}.py: {own} is missing in LAYERS"
+    packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     for dotted in imported(name):
         if dotted.split(".")[0] == "megatron_dft":
-            below = FLOORS[room(dotted)] < FLOORS[own] or own == room(dotted) in ("hosts", "data")
-            assert below, f"{name}.py (floor {FLOORS[own]}) imports {dotted}"
+            other = module_of(dotted)
+            allowed = LAYER_OF[other] < LAYER_OF[own] or (own == other and own in packages)
+            assert allowed, f"{name}.py (layer {LAYER_OF[own]}) imports {dotted} (layer {LAYER_OF[other]})"
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_only_hosts_import_megatron(name):
+def test_only_listed_packages_import_megatron(name):
     foreign = {dotted.split(".")[0] for dotted in imported(name)} & HOST_PACKAGES
-    allowed = {"transformers"} if name.startswith("data/") else set()
-    assert foreign <= allowed or name.startswith("hosts/"), f"{name}.py imports {foreign}"
+    assert foreign <= ALLOWED.get(name.split("/")[0], set()), f"{name}.py imports {foreign}"
 
 
 def test_package_import_imports_no_host():

@@ -1,8 +1,8 @@
-"""Every parallel layout, through Megatron's own pretrain(), against the same run on one rank.
+"""Every parallel layout, through Megatron's own pretrain(), matches the same run on one rank.
 
-Each run starts from one checkpoint, so that initialisation per pipeline stage does not matter, and trains in fp32 on
-data of which whole samples are masked, as are whole micro-batches and ranks. Whatever is logged must agree: losses,
-gradient norms, our metrics, token counts, evaluation.
+All runs start from one checkpoint, because pipeline stages are initialized differently. They train in fp32 on data with
+fully masked samples, micro-batches and ranks. Everything logged must agree: losses, gradient norms, dft metrics, token
+counts, evaluation.
 """
 
 import importlib.util
@@ -25,7 +25,7 @@ STEPS, BATCH = 3, 8
 
 @pytest.fixture(scope="module")
 def flags(host):
-    """flags(model): what a run of that model has in common, from its checkpoint on."""
+    """flags(model): the common flags of all runs of a model, which start from its checkpoint."""
 
     def of(model, batch=BATCH):
         path, common = host.folder / model, common_flags(model)
@@ -36,7 +36,7 @@ def flags(host):
 
 
 def common_flags(model):
-    """A hybrid model's pattern says how many layers it has."""
+    """Model flags. The pattern of a hybrid model defines its number of layers."""
     return (MODEL.replace("--num-layers 4 ", "") if "hybrid" in model else MODEL) + MODELS[model]
 
 
@@ -89,10 +89,10 @@ def test_parallel_layout_matches_one_rank(host, flags, name):
     agree(host.curves(common + layout, ranks=ranks), host.curves(common))
 
 
-HAS_PROCESSOR = importlib.util.find_spec("megatron.core.models.hybrid") is not None  # both came with 0.18
-PASS = "--no-loss-compact-masked-tokens "
-CHUNKS = "--loss-linear-fused --loss-vocab-chunk 5 "
-KEPT = "--loss-linear-fused --loss-vocab-chunk 11 --loss-keep-chunks 1 "
+HAS_PROCESSOR = importlib.util.find_spec("megatron.core.models.hybrid") is not None  # both exist from 0.18 on
+PASS = "--no-dft-compact-masked-tokens "
+CHUNKS = "--dft-linear-fused --dft-vocab-chunk 5 "
+KEPT = "--dft-linear-fused --dft-vocab-chunk 11 --dft-keep-chunks 1 "
 needs_hybrid = pytest.mark.skipif(not HAS_HYBRID, reason="this pretrain() does not build a HybridModel")
 OVERLAP = DP + "--overlap-grad-reduce --overlap-param-gather "
 
@@ -114,7 +114,7 @@ OVERLAP = DP + "--overlap-grad-reduce --overlap-param-gather "
         ("tied", PP2, 2, CHUNKS),
         ("tied", TP2 + SP, 2, KEPT),
         ("mtp", TP2, 2, PASS),
-        pytest.param("mtp", PP2, 2, CHUNKS, marks=pytest.mark.skipif(not HAS_PROCESSOR, reason="refused before 0.18")),
+        pytest.param("mtp", PP2, 2, CHUNKS, marks=pytest.mark.skipif(not HAS_PROCESSOR, reason="rejected before 0.18")),
         pytest.param("hybrid", "", 1, PASS, marks=needs_hybrid),
         pytest.param("hybrid", TP2 + SP, 2, PASS, marks=needs_hybrid),
         pytest.param("hybrid", TP2 + SP, 2, KEPT, marks=needs_hybrid),
@@ -125,7 +125,7 @@ OVERLAP = DP + "--overlap-grad-reduce --overlap-param-gather "
     ],
 )
 def test_compaction_and_linear_fused_leave_curves_unchanged(host, flags, model, layout, ranks, how):
-    """Of the output layer: masked tokens skip it by default, pass it, or it is computed in chunks."""
+    """Masked tokens skip the output layer (the default) or pass it, or it is computed in chunks."""
     common = f"{flags(model)} {PER_TOKEN} --micro-batch-size 1 --loss-type dft {layout}"
     agree(host.curves(common + how, ranks=ranks), host.curves(common, ranks=ranks), 2e-6)
 
@@ -134,8 +134,8 @@ def test_compaction_and_linear_fused_leave_curves_unchanged(host, flags, model, 
 def test_triton_training_matches_torch_backend(host, flags):
     common = f"{flags('dense', 4)} {PER_TOKEN} --micro-batch-size 2 --loss-type deft "
     one = host.curves(common)
-    agree(host.curves(f"{common} {TP2} {SP} {RECOMPUTE} --loss-backend triton", ranks=2), one)
-    agree(host.curves(f"{common} --loss-backend triton {CHUNKS}"), one)
+    agree(host.curves(f"{common} {TP2} {SP} {RECOMPUTE} --dft-backend triton", ranks=2), one)
+    agree(host.curves(f"{common} --dft-backend triton {CHUNKS}"), one)
 
 
 @pytest.mark.parametrize(
@@ -143,17 +143,17 @@ def test_triton_training_matches_torch_backend(host, flags):
     [
         ("dense", TP2 + PP2, 4),
         ("dense", "--bf16 " + TP2, 2),
-        ("mtp", "--loss-mtp same " + CP2, 2),
+        ("mtp", "--dft-mtp same " + CP2, 2),
         ("moe", EP2 + DP, 2),
         pytest.param("hybrid", TP2 + SP, 2, marks=needs_hybrid),
         pytest.param("hybrid-mtp", "", 1, marks=needs_hybrid),
     ],
 )
 def test_nll_matches_megatron_in_same_layout(host, flags, model, layout, ranks):
-    """Not on one rank: of multi-token prediction under CP, Megatron itself weighs each rank's part by its own count."""
+    """Compares equal layouts: under CP, Megatron weights each rank's multi-token-prediction loss by its own count."""
     common = f"{flags(model)} {PER_TOKEN} --micro-batch-size 1 "
     ours = host.curves(f"{common} {layout} --loss-type nll", ranks=ranks)
-    stock = host.curves(common + layout.replace("--loss-mtp same", ""), ranks=ranks)
+    stock = host.curves(common + layout.replace("--dft-mtp same", ""), ranks=ranks)
     agree({tag: ours[tag] for tag in stock}, stock, 1e-3 if "bf16" in layout else 1e-5)
 
 
@@ -163,28 +163,30 @@ def test_hybrid_mtp_rejects_compaction_and_linear_fused(host, flags):
     reason = "HybridModel with multi-token prediction, whose heads share the output layer"
     code, output = host.start(common)
     assert code == 0 and f"masked tokens pass through the output layer, because of {reason}" in output
-    for flag in ("--loss-linear-fused", "--loss-compact-masked-tokens"):
+    for flag in ("--dft-linear-fused", "--dft-compact-masked-tokens"):
         code, output = host.start(f"{common} {flag}")
-        assert code != 0 and f"{flag}: expected a model" in output and reason in output
+        assert code != 0 and f"{flag} is not supported with" in output and reason in output
 
 
 def test_bf16_under_tp_matches_one_rank(host, flags):
     common = f"{flags('dense')} {PER_TOKEN} --micro-batch-size 1 --loss-type dft --bf16 "
-    agree(host.curves(common + TP2, ranks=2), host.curves(common), 1e-3)  # a quarter of the spacing of bf16
+    agree(host.curves(common + TP2, ranks=2), host.curves(common), 1e-3)  # a quarter of bf16 precision
 
 
 @pytest.mark.parametrize("mtp", ["nll", "same"])
 def test_mtp_keeps_nll_or_uses_objective(host, flags, mtp):
     common = f"{flags('mtp')} {PER_TOKEN} --micro-batch-size 1 "
-    stock, ours = host.curves(common), host.curves(f"{common} --loss-type dft --loss-mtp {mtp}")
-    assert ours["mtp_1 loss"][0] == pytest.approx(stock["mtp_1 loss"][0], rel=1e-6)  # a value is always the NLL
-    other = host.curves(f"{common} --loss-type dft --loss-mtp {'same' if mtp == 'nll' else 'nll'}")
+    stock, ours = host.curves(common), host.curves(f"{common} --loss-type dft --dft-mtp {mtp}")
+    assert ours["mtp_1 loss"][0] == pytest.approx(
+        stock["mtp_1 loss"][0], rel=1e-6
+    )  # the reported value is always the NLL
+    other = host.curves(f"{common} --loss-type dft --dft-mtp {'same' if mtp == 'nll' else 'nll'}")
     assert (ours["grad-norm"][0] < other["grad-norm"][0]) == (mtp == "same")
-    agree(host.curves(f"{common} --loss-type dft --loss-mtp {mtp} {PP2}", ranks=2), ours)
+    agree(host.curves(f"{common} --loss-type dft --dft-mtp {mtp} {PP2}", ranks=2), ours)
 
 
-# Normalisation. A batch of 4 samples, of which one has no valid token, one a single one, one some, and one all.
-NORMALISATION = {  # what the README says: grad norm of the first step with per-token loss, and without
+# Gradient normalization. The batch has 4 samples with no, one, some and all tokens valid.
+NORMALIZATION = {  # rows of the README: grad norm of the first step with and without per-token loss
     "1 rank, micro-batch 4": ("--micro-batch-size 4", 1),
     "1 rank, 2 micro-batches of 2": ("--micro-batch-size 2", 1),
     "1 rank, 4 micro-batches of 1": ("--micro-batch-size 1", 1),
@@ -194,31 +196,33 @@ NORMALISATION = {  # what the README says: grad norm of the first step with per-
 }
 
 
-@pytest.mark.parametrize("layout", NORMALISATION)
-def test_gradient_normalization_matches_readme(host, flags, layout):
-    words, ranks = NORMALISATION[layout]
-    row = re.search(rf"^\| {re.escape(layout)} \| (\S+) \| (\S+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+@pytest.mark.parametrize("layout", NORMALIZATION)
+def test_gradient_normalization_matches_docs(host, flags, layout):
+    layout_flags, ranks = NORMALIZATION[layout]
+    row = re.search(
+        rf"^\| {re.escape(layout)} \| (\S+) \| (\S+) \|", (ROOT / "docs/support.md").read_text(), re.MULTILINE
+    )
     common = f"{flags('dense', batch=4)} --loss-type dft "
-    per_token = host.curves(f"{common} {PER_TOKEN} {words}", ranks=ranks)
+    per_token = host.curves(f"{common} {PER_TOKEN} {layout_flags}", ranks=ranks)
     agree(per_token, host.curves(f"{common} {PER_TOKEN} --micro-batch-size 4"))
-    assert per_token["valid tokens"][0] == 0 + 1 + 13 + 32
+    assert per_token["dft/valid_tokens"][0] == 0 + 1 + 13 + 32
     assert f"{per_token['grad-norm'][0]:.4f}" == row[1]
     if "CP" in layout:
-        code, output = host.start(common + words, ranks=ranks)
-        assert code != 0 and "expected --calculate-per-token-loss with --context-parallel-size 2" in output
+        code, output = host.start(common + layout_flags, ranks=ranks)
+        assert code != 0 and "with --context-parallel-size 2 requires --calculate-per-token-loss" in output
         assert row[2] == "refused"
     else:
-        default = host.curves(common + words, ranks=ranks)
+        default = host.curves(common + layout_flags, ranks=ranks)
         assert default["lm loss"][0] == pytest.approx(per_token["lm loss"][0], rel=1e-6)
         assert f"{default['grad-norm'][0]:.4f}" == row[2]
 
 
 def test_rank_without_valid_tokens_keeps_training(host, flags):
-    """Of each batch of 2, the first rank gets samples without a valid token or with some, the second with 1 or all."""
+    """Batches of 2: the first rank gets samples with no or some valid tokens, the second with 1 or all."""
     common = f"{flags('dense', batch=2)} --loss-type dft --micro-batch-size 1 "
-    for words in (PER_TOKEN + DP, PER_TOKEN + CP2, DP):
-        curves = host.curves(common + words, ranks=2)
-        assert curves["valid tokens"][0] == 1 and len(curves["lm loss"]) == STEPS
+    for layout_flags in (PER_TOKEN + DP, PER_TOKEN + CP2, DP):
+        curves = host.curves(common + layout_flags, ranks=2)
+        assert curves["dft/valid_tokens"][0] == 1 and len(curves["lm loss"]) == STEPS
         assert all(math.isfinite(value) for values in curves.values() for value in values)
 
 
@@ -227,10 +231,10 @@ def test_valid_tokens_are_counted_and_logged(host, flags):
     run = host.begin(f"{common} {CP2} {DP} --eval-interval 1", ranks=4)
     assert run.wait() == 0
     curves, every = run.curves(), read_curves(run.folder)
-    assert curves["valid tokens"] == host.curves(common)["valid tokens"]
-    assert curves["valid tokens total"] == list(itertools.accumulate(curves["valid tokens"]))
-    assert all(value > 0.0 for value in every["valid tokens per second"])
-    assert "valid tokens validation" not in every
+    assert curves["dft/valid_tokens"] == host.curves(common)["dft/valid_tokens"]
+    assert curves["dft/valid_tokens_total"] == list(itertools.accumulate(curves["dft/valid_tokens"]))
+    assert all(value > 0.0 for value in every["dft/valid_tokens_per_second"])
+    assert "dft/valid_tokens validation" not in every
     console = run.output()
-    assert re.search(r"valid tokens: .* valid tokens per second: ", console)
-    assert "valid tokens total" not in console  # which averages over --log-interval
+    assert re.search(r"dft/valid_tokens: .* dft/valid_tokens_per_second: ", console)
+    assert "dft/valid_tokens_total" not in console  # the console averages over --log-interval

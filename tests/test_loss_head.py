@@ -1,7 +1,8 @@
-"""Where the loss starts at the hidden states of a real Megatron model: what surrounds the output layer still works."""
+"""LossHead on Megatron models: hooks, gradient accumulation, errors and unsupported output layers."""
 
 import importlib.util
 import itertools
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +11,8 @@ from ranks import run_ranks
 from tiny_models import (
     BATCH,
     SEQUENCE,
+    VARIANTS,
     VOCAB,
-    WAYS,
     batch,
     forward,
     gpt,
@@ -22,21 +23,22 @@ from tiny_models import (
     transformer_config,
 )
 
-from megatron_dft import DFTConfig, install
+from megatron_dft import DFTConfig, install, parse_objective
 from megatron_dft.hosts import compat
+from megatron_dft.hosts.loss_head import Schedule
 
 pytest.importorskip("megatron.core")
 
-HAS_HYBRID = importlib.util.find_spec("megatron.core.models.hybrid") is not None  # and output_processor: from 0.18 on
-ROWS = ("dropped", "chunks", "chunks, not dropped", "chunks, kept")  # of WAYS, all in which the loss starts earlier
+HAS_HYBRID = importlib.util.find_spec("megatron.core.models.hybrid") is not None  # with output_processor, from 0.18 on
+FROM_HIDDEN = ("dropped", "chunks", "chunks, not dropped", "chunks, kept")  # variants that start at hidden states
 
 
-def dft(way="dropped", **settings):
-    return DFTConfig(loss_type="dft", **WAYS[way], **settings)
+def dft(variant="dropped", **settings):
+    return DFTConfig(loss_type="dft", **VARIANTS[variant], **settings)
 
 
 def message(action):
-    """Of the error, or that there is none."""
+    """The error message of an action, or "no error"."""
     try:
         action()
     except ValueError as error:
@@ -45,7 +47,7 @@ def message(action):
 
 
 def adapted(model):
-    """With an output layer of a class of its own, as adapters, quantization and fp8 bring along."""
+    """Give the output layer its own class, as adapters, quantization and fp8 do."""
     layer = model.output_layer
     layer.__class__ = type("LowRankOutput", (type(layer),), {"forward": lambda self, *args, **kwargs: None})
     return model
@@ -86,7 +88,7 @@ def bert():
     return BertModel(transformer_config(), 0, bert_layer_local_spec, VOCAB, SEQUENCE)
 
 
-NEITHER = {  # models whose loss cannot start at the hidden states, and what the error says they are
+NEITHER = {  # models without support for compaction and linear-fused, and the reason in the error
     "overlap": (gpt, configured(overlap_moe_expert_parallel_comm=True), "--overlap-moe-expert-parallel-comm"),
     "deferral": (gpt, configured(defer_embedding_wgrad_compute=True), "--defer-embedding-wgrad-compute"),
     "adapter": (gpt, adapted, "an output layer that is LowRankOutput (fp8, fp4, an adapter)"),
@@ -106,7 +108,7 @@ NOT_IN_CHUNKS = {
 
 
 def refusals():
-    """For each model: the message when a feature is asked for, and whether the default leaves it out."""
+    """For each model: the error for a requested feature, and whether the default disables it."""
 
     def refused(make, change, config):
         return message(lambda: install([change(make())], config))
@@ -131,10 +133,10 @@ def refusals():
     return facts
 
 
-def without_labels(make, way):
-    """Logits of a model with the loss on it, before and after it was trained; and after a forward pass that failed."""
+def without_labels(make, variant):
+    """Logits of a model with the loss, before and after a backward pass and a forward pass that failed."""
     torch.manual_seed(1)
-    model = install([make()], dft(way)).chunks[0]
+    model = install([make()], dft(variant)).chunks[0]
     tokens, labels, mask = batch()
 
     def logits():
@@ -150,27 +152,30 @@ def without_labels(make, way):
     return first, logits(), "forward" in vars(model.output_layer)
 
 
-def fused_accumulation(way, tied, sequence_parallel):
-    """main_grad after a micro-batch, what autograd was told beside it, and all other gradients."""
+def fused_accumulation(variant, tied, sequence_parallel):
+    """main_grad after a micro-batch, the weight gradient that autograd received, and all other gradients."""
     from megatron.core.tensor_parallel import layers
 
-    # The CUDA extension that Megatron calls here, in PyTorch.
+    # A PyTorch version of the CUDA extension that Megatron calls here.
     layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(
         wgrad_gemm_accum_fp32=lambda rows, gradient, main_grad: main_grad.addmm_(gradient.t(), rows)
     )
     model = gpt(tied=tied, sequence_parallel=sequence_parallel)
     weight = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
-    weight.main_grad, weight.grad_added_to_main_grad = torch.full_like(weight, 0.5), False  # of one before
+    weight.main_grad, weight.grad_added_to_main_grad = (
+        torch.full_like(weight, 0.5),
+        False,
+    )  # from the previous micro-batch
     model.output_layer.gradient_accumulation_fusion = True
-    if way:
-        install([model], DFTConfig(loss_type="nll", **WAYS[way]))
+    if variant:
+        install([model], DFTConfig(loss_type="nll", **VARIANTS[variant]))
     others = {name: g for name, g in gradients(model)[1].items() if "output_layer" not in name}
     return weight.main_grad, weight.grad_added_to_main_grad, weight.grad if tied else weight.grad.shape, others
 
 
-def layer_before_and_after(make, way):
-    """The state of an output layer under sequence parallelism, around a forward pass."""
-    model = install([make(sequence_parallel=True)], dft(way)).chunks[0]
+def layer_before_and_after(make, variant):
+    """The state of an output layer under sequence parallelism, before and after a forward pass."""
+    model = install([make(sequence_parallel=True)], dft(variant)).chunks[0]
 
     def state():
         layer = model.output_layer
@@ -181,18 +186,18 @@ def layer_before_and_after(make, way):
     return before, state()
 
 
-def late_weight(way):
-    """A hook that brings the weight just before the layer is used, as DDP's overlapped gathering of parameters does."""
-    model = install([gpt()], DFTConfig(loss_type="nll", **WAYS[way])).chunks[0]
+def late_weight(variant):
+    """Gradients of a model whose pre-hook loads the weight before use, as DDP's overlapped parameter gather does."""
+    model = install([gpt()], DFTConfig(loss_type="nll", **VARIANTS[variant])).chunks[0]
     weight, calls = model.output_layer.weight, []
     right = weight.detach().clone()
     weight.data.zero_()
 
-    def bring(module, args):
+    def load(module, args):
         calls.append(len(calls))
         weight.data.copy_(right)
 
-    model.output_layer.register_forward_pre_hook(bring)
+    model.output_layer.register_forward_pre_hook(load)
     return gradients(model), bool(calls)
 
 
@@ -200,13 +205,13 @@ def on_ranks():
     start()
     facts = refusals() | {"host": gradients(gpt())}
     makes = {"gpt": gpt, "hybrid": hybrid} if HAS_HYBRID else {"gpt": gpt}
-    for name, way in itertools.product(makes, ROWS):
-        facts["logits", name, way] = without_labels(makes[name], way)
-        facts["layer", name, way] = layer_before_and_after(makes[name], way)
-    for tied, split, way in itertools.product([False, True], [False, True], [None, *ROWS]):
-        facts["main_grad", tied, split, way] = fused_accumulation(way, tied, split)
-    for way in ROWS:
-        facts["late", way] = late_weight(way)
+    for name, variant in itertools.product(makes, FROM_HIDDEN):
+        facts["logits", name, variant] = without_labels(makes[name], variant)
+        facts["layer", name, variant] = layer_before_and_after(makes[name], variant)
+    for tied, split, variant in itertools.product([False, True], [False, True], [None, *FROM_HIDDEN]):
+        facts["main_grad", tied, split, variant] = fused_accumulation(variant, tied, split)
+    for variant in FROM_HIDDEN:
+        facts["late", variant] = late_weight(variant)
     return facts
 
 
@@ -218,75 +223,87 @@ def facts():
 @pytest.mark.parametrize("name", NEITHER | NOT_DROPPED)
 def test_unsupported_compaction_is_off_by_default_and_rejected_on_request(facts, name):
     reason = (NEITHER | NOT_DROPPED)[name][2]
-    assert "--loss-compact-masked-tokens: expected a model" in facts[0]["dropped", name]
-    assert f"got {reason}" in facts[0]["dropped", name] and "leave the flag out" in facts[0]["dropped", name]
-    compacts, said = facts[0]["default", name]
-    assert not compacts and f"masked tokens pass through the output layer, because of {reason}" in said
+    assert "--dft-compact-masked-tokens is not supported" in facts[0]["dropped", name]
+    assert re.search(f"not supported with {re.escape(reason)}.*; remove the flag", facts[0]["dropped", name])
+    compacts, description = facts[0]["default", name]
+    assert not compacts and f"masked tokens pass through the output layer, because of {reason}" in description
 
 
 @pytest.mark.parametrize("name", NEITHER | NOT_IN_CHUNKS)
 def test_linear_fused_is_rejected_where_unsupported(facts, name):
     reason = (NEITHER | NOT_IN_CHUNKS)[name][2]
-    assert "--loss-linear-fused: expected a model" in facts[0]["chunks", name]
-    assert f"got {reason}" in facts[0]["chunks", name]
+    assert "--dft-linear-fused is not supported" in facts[0]["chunks", name]
+    assert re.search(f"not supported with {re.escape(reason)}.*; remove the flag", facts[0]["chunks", name])
 
 
 def test_linear_fused_rejects_fully_sharded_parameters():
     for name in ("use_megatron_fsdp", "use_torch_fsdp2"):
         compat.check_settings(SimpleNamespace(**{name: True}), dft())
-        with pytest.raises(ValueError, match=r"--loss-linear-fused: .* got fully sharded parameters"):
+        with pytest.raises(ValueError, match=r"--dft-linear-fused cannot be combined with fully sharded parameters"):
             compat.check_settings(SimpleNamespace(**{name: True}), dft("chunks"))
 
 
 def test_compaction_is_on_for_gpt_and_rejected_for_bert(facts):
     assert facts[0]["passes"] == (True, None)
-    assert "got BertModel, which is not a decoder" in facts[0]["bert"]
+    assert "not supported with BertModel, which is not a decoder" in facts[0]["bert"]
 
 
 def test_forward_rejects_unsupported_output_or_mask(facts):
     assert "loss_mask: expected one weight for each of the labels (3, 8), got (3, 9)" in facts[0]["loss mask"]
-    assert "logits that stay split" in facts[0]["gathered"]
+    assert "runtime_gather_output=True is not supported with labels" in facts[0]["gathered"]
     assert "call the model, model(...), not model.forward(...)" in facts[0]["passed by"]
     if HAS_HYBRID:
         assert "output_processor: expected none" in facts[0]["processor"]
 
 
-@pytest.mark.parametrize("way", ROWS)
+@pytest.mark.parametrize("variant", FROM_HIDDEN)
 @pytest.mark.parametrize("name", ["gpt", "hybrid"] if HAS_HYBRID else ["gpt"])
-def test_forward_without_labels_returns_logits_even_after_error(facts, name, way):
+def test_forward_without_labels_returns_logits_even_after_error(facts, name, variant):
     for rank in facts:
-        first, last, left_over = rank["logits", name, way]
+        first, last, left_over = rank["logits", name, variant]
         assert first.shape == (BATCH, SEQUENCE, VOCAB // 2) and torch.equal(first, last) and not left_over
 
 
-@pytest.mark.parametrize("way", ROWS)
+@pytest.mark.parametrize("variant", FROM_HIDDEN)
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
-def test_gradient_accumulation_fusion_matches_megatron(facts, tied, split, way):
+def test_gradient_accumulation_fusion_matches_megatron(facts, tied, split, variant):
     for rank in facts:
-        (ours, added, told, others), (stock, stock_added, stock_told, stock_others) = (
-            rank["main_grad", tied, split, name] for name in (way, None)
+        (ours, added, returned, others), (stock, stock_added, stock_returned, stock_others) = (
+            rank["main_grad", tied, split, name] for name in (variant, None)
         )
         same(ours, stock, 2e-5)
         assert added and stock_added and (ours != 0.5).any()
         same(others, stock_others, 2e-5)
         if tied:
-            same(told, stock_told, 2e-5)  # of the embedding alone
+            same(returned, stock_returned, 2e-5)  # of the embedding only
         else:
-            assert told == stock_told
+            assert returned == stock_returned
 
 
-@pytest.mark.parametrize("way", ROWS)
+@pytest.mark.parametrize("variant", FROM_HIDDEN)
 @pytest.mark.parametrize("name", ["gpt", "hybrid"] if HAS_HYBRID else ["gpt"])
-def test_forward_restores_output_layer_state(facts, name, way):
-    before, after = facts[0]["layer", name, way]
+def test_forward_restores_output_layer_state(facts, name, variant):
+    before, after = facts[0]["layer", name, variant]
     assert before == after == (True, False, False)
 
 
-@pytest.mark.parametrize("way", ROWS)
-def test_output_layer_pre_hooks_run_before_weight_is_read(facts, way):
+@pytest.mark.parametrize("variant", FROM_HIDDEN)
+def test_output_layer_pre_hooks_run_before_weight_is_read(facts, variant):
     for rank in facts:
-        (loss, gradient), called = rank["late", way]
+        (loss, gradient), called = rank["late", variant]
         assert called
         same(loss, rank["host"][0] * batch()[2], 2e-5)
         same(gradient, rank["host"][1], 2e-5)
+
+
+def test_schedule_updates_blend_tensor_in_place():
+    schedule, cpu = Schedule(parse_objective("dft:ramp=4")), torch.device("cpu")
+    with pytest.raises(
+        ValueError, match=r"--loss-type dft:start=0,ramp=4: no iteration was set; call begin\(iteration\)"
+    ):
+        schedule.objective(cpu)
+    schedule.begin(1)
+    captured = schedule.objective(cpu).blend
+    schedule.begin(3)
+    assert captured.item() == 0.75 and schedule.objective(cpu).blend is captured

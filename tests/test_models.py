@@ -1,4 +1,4 @@
-"""The loss on other models than a plain GPT, on two tensor-parallel ranks: Megatron's own loss against ours."""
+"""The loss on models other than a plain GPT matches Megatron's own loss, on two tensor-parallel ranks."""
 
 import importlib.util
 import itertools
@@ -10,8 +10,8 @@ from ranks import run_ranks
 from tiny_models import (
     BATCH,
     SEQUENCE,
+    VARIANTS,
     VOCAB,
-    WAYS,
     batch,
     dft_line,
     forward,
@@ -30,7 +30,7 @@ IMAGE_LENGTH, IMAGE_TOKEN = 5, -200
 
 
 def llava():
-    """A language model behind the embeddings of images, which come from another pipeline stage."""
+    """A LLaVA model. Its image embeddings come from another pipeline stage."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.multimodal.llava_model import LLaVAModel
 
@@ -56,7 +56,7 @@ def llava():
 
 
 def frozen():
-    """Only one layer is trained, and the output layer is not: the gradient of the logits still passes through."""
+    """A GPT in which only one layer is trained. The gradient passes through the frozen output layer."""
     model = gpt()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("linear_qkv" in name)
@@ -64,7 +64,7 @@ def frozen():
 
 
 class LowRank(torch.nn.Module):
-    """x -> x A B, added to what a frozen linear layer computes."""
+    """x -> x A B, added to the output of a frozen linear layer."""
 
     def __init__(self, linear):
         super().__init__()
@@ -74,7 +74,7 @@ class LowRank(torch.nn.Module):
 
 
 def lora():
-    """Every weight of the base is frozen, the output layer's too."""
+    """A GPT with a LoRA adapter. All base weights are frozen, including the output layer."""
     model = gpt().requires_grad_(False)
     model.adapter = LowRank(model.decoder.layers[0].self_attention.linear_qkv)
     return model
@@ -85,11 +85,11 @@ def forward_with_mask(model, tokens, labels, loss_mask):
 
 
 def forward_with_images(model, tokens, labels, loss_mask):
-    """The first token of each text is an image; its labels and mask grow with it."""
+    """Forward with an image as the first token of each text. LLaVA expands labels and mask."""
     tokens = torch.cat([torch.full((BATCH, 1), IMAGE_TOKEN), tokens[:, 1:]], dim=1)
     images = torch.zeros(BATCH, 3, 28, 28)
     loss, mask = model(images, tokens, torch.arange(SEQUENCE).expand(BATCH, -1), None, labels, loss_mask)
-    return loss * mask  # Megatron's own has a loss where the label is -100
+    return loss * mask  # Megatron's own loss is not 0 where the label is -100
 
 
 MODELS = {
@@ -101,7 +101,9 @@ MODELS = {
     "llava": llava,
 }
 if importlib.util.find_spec("megatron.core.models.hybrid") is not None:  # from 0.18 on
-    if importlib.util.find_spec("megatron.core.transformer.linear_cross_entropy") is None:  # dev fails to scale them
+    if (
+        importlib.util.find_spec("megatron.core.transformer.linear_cross_entropy") is None
+    ):  # Megatron dev does not scale the logits
         MODELS["scaled logits"] = partial(gpt, use_mup=True, mup_output_mult=0.5)
     MODELS |= {
         "hybrid": hybrid,
@@ -109,8 +111,8 @@ if importlib.util.find_spec("megatron.core.models.hybrid") is not None:  # from 
     }
 
 
-def loss_and_gradients(name, objective, transform=lambda loss: loss, **way):
-    """Of one micro-batch under the objective, None: Megatron's own loss; then None where a parameter has none."""
+def loss_and_gradients(name, objective, transform=lambda loss: loss, **variant):
+    """Loss and gradients of one micro-batch. Objective None: Megatron's own loss. Gradient None: not trained."""
     forward_step = forward_with_images if name == "llava" else forward_with_mask
     torch.manual_seed(1)
     model = MODELS[name]()
@@ -118,7 +120,7 @@ def loss_and_gradients(name, objective, transform=lambda loss: loss, **way):
         with torch.no_grad():
             getattr(model, "language_model", model).output_layer.weight.mul_(40.0)
     if objective:
-        install([model], DFTConfig(loss_type=objective, **way))
+        install([model], DFTConfig(loss_type=objective, **variant))
     loss = forward_step(model, *batch())
     upstream = torch.linspace(0.0, 1.5, loss.numel()).view(loss.shape)
     (transform(loss) * upstream).sum().backward()
@@ -131,8 +133,8 @@ def on_ranks():
     for name in MODELS:
         facts[name, "stock"] = loss_and_gradients(name, None)
         facts[name, "stock with the line"] = loss_and_gradients(name, None, dft_line)
-        for objective, way in itertools.product(("nll", "dft"), WAYS):
-            facts[name, objective, way] = loss_and_gradients(name, objective, **WAYS[way])
+        for objective, variant in itertools.product(("nll", "dft"), VARIANTS):
+            facts[name, objective, variant] = loss_and_gradients(name, objective, **VARIANTS[variant])
     return facts
 
 
@@ -141,18 +143,18 @@ def facts():
     return run_ranks(2, on_ranks, timeout=150)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", MODELS)
-def test_nll_matches_megatron_loss_and_gradient(facts, name, way):
+def test_nll_matches_megatron_loss_and_gradient(facts, name, variant):
     for rank in facts:
-        same(rank[name, "nll", way], rank[name, "stock"], 2e-5)
+        same(rank[name, "nll", variant], rank[name, "stock"], 2e-5)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", MODELS)
-def test_dft_gradient_matches_megatron_loss_with_detached_weight(facts, name, way):
+def test_dft_gradient_matches_megatron_loss_with_detached_weight(facts, name, variant):
     for rank in facts:
-        loss, gradients = rank[name, "dft", way]
+        loss, gradients = rank[name, "dft", variant]
         same(loss, rank[name, "stock"][0], 2e-5)
         same(gradients, rank[name, "stock with the line"][1], 2e-5)
         trained = {n for n, gradient in gradients.items() if gradient is not None and gradient.any()}

@@ -1,4 +1,4 @@
-"""NeMo 2's own llm.pretrain(), by recipes of NeMo-Run, on CPU ranks; and the error where there is no NeMo 2."""
+"""llm.pretrain() of NeMo 2 with recipes of NeMo-Run, on CPU ranks; the import error without NeMo 2."""
 
 import csv
 import dataclasses
@@ -14,11 +14,11 @@ from ranks import ROOT, Rendezvous
 
 from megatron_dft import DFTConfig
 
-METRICS = ["dft loss", "dft prob", "dft gate", "dft accuracy"]
+METRICS = ["dft/loss", "dft/prob", "dft/gate", "dft/accuracy"]
 
 
 def python(folder, code):
-    """What a Python prints that finds the packages of a folder first."""
+    """Run code in a Python process that imports the packages of a folder first."""
     environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=folder)
 
@@ -34,37 +34,36 @@ def test_nemo_3_import_error_names_megatron_bridge(tmp_path):
     assert error.startswith(
         "ImportError: expected NeMo 2 with nemo.collections.llm, whose last release is nemo-toolkit 2"
     )
-    assert (
-        "got nemo-toolkit 3.0.0" in error and "for NeMo 3 use Megatron-Bridge: python -m megatron_dft.bridge" in error
-    )
+    assert "got nemo-toolkit 3.0.0" in error
+    assert "for NeMo 3 use Megatron-Bridge: python -m megatron_dft.launch_bridge" in error
 
 
 @pytest.fixture(scope="module")
 def nemo():
     pytest.importorskip("nemo.collections", reason="needs NeMo 2: make test-nemo")
-    os.environ["TORCH_CUDA_ARCH_LIST"] = "9.0"  # megatron-core compiles for the GPU that is there when it is imported
+    os.environ["TORCH_CUDA_ARCH_LIST"] = "9.0"  # megatron-core compiles for the present GPU when it is imported
     from megatron_dft.hosts import nemo
 
     return nemo
 
 
 class Runs:
-    """Each distinct run is started once."""
+    """Starts each distinct run once."""
 
     def __init__(self, folder):
         self.folder, self.known = folder, {}
 
-    def __call__(self, *words, ranks=1):
-        """What it logged: of training steps, and of validations."""
-        if words not in self.known:
-            self.known[words] = self.start(words, ranks)
-        return self.known[words]
+    def __call__(self, *arguments, ranks=1):
+        """The logged metrics of training steps and validations."""
+        if arguments not in self.known:
+            self.known[arguments] = self.start(arguments, ranks)
+        return self.known[arguments]
 
-    def start(self, words, ranks):
-        rendezvous, out = Rendezvous(), self.path(words)
+    def start(self, arguments, ranks):
+        rendezvous, out = Rendezvous(), self.path(arguments)
         here = rendezvous.environment | {"WORLD_SIZE": str(ranks)}
         here |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "NEMO_HOME": str(self.folder / "home")}
-        command = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "nemo_training.py"), str(out), *words]
+        command = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "nemo_training.py"), str(out), *arguments]
         outputs = [self.folder / f"{out.name}.{rank}.txt" for rank in range(ranks)]
         processes = [
             subprocess.Popen(
@@ -91,8 +90,8 @@ class Runs:
         names = [name for name in rows[0] if name != "step"]
         return {name: [float(row[name]) for row in rows if row[name]] for name in names}
 
-    def path(self, words):
-        return self.folder / ("-".join(words).replace("=", "_").replace(":", "_") or "stock")
+    def path(self, arguments):
+        return self.folder / ("-".join(arguments).replace("=", "_").replace(":", "_") or "stock")
 
 
 @pytest.fixture(scope="module")
@@ -115,24 +114,24 @@ def test_dft_logs_metrics_beside_nll(runs):
     stock, ours = runs(), runs("loss_type=dft")
     assert set(ours) - set(stock) == {*METRICS, *(f"val {name}" for name in METRICS)}
     assert ours["reduced_train_loss"][0] == pytest.approx(stock["reduced_train_loss"][0], rel=1e-6)
-    assert ours["dft gate"] == ours["dft prob"] and len(ours["dft prob"]) == 4
-    assert ours["grad_norm"][0] < 0.1 * stock["grad_norm"][0]  # gates are small where training begins
+    assert ours["dft/gate"] == ours["dft/prob"] and len(ours["dft/prob"]) == 4
+    assert ours["grad_norm"][0] < 0.1 * stock["grad_norm"][0]  # gates are small at the start of training
 
 
 def test_histograms_and_channels_under_tp_match_one_rank(runs):
-    details = ("loss_type=dft", "metrics=full", "channels=a")
-    one, two = runs(*details), runs(*details, "tp=2", ranks=2)
+    settings = ("loss_type=dft", "metrics=full", "channels=a")
+    one, two = runs(*settings), runs(*settings, "tp=2", ranks=2)
     names = [name for name in one if "/" in name or name.endswith("entropy")]
     assert len(names) == 2 * (20 + 2 * 4 - 3 + 1)  # training and validation; no token is in channel a
     for step in range(4):
-        assert sum(one[f"dft prob/{i / 10}-{(i + 1) / 10}"][step] for i in range(10)) == pytest.approx(1.0)
-    assert one["channel/other prob"] == pytest.approx(one["dft prob"]) and set(one["channel/a tokens"]) == {0.0}
+        assert sum(one[f"dft/prob/{i / 10}-{(i + 1) / 10}"][step] for i in range(10)) == pytest.approx(1.0)
+    assert one["dft/channel/other/prob"] == pytest.approx(one["dft/prob"]) and set(one["dft/channel/a/tokens"]) == {0.0}
     agree(two, one, names)
 
 
 @pytest.mark.parametrize("layout", ["tp=2", "pp=2"])
 def test_parallel_layout_matches_one_rank(runs, layout):
-    """Pipeline stages are initialised differently, so there only their own report is compared."""
+    """PP initializes stages differently, so its runs are compared with each other."""
     one, two = runs("loss_type=dft"), runs("loss_type=dft", layout, ranks=2)
     assert set(two) == set(one)
     if layout == "tp=2":
@@ -141,7 +140,7 @@ def test_parallel_layout_matches_one_rank(runs, layout):
         assert two["reduced_train_loss"] == pytest.approx(one["reduced_train_loss"], rel=0.05)
         stock = runs("loss_type=nll", layout, ranks=2)
         assert two["reduced_train_loss"][0] == pytest.approx(stock["reduced_train_loss"][0], rel=1e-6)
-        assert two["dft accuracy"][0] == stock["dft accuracy"][0] and two["dft prob"][0] == stock["dft prob"][0]
+        assert two["dft/accuracy"][0] == stock["dft/accuracy"][0] and two["dft/prob"][0] == stock["dft/prob"][0]
 
 
 def test_checkpoint_contains_no_megatron_dft_objects(runs):
@@ -203,10 +202,20 @@ class TestRecipes:
         assert defaults == {f.name: f.default for f in dataclasses.fields(DFTConfig)} | {"loss_type": "dft"}
 
     def test_yaml_file_adds_callback_to_recipe(self, nemo, tmp_path):
-        """As the command of NeMo-Run does, up to the point where it would train."""
+        """The dry run of the `nemo` command of NeMo-Run."""
         yaml, out = ROOT / "examples" / "conf" / "nemo2" / "dft.yaml", tmp_path / "out.yaml"
-        words = ["llm", "finetune", "--factory", "llama3_8b", "--yaml", str(yaml), "--dryrun", "--to-yaml", str(out)]
-        command = [Path(sys.executable).parent / "nemo", *words]
+        arguments = [
+            "llm",
+            "finetune",
+            "--factory",
+            "llama3_8b",
+            "--yaml",
+            str(yaml),
+            "--dryrun",
+            "--to-yaml",
+            str(out),
+        ]
+        command = [Path(sys.executable).parent / "nemo", *arguments]
         run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
         assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
         text = out.read_text()

@@ -1,4 +1,4 @@
-"""The family on vectors of statistics: values, gates, invariants and the language of specifications."""
+"""Objectives on token statistics: losses, gates, invariants, specifications and schedules."""
 
 import math
 from dataclasses import dataclass
@@ -6,24 +6,25 @@ from dataclasses import dataclass
 import pytest
 import torch
 from formulas import FORMULAS, example, loss_and_gradient, token
+from kernel_cases import at_iteration
 
 from megatron_dft import OBJECTIVES, Objective, TokenStats, parse_objective, token_loss, vocab_parallel_dft_loss
-from megatron_dft.objectives import Power, Reweighted, Scheduled, Tsallis
-from megatron_dft.stats import ShardStats, token_stats
+from megatron_dft.ops.objectives import Power, Reweighted, Scheduled, Tsallis
+from megatron_dft.ops.stats import ShardStats, token_stats
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-12}
 INF, NAN = math.inf, math.nan
 
 
 def stats_of(logits, target):
-    """The statistics, without the library."""
+    """TokenStats, computed without the library."""
     t = token(logits, target)
     zeroed = (x.masked_fill(~t.valid, 0.0) for x in (t.H, t.C))
     return TokenStats((-t.l).masked_fill(~t.valid, 0.0), t.valid, None, *zeroed, vocab_size=logits.shape[-1])
 
 
 def stats_at(*p):
-    """Statistics of tokens with these target probabilities, over 8 words of which the others share the rest."""
+    """TokenStats of these target probabilities in a vocabulary of 8. The other entries share the rest equally."""
     p = torch.tensor(p, dtype=torch.float64)
     rest = (1 - p) / 7
     entropy = -torch.special.xlogy(p, p) - 7 * torch.special.xlogy(rest, rest)
@@ -56,7 +57,7 @@ def test_objective_loss_and_gate_match_formula(specification):
 def test_gate_is_derivative_or_detached_weight(specification):
     objective = parse_objective(specification)
     stats = stats_at(0.001, 0.15, 1 / math.e, 0.5, 0.99)
-    if objective.name == "cayley":  # its exponent is detached as well: a Box-Cox per token
+    if objective.name == "cayley":  # its exponent is detached as well, so it is a Box-Cox per token
         exponents = objective.exponent(stats)
         for i, a in enumerate(exponents.tolist()):
             both = zip(objective(stats), Tsallis(q=a)(stats), strict=True)
@@ -133,7 +134,7 @@ def test_dft_gradient_raises_low_probability_targets(p):
     token_loss(nll, "dft").backward(one)
     assert nll.grad.item() == pytest.approx(p, abs=1e-15)
 
-    leaf = logits.clone().requires_grad_()  # what it would be without the detach
+    leaf = logits.clone().requires_grad_()  # the gradient without detach
     t = token(leaf, target)
     (t.p * t.l).sum().backward()
     assert leaf.grad[0, 0].item() == pytest.approx(-p * (1 + math.log(p)) * (1 - p)) and leaf.grad[0, 0] > 0
@@ -151,7 +152,7 @@ def test_dft_gradient_raises_low_probability_targets(p):
         ("threshold:lo=0,hi=0.2", (INF, 1), (0, 0)),
         ("threshold:lo=0,base=prob", (1, 0), (0, 1)),
         ("cayley:floor=0", (1000, 0), (0, 1)),
-        ("cayley:floor=1", (2, 0), (0, 1)),  # mean p = 1/2: the NaN is not counted
+        ("cayley:floor=1", (2, 0), (0, 1)),  # mean p = 1/2, without the NaN
         ("deft", (7, 0), (0, 1)),
         ("entropy:form=ratio", (INF, math.log(7) / math.log(8)), (0, 0)),
         ("entropy:form=complement", (INF, 1 - math.log(7) / math.log(8)), (0, 1)),
@@ -171,7 +172,7 @@ def test_loss_and_gate_at_p_0_p_1_and_nan(specification, at_0, at_1):
 
 
 def test_rounding_keeps_probability_at_most_one():
-    """A sum that comes out as 1 - 1e-7 must not give p > 1, H < 0 or C > 1; nor must an NLL of -1e-7."""
+    """A sum of 1 - 1e-7 or an NLL of -1e-7, by rounding, must not give p > 1, H < 0 or C > 1."""
     one, zero = torch.ones(1), torch.zeros(1)
     stats = token_stats(ShardStats(zero, -1e-7 * one, zero, zero, one), one.bool(), 8)
     assert (stats.prob, stats.nll, stats.entropy, stats.collision) == (1.0, 0.0, 0.0, 1.0)
@@ -224,7 +225,7 @@ def test_omitted_parameters_keep_defaults():
         ("luffy:gamma=0", "'luffy': expected 1e-9 <= gamma <= 1e9, got"),
         ("dft:start=-1", "'dft': expected start >= 0 and ramp >= 0, got 'dft:start=-1,ramp=0'"),
         ("dft:ramp=-1", "'dft': expected start >= 0 and ramp >= 0"),
-        ("dft:start=1.5", "'dft': expected a whole number for start=, got '1.5'"),
+        ("dft:start=1.5", "'dft': expected an integer for start=, got '1.5'"),
     ],
 )
 def test_parse_objective_rejects_invalid_specifications(specification, message):
@@ -244,41 +245,33 @@ def test_parse_objective_rejects_invalid_specifications(specification, message):
         (1, 4, [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]),
     ],
 )
-@pytest.mark.parametrize("then", ["dft", "tsallis:q=0.5", "deft"])
-def test_schedule_blends_from_nll_to_objective(then, start, ramp, blends):
+@pytest.mark.parametrize("base", ["dft", "tsallis:q=0.5", "deft"])
+def test_schedule_blends_from_nll_to_objective(base, start, ramp, blends):
     case = example()
-    schedule = parse_objective(f"{then}{',' if ':' in then else ':'}start={start},ramp={ramp}")
+    specification = f"{base}{',' if ':' in base else ':'}start={start},ramp={ramp}"
     for iteration, blend in enumerate(blends, start=1):
-        schedule.begin(iteration)
-        mean = (1 - blend) * gradient("nll", *case) + blend * gradient(then, *case)
-        torch.testing.assert_close(gradient(schedule, *case), mean, **TOLERANCE)
+        objective = at_iteration(specification, iteration)
+        mean = (1 - blend) * gradient("nll", *case) + blend * gradient(base, *case)
+        torch.testing.assert_close(gradient(objective, *case), mean, **TOLERANCE)
         stats = stats_at(0.001, 0.3, 0.99)
-        mean = (1 - blend) * stats.nll + blend * parse_objective(then)(stats)[0]
-        torch.testing.assert_close(schedule(stats)[0], mean, **TOLERANCE)
-        if then == "dft":
-            torch.testing.assert_close(schedule(stats), parse_objective(f"mix:alpha={blend}")(stats), **TOLERANCE)
+        mean = (1 - blend) * stats.nll + blend * parse_objective(base)(stats)[0]
+        torch.testing.assert_close(objective(stats)[0], mean, **TOLERANCE)
+        if base == "dft":
+            torch.testing.assert_close(objective(stats), parse_objective(f"mix:alpha={blend}")(stats), **TOLERANCE)
 
 
 @pytest.mark.parametrize("iteration", [1, 9])
 def test_schedule_ends_are_bitwise_equal_to_objectives(iteration):
-    schedule = parse_objective("dft:start=4,ramp=4")
-    schedule.begin(iteration)
+    objective = at_iteration("dft:start=4,ramp=4", iteration)
     stats = stats_at(0.0, 0.3, 1.0, NAN)
-    for ours, theirs in zip(schedule(stats), parse_objective("nll" if iteration == 1 else "dft")(stats), strict=True):
+    for ours, theirs in zip(objective(stats), parse_objective("nll" if iteration == 1 else "dft")(stats), strict=True):
         assert torch.equal(ours.nan_to_num(-1.0), theirs.nan_to_num(-1.0))
 
 
-def test_schedule_updates_blend_tensor_in_place():
-    schedule = parse_objective("dft:ramp=4")
-    schedule.begin(1)
-    captured = schedule.blend(torch.device("cpu"))
-    schedule.begin(3)
-    assert captured.item() == 0.75
-
-
-def test_schedule_without_begin_raises():
+def test_schedule_without_blend_raises():
     logits, target = torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"'dft:start=2,ramp=0'.*expected begin\(iteration\) before the first loss"):
+    message = r"'dft:start=2,ramp=0' is scheduled and has no blend; pass objective.with_blend\(tensor\)"
+    with pytest.raises(ValueError, match=message):
         vocab_parallel_dft_loss(logits, target, objective="dft:start=2")
 
 

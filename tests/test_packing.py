@@ -1,4 +1,4 @@
-"""Packing: nothing is lost, nothing is too long, little is wasted."""
+"""best_fit: complete, within the row length, at least 99.5% efficient."""
 
 import itertools
 import math
@@ -10,14 +10,14 @@ from megatron_dft.data.packing import best_fit
 
 
 def lengths(count, seed=1, mean=300.0, limit=2048):
-    """Log-normal, as conversations are."""
+    """Log-normal lengths, as those of conversations."""
     rng, sigma = random.Random(seed), 0.8
     draw = (round(rng.lognormvariate(math.log(mean) - sigma**2 / 2, sigma)) for _ in itertools.count())
     return list(itertools.islice((x for x in draw if 0 < x <= limit), count))
 
 
-def best_fit_slowly(sizes, limit):
-    """The room that is left in each row, sorted."""
+def reference_free_lengths(sizes, limit):
+    """Reference implementation of best fit; returns the free length of each row, sorted."""
     rooms = []
     for size in sorted(sizes, reverse=True):
         enough = [room for room in rooms if room >= size]
@@ -37,14 +37,14 @@ def test_best_fit_matches_reference_implementation(seed):
     rows = best_fit(sizes, 20)
     assert sorted(itertools.chain(*rows)) == list(range(60))
     assert all(sum(sizes[i] for i in row) <= 20 for row in rows)
-    assert sorted(20 - sum(sizes[i] for i in row) for row in rows) == best_fit_slowly(sizes, 20)
+    assert sorted(20 - sum(sizes[i] for i in row) for row in rows) == reference_free_lengths(sizes, 20)
 
 
 def test_packing_efficiency_is_above_99_percent():
     sizes = lengths(20000)
     assert 280 < sum(sizes) / len(sizes) < 310
     assert sum(sizes) / 2048 / len(best_fit(sizes, 2048)) > 0.995
-    assert sum(sizes) / 2048 / len(sizes) < 0.15  # one to a row
+    assert sum(sizes) / 2048 / len(sizes) < 0.15  # one conversation per row
 
 
 def test_best_fit_accepts_no_items_and_full_rows():

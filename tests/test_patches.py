@@ -1,4 +1,4 @@
-"""The registry of what is replaced in Megatron: applied everywhere, checked, undone, and shown in CONTRIBUTING.md."""
+"""The registry of patches of Megatron: applied in every module, checked, undone, listed in CONTRIBUTING.md."""
 
 import ast
 import importlib
@@ -16,6 +16,9 @@ from megatron_dft.hosts.patches import REGISTRY, TRAINING, Patches
 PRETRAIN = f"{TRAINING}:pretrain"
 
 
+SETTERS = ("patches.py", "cpu.py", "iterations.py", "bridge.py", "launch_bridge.py", "nemo.py")
+
+
 @pytest.fixture
 def training():
     return pytest.importorskip("megatron.training.training")
@@ -27,11 +30,11 @@ def test_contributing_lists_patch_registry():
 
 
 def test_only_listed_files_assign_to_megatron():
-    """Outside of patches.py only objects are changed: models on which the loss is bound, and settings."""
+    """Other files than patches.py set attributes of objects only: models with a bound loss, and settings."""
     for path in (ROOT / "megatron_dft").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "setattr":
-                assert path.name in ("patches.py", "cpu.py", "iterations.py", "bridge.py", "nemo.py"), path
+                assert path.name in SETTERS, path
             if isinstance(node, ast.Assign):
                 for target in node.targets:
                     assert not ast.unparse(target).startswith("megatron."), (path, ast.unparse(target))
@@ -43,7 +46,7 @@ def test_wrap_replaces_function_in_every_module_and_restores_it(training):
 
     original = training.pretrain
     other = types.ModuleType("some_script")
-    other.start_training = original  # imported under another name before we came
+    other.start_training = original  # imported under another name before the patch
     sys.modules["some_script"] = other
     try:
         with Patches() as applied:
@@ -95,8 +98,8 @@ def test_enable_and_undo_restore_megatron(training):
 
 @pytest.mark.host
 def test_enable_uses_compiled_dataset_helpers_of_wheel():
-    """Without the CPU layer, which has a stand-in of its own; Megatron alone calls make, for which there is no file."""
-    pytest.importorskip("megatron.core.datasets.helpers_cpp", reason="only a wheel is compiled")
+    """Without --device cpu, which has its own patch. Megatron calls make, and a wheel has no Makefile."""
+    pytest.importorskip("megatron.core.datasets.helpers_cpp", reason="needs the compiled helpers of a wheel")
     code = (
         "import sys; from megatron.core.datasets import utils; from megatron_dft import DFTConfig\n"
         "from megatron_dft.hosts import megatron_lm\n"
@@ -104,8 +107,7 @@ def test_enable_uses_compiled_dataset_helpers_of_wheel():
         "utils.compile_helpers(); from megatron.core.datasets import helpers_cpp; print('started')"
     )
     alone, ours = (
-        subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
-        for words in ((), ("ours",))
+        subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True) for argv in ((), ("ours",))
     )
     assert alone.returncode == 1 and "No targets specified and no makefile found" in alone.stderr
     assert ours.returncode == 0 and ours.stdout.endswith("started\n"), ours.stderr

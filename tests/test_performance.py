@@ -1,8 +1,8 @@
-"""Memory and time on a CPU, measured: 1024 tokens x 32768 words, 33.5M logits; from hidden states 512 tokens.
+"""Memory and time of the loss on a CPU: 1024 tokens x 32768 columns, 33.5M logits; with the output layer 512 tokens.
 
-Memory is the peak of a fresh process, from /proc. Time is CPU time of one thread, which other processes on the
-machine disturb least: medians of interleaved runs, against the stock cross entropy and the one line that makes it DFT.
-`pytest tests/test_performance.py -s` prints what it measures.
+Memory is the peak of a fresh process, from /proc. Time is CPU time of one thread, which other processes disturb least.
+It is a median of interleaved runs, divided by that of Megatron's cross entropy with DFT as one line.
+`pytest tests/test_performance.py -s` prints the measurements.
 """
 
 import ctypes
@@ -20,19 +20,19 @@ import torch
 from ranks import megatron_cross_entropy, needs_megatron, run_ranks
 
 from megatron_dft import linear_dft_loss, vocab_parallel_dft_loss
-from megatron_dft.compaction import compacted
+from megatron_dft.ops.compaction import loss_valid_tokens
 
 TOKENS, VOCAB = 1024, 32768
 HIDDEN = 512
 MIB = 1 << 20
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 CLEAR_REFS = Path("/proc/self/clear_refs")
-# The second objective holds a second chunk of rows.
+# entropy allocates a second chunk of rows.
 CASES = list(itertools.product(["dft", "entropy"], [True, False]))
 
 
 def gradient(loss_function, source, target, upstream):
-    """Forward and backward over a fresh copy of the logits that is not a leaf, and the CPU seconds they took."""
+    """Gradient from forward and backward on a non-leaf copy of the logits, and their CPU seconds."""
     logits = source + torch.zeros(1, dtype=source.dtype, requires_grad=True)
     start = time.process_time()
     result = torch.autograd.grad(loss_function(logits, target), logits, upstream)[0]
@@ -40,13 +40,13 @@ def gradient(loss_function, source, target, upstream):
 
 
 def resident(name):
-    """VmRSS or VmHWM, its peak, in bytes."""
+    """VmRSS, or its peak VmHWM, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))
 
 
 def in_fresh_process(code):
-    """What it prints."""
+    """Run code in a fresh process; returns its output."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent), *sys.path]))}
     command = [sys.executable, "-c", f"import test_performance; {code}"]
     out = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -55,10 +55,10 @@ def in_fresh_process(code):
 
 
 def print_extra_bytes(dtype_name):
-    """In a fresh process: the peak of forward + backward over what was there before, for each of CASES."""
+    """Print the additional peak memory of forward + backward for each of CASES. Runs in a fresh process."""
     source = torch.randn(TOKENS, VOCAB).to(DTYPES[dtype_name])
     target, upstream = torch.arange(TOKENS), torch.randn(TOKENS)
-    target[::7] = -100  # rows are picked, not sliced
+    target[::7] = -100  # rows are gathered, not sliced
     before = 0
 
     for specification, inplace in CASES:
@@ -66,10 +66,10 @@ def print_extra_bytes(dtype_name):
         def loss(logits, target, specification=specification, inplace=inplace):
             nonlocal before
             before = resident("VmRSS")
-            CLEAR_REFS.write_text("5")  # the peak starts anew
+            CLEAR_REFS.write_text("5")  # reset the peak
             return vocab_parallel_dft_loss(logits, target, objective=specification, inplace_backward=inplace)
 
-        for rows in (40, TOKENS):  # first a few: threads, allocator, code that is loaded late
+        for rows in (40, TOKENS):  # the first run starts threads and loads code
             kept = gradient(loss, source[:rows], target[:rows], upstream[:rows])
             print(f"{resident('VmHWM') - before} " if rows == TOKENS else "", end="")
             del kept
@@ -83,11 +83,11 @@ def test_loss_memory_beyond_logits_and_gradient_is_below_64_mib(dtype):
         print(f"\n{dtype}, {specification}, inplace_backward={inplace}: {extra / MIB:.0f} MiB", end="")
         allowed = 0 if inplace else TOKENS * VOCAB * DTYPES[dtype].itemsize
         assert extra < allowed + 64 * MIB, f"{specification}, inplace_backward={inplace}: {extra / MIB:.0f} MiB"
-        assert extra > 0.5 * allowed - MIB, "the measurement misses even the gradient"
+        assert extra > 0.5 * allowed - MIB, "the measurement does not include the gradient"
 
 
 def print_bytes_from_hidden():
-    """In a fresh process: what output layer and loss take beyond inputs and gradients: all the logits, in chunks."""
+    """Print the memory of output layer and loss beyond inputs and gradients, with full logits and in chunks."""
     hidden, weight = torch.randn(TOKENS, 64, requires_grad=True), torch.randn(4 * VOCAB, 64, requires_grad=True)
     target, upstream = torch.arange(TOKENS), torch.randn(TOKENS)
 
@@ -97,7 +97,7 @@ def print_bytes_from_hidden():
     def chunks(rows):
         return linear_dft_loss(hidden[:rows], weight, target[:rows])
 
-    for compute, rows in itertools.product((plain, chunks), (40, TOKENS)):  # first a few, as above
+    for compute, rows in itertools.product((plain, chunks), (40, TOKENS)):  # the first run loads code, as above
         ctypes.CDLL(None).malloc_trim(0)
         before = resident("VmRSS")
         CLEAR_REFS.write_text("5")
@@ -113,20 +113,20 @@ def test_linear_dft_loss_memory_is_below_one_sixth_of_full_logits():
     plain, chunks = map(int, out.split())
     logits = 4 * TOKENS * 4 * VOCAB
     print(f"\nall the logits: {plain / MIB:.0f} MiB, in chunks: {chunks / MIB:.0f} MiB", end="")
-    assert 0.95 * logits < plain < 1.1 * logits, "the measurement misses the logits"
+    assert 0.95 * logits < plain < 1.1 * logits, "the measurement does not include the logits"
     assert 0 < chunks < plain / 6
 
 
 def time_ratios():
-    """Ours over Megatron's unfused cross entropy with a detached weight: medians of 7, runs interleaved."""
+    """Time over that of Megatron's unfused cross entropy with a detached weight: medians of 7 interleaved runs."""
     group, cross_entropy = torch.distributed.group.WORLD, megatron_cross_entropy()
 
     def stock(logits, target):
         ce = cross_entropy(logits, target)
         return ce * torch.exp(-ce.detach())
 
-    def ours(logits, target):  # as a host uses it
-        return vocab_parallel_dft_loss(logits, target, tp_group=group, value="nll", inplace_backward=True)
+    def ours(logits, target):  # with the options of a host
+        return vocab_parallel_dft_loss(logits, target, tp_group=group, return_nll=True, inplace_backward=True)
 
     target, upstream = torch.randint(VOCAB, (TOKENS,)), torch.rand(TOKENS)
     ratios = {}
@@ -154,8 +154,11 @@ def test_loss_time_is_within_limit_of_megatron_cross_entropy(ratios, dtype, limi
 
 
 def time_ratios_from_hidden():
-    """Of output layer and loss, 70% masked: masked tokens dropped, and in chunks without that, over the stock loss;
-    and in chunks over all the logits, nothing masked. Medians of 5, runs interleaved."""
+    """Time ratios of output layer and loss: medians of 5 interleaved runs.
+
+    dropped, both    70% masked, masked tokens dropped, full logits or in chunks, over Megatron's loss
+    chunks           nothing masked, in chunks, over full logits
+    """
     group, cross_entropy = torch.distributed.group.WORLD, megatron_cross_entropy()
     hidden, weight = (torch.randn(n, HIDDEN, requires_grad=True) for n in (TOKENS // 2, VOCAB))
     target = torch.randint(VOCAB, (len(hidden),))
@@ -177,7 +180,7 @@ def time_ratios_from_hidden():
         def loss_and_stats(rows, target):
             return vocab_parallel_dft_loss(rows @ weight.t(), target, tp_group=group, inplace_backward=True), None
 
-        return compacted(loss_and_stats, hidden, target, -100)[0]
+        return loss_valid_tokens(loss_and_stats, hidden, target, -100)[0]
 
     def seconds(function, target):
         upstream = (target != -100) / len(target)

@@ -1,10 +1,11 @@
-"""Unmodified scripts through Megatron's own pretrain() on real ranks, started as a user starts them."""
+"""Unmodified scripts through the launcher and Megatron's own pretrain(), on CPU ranks."""
 
 import contextlib
 import importlib.util
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +38,7 @@ def test_nll_matches_megatron_run(chat, checkpoint):
     # With --sft Megatron validates with a mean of means of micro-batches and ranks.
     stock = {tag: x for tag, x in stock.items() if "validation" not in tag}
     agree({tag: ours[tag] for tag in stock}, stock, 1e-5)
-    assert {tag for tag in ours if tag.startswith("dft")} > {"dft loss", "dft prob", "dft gate", "dft accuracy"}
+    assert {tag for tag in ours if tag.startswith("dft")} > {"dft/loss", "dft/prob", "dft/gate", "dft/accuracy"}
 
 
 @pytest.mark.slow
@@ -63,9 +64,9 @@ def test_parallel_layout_matches_one_rank(chat, checkpoint, ranks, layout):
 @pytest.mark.parametrize(
     ("ranks", "flags"),
     [
-        (1, "--no-loss-compact-masked-tokens"),
-        (2, "--loss-linear-fused --loss-vocab-chunk 50 --tensor-model-parallel-size 2 --sequence-parallel"),
-        (2, "--loss-linear-fused --loss-vocab-chunk 50 --context-parallel-size 2"),
+        (1, "--no-dft-compact-masked-tokens"),
+        (2, "--dft-linear-fused --dft-vocab-chunk 50 --tensor-model-parallel-size 2 --sequence-parallel"),
+        (2, "--dft-linear-fused --dft-vocab-chunk 50 --context-parallel-size 2"),
     ],
 )
 def test_compaction_and_linear_fused_leave_curves_unchanged(chat, checkpoint, ranks, flags):
@@ -76,13 +77,13 @@ def test_compaction_and_linear_fused_leave_curves_unchanged(chat, checkpoint, ra
 
 @pytest.mark.slow
 @pytest.mark.host
-@pytest.mark.skipif(not HAS_HYBRID, reason="pretrain() builds it from 0.19 on")
+@pytest.mark.skipif(not HAS_HYBRID, reason="pretrain() builds a HybridModel from 0.19 on")
 @pytest.mark.parametrize(
     ("ranks", "layout"),
     [
         (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
-        (2, "--context-parallel-size 2 --loss-linear-fused --loss-vocab-chunk 50"),
-        (2, "--pipeline-model-parallel-size 2 --no-loss-compact-masked-tokens"),
+        (2, "--context-parallel-size 2 --dft-linear-fused --dft-vocab-chunk 50"),
+        (2, "--pipeline-model-parallel-size 2 --no-dft-compact-masked-tokens"),
     ],
 )
 def test_hybrid_model_on_packed_sequences_matches_one_rank(chat, ranks, layout):
@@ -96,7 +97,7 @@ def test_hybrid_model_on_packed_sequences_matches_one_rank(chat, ranks, layout):
     agree(chat.curves(common + layout, ranks=ranks, script=script), chat.curves(common, script=script), 2e-5)
 
 
-DETAILS = "--loss-type dft --loss-metrics full --loss-channels addition,subtraction"
+FULL_METRICS = "--loss-type dft --dft-metrics full --dft-channels addition,subtraction"
 
 
 @pytest.mark.slow
@@ -107,38 +108,38 @@ DETAILS = "--loss-type dft --loss-metrics full --loss-channels addition,subtract
         (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
         (2, "--pipeline-model-parallel-size 2"),
         (2, "--context-parallel-size 2"),
-        (2, "--loss-linear-fused --loss-vocab-chunk 50"),
-        (1, "--no-loss-compact-masked-tokens --micro-batch-size 3"),
+        (2, "--dft-linear-fused --dft-vocab-chunk 50"),
+        (1, "--no-dft-compact-masked-tokens --micro-batch-size 3"),
     ],
 )
 def test_histograms_and_channels_match_one_rank(chat, checkpoint, ranks, layout):
-    one = chat.curves(f"{chat.sft} {checkpoint} {DETAILS}")
-    many = chat.curves(f"{chat.sft} {checkpoint} {DETAILS} {layout}", ranks=ranks)
+    one = chat.curves(f"{chat.sft} {checkpoint} {FULL_METRICS}")
+    many = chat.curves(f"{chat.sft} {checkpoint} {FULL_METRICS} {layout}", ranks=ranks)
     agree(many, one, 2e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.host
 def test_channels_match_conversations_of_packed_lines(chat, checkpoint):
-    """Two packed lines to a batch, one for each rank."""
-    flags = f"{chat.sft} {checkpoint} {DETAILS} --global-batch-size 2 --train-iters 6"
+    """Batches of two packed lines, one per rank."""
+    flags = f"{chat.sft} {checkpoint} {FULL_METRICS} --global-batch-size 2 --train-iters 6"
     curves = chat.curves(flags, ranks=2)
-    assert sum("/0." in tag for tag in curves) == 2 * 2 * 10  # as iterations and as samples
+    assert sum("/0." in tag for tag in curves) == 2 * 2 * 10  # each over iterations and over samples
     channels = ("other", "addition", "subtraction")
-    counts = {name: curves[f"channel/{name} tokens"] for name in channels}
-    assert [sum(x) for x in zip(*counts.values(), strict=True)] == curves["valid tokens"]
-    for step, valid in enumerate(curves["valid tokens"]):
-        for what, mean in {"nll": "lm loss", "loss": "dft loss", "prob": "dft prob"}.items():
-            weighted = sum(curves[f"channel/{name} {what}"][step] * counts[name][step] for name in channels)
+    counts = {name: curves[f"dft/channel/{name}/tokens"] for name in channels}
+    assert [sum(x) for x in zip(*counts.values(), strict=True)] == curves["dft/valid_tokens"]
+    for step, valid in enumerate(curves["dft/valid_tokens"]):
+        for what, mean in {"nll": "lm loss", "loss": "dft/loss", "prob": "dft/prob"}.items():
+            weighted = sum(curves[f"dft/channel/{name}/{what}"][step] * counts[name][step] for name in channels)
             assert weighted / valid == pytest.approx(curves[mean][step], rel=1e-5)
-    assert sum(curves["channel/other tokens"]) == chat.tokens_of("shopping", 12)
-    assert sum(curves["channel/addition tokens"]) == chat.tokens_of("addition", 12)
+    assert sum(curves["dft/channel/other/tokens"]) == chat.tokens_of("shopping", 12)
+    assert sum(curves["dft/channel/addition/tokens"]) == chat.tokens_of("addition", 12)
 
 
 @pytest.mark.slow
 @pytest.mark.host
 def test_sft_packing_matches_unpacked_training(chat, checkpoint):
-    """Two conversations to a line, and the same ones in lines of their own: one batch of all of them."""
+    """One batch of packed lines of two conversations, and one of the same conversations in separate lines."""
     lines = (chat.folder / "chat" / "noisy_train.jsonl").read_text().splitlines()
     packed = [json.loads(line)["messages"] for line in lines]
     packed = [line for line in packed if sum(message["role"] == "system" for message in line) > 1][:4]
@@ -149,7 +150,7 @@ def test_sft_packing_matches_unpacked_training(chat, checkpoint):
         path.write_text("".join(json.dumps({"messages": line}) + "\n" for line in data))
         flags = chat.sft.replace(str(chat.folder / "chat" / "noisy_train.jsonl"), str(path))
         curves = chat.curves(f"{flags} {checkpoint} --loss-type dft --global-batch-size {len(data)} --train-iters 1")
-        gradient[name] = [curves[tag] for tag in ("lm loss", "dft loss", "dft prob", "valid tokens", "grad-norm")]
+        gradient[name] = [curves[tag] for tag in ("lm loss", "dft/loss", "dft/prob", "dft/valid_tokens", "grad-norm")]
     assert len(conversations) > len(packed)
     for ours, theirs in zip(gradient["packed"], gradient["unpacked"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
@@ -161,17 +162,17 @@ def test_dft_reduces_gradient_norm_and_reports_nll(chat, checkpoint):
     stock = chat.curves(f"{chat.sft} {checkpoint}")
     dft = chat.curves(f"{chat.sft} {checkpoint} --loss-type dft")
     assert dft["lm loss"][0] == pytest.approx(stock["lm loss"][0], rel=1e-6)
-    assert dft["dft loss"][0] < 0.5 * dft["lm loss"][0]
+    assert dft["dft/loss"][0] < 0.5 * dft["lm loss"][0]
     assert dft["grad-norm"][0] < 0.5 * stock["grad-norm"][0]
-    assert dft["dft gate"] == dft["dft prob"]
+    assert dft["dft/gate"] == dft["dft/prob"]
 
 
 @pytest.mark.slow
 @pytest.mark.host
 def test_entropy_objective_reports_entropy(chat, checkpoint):
     two = chat.curves(f"{chat.sft} {checkpoint} --loss-type entropy --bf16 --tensor-model-parallel-size 2", ranks=2)
-    assert two["dft entropy"][0] > 0.0
-    assert "dft entropy validation" in two
+    assert two["dft/entropy"][0] > 0.0
+    assert "dft/entropy validation" in two
 
 
 @pytest.mark.slow
@@ -179,7 +180,7 @@ def test_entropy_objective_reports_entropy(chat, checkpoint):
 def test_incompatible_settings_are_rejected_before_model_is_built(chat):
     code, output = chat.start(f"{CHAT_MOCK} --loss-type dft --context-parallel-size 2", ranks=2)
     assert code != 0
-    assert "expected --calculate-per-token-loss with --context-parallel-size 2" in output
+    assert "with --context-parallel-size 2 requires --calculate-per-token-loss" in output
     assert "number of parameters" not in output
 
 
@@ -188,24 +189,24 @@ def test_incompatible_settings_are_rejected_before_model_is_built(chat):
 def test_log_describes_replaced_loss_once(chat):
     run = chat.begin(f"{CHAT_MOCK} --loss-type dft --tensor-model-parallel-size 2", ranks=2)
     assert run.wait() == 0
-    said = "> megatron_dft: objective dft replaces the cross entropy; `lm loss` stays the NLL; backend torch"
-    assert run.output().count(said) == 1
-    assert run.output().count("--calculate-per-token-loss makes it a mean over all tokens") == 1
+    line = "> megatron_dft: objective dft replaces the cross entropy; `lm loss` stays the NLL; backend torch"
+    assert run.output().count(line) == 1
+    assert run.output().count("--calculate-per-token-loss makes it the mean over all tokens") == 1
     assert run.output().count("> megatron_dft: masked tokens skip the output layer\n") == 1
 
 
 @pytest.mark.slow
 @pytest.mark.host
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "line"),
     [
-        ("--no-loss-compact-masked-tokens", "masked tokens pass through the output layer, as requested\n"),
-        ("--loss-linear-fused", "masked tokens skip the output layer; it is computed with the loss, 8192 columns at"),
+        ("--no-dft-compact-masked-tokens", "masked tokens pass through the output layer, as requested\n"),
+        ("--dft-linear-fused", "masked tokens skip the output layer; linear-fused, 8192 columns per chunk"),
     ],
 )
-def test_log_describes_compaction_and_linear_fused(chat, flags, said):
+def test_log_describes_compaction_and_linear_fused(chat, flags, line):
     _, output = chat.start(f"{CHAT_MOCK} --loss-type dft {flags} --pipeline-model-parallel-size 2", ranks=2)
-    assert output.count("> megatron_dft: " + said) == 1
+    assert output.count("> megatron_dft: " + line) == 1
 
 
 @pytest.mark.slow
@@ -234,12 +235,12 @@ def test_launcher_rejects_invalid_flags_without_traceback(flags, message, tmp_pa
 
 
 def test_yaml_cfg_configures_objective_in_place_of_flags(tmp_path):
-    pytest.importorskip("yaml")  # which Megatron itself needs for the flag
+    pytest.importorskip("yaml")  # Megatron needs it for --yaml-cfg
     path = tmp_path / "run.yaml"
     path.write_text("language_model:\n  num_layers: 2\ndft:\n  loss_type: tsallis:q=0.5\n  mtp: same\n")
     arguments = ["--yaml-cfg", str(path)]
     assert launch.config_of(arguments) == (DFTConfig(loss_type="tsallis:q=0.5", mtp="same"), arguments)
-    with pytest.raises(ValueError, match="expected the objective in one place"):
+    with pytest.raises(ValueError, match="remove one of the two"):
         launch.config_of([*arguments, "--loss-type", "dft"])
     path.write_text("dft:\n  los_type: dft\n")
     with pytest.raises(ValueError, match=r"got 'los_type'; did you mean 'loss_type'"):
@@ -248,8 +249,8 @@ def test_yaml_cfg_configures_objective_in_place_of_flags(tmp_path):
         "dft: [1]\n": "expected KEY: VALUE in the block",
         "dft:\n": "expected KEY: VALUE in the block `dft:`, got None",
         "dft: {}\n": "expected KEY: VALUE in the block",
-        "dtf:\n  loss_type: dft\n": "expected the objective in a block `dft:`, got it at 'dtf'",
-        "loss_type: dft\n": "got it at 'loss_type'",
+        "dtf:\n  loss_type: dft\n": "loss_type is set at 'dtf'; move it to a block `dft:`",
+        "loss_type: dft\n": "loss_type is set at 'loss_type'",
     }.items():
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
@@ -260,11 +261,11 @@ def test_yaml_cfg_configures_objective_in_place_of_flags(tmp_path):
 
 def test_launcher_removes_ce_flag_and_rejects_flags_without_loss_type():
     assert launch.config_of(["--lr", "1", "--loss-type", "ce"]) == (DFTConfig(), ["--lr", "1"])
-    with pytest.raises(ValueError, match=r"mtp: expected an objective beside it, got none; add --loss-type"):
-        launch.config_of(["--loss-mtp", "same"])
-    for words in (["--loss-typ", "dft"], ["--loss_type=dft"], ["--", "--loss-type", "dft"]):
-        with pytest.raises(ValueError, match=r"expected --loss-type, before any"):
-            launch.config_of(words)
+    with pytest.raises(ValueError, match=r"mtp \(--dft-mtp\): no objective; add loss_type"):
+        launch.config_of(["--dft-mtp", "same"])
+    for argv in (["--loss-typ", "dft"], ["--loss_type=dft"], ["--", "--loss-type", "dft"]):
+        with pytest.raises(ValueError, match=r"unknown flag; write --loss-type OBJECTIVE, before any"):
+            launch.config_of(argv)
     assert launch.device_of(["s.py", "--device", "cuda:0"]) == (False, ["s.py", "--device", "cuda:0"])
 
 
@@ -288,15 +289,31 @@ def test_launcher_rejects_megatron_without_pretrain():
     command = [sys.executable, "-m", "megatron_dft.launch", str(EXAMPLE), "--loss-type", "dft", "--device", "cpu"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 1 and "Traceback" not in run.stderr
-    assert "expected a Megatron with its own pretrain(), got none" in run.stderr
+    assert "no Megatron with pretrain() is installed" in run.stderr
 
 
 def test_launcher_prints_usage_and_rejects_missing_script():
     launch = [sys.executable, "-m", "megatron_dft.launch"]
-    assert "--loss-type dft" in subprocess.run(launch, capture_output=True, text=True, check=True).stdout
-    wrong = subprocess.run([*launch, "no_such.py"], capture_output=True, text=True, check=False)
-    assert wrong.returncode == 1
-    assert "expected the path of a Python script, got 'no_such.py'" in wrong.stderr
+    usage = subprocess.run([*launch, "--help"], capture_output=True, text=True, check=True).stdout
+    assert "--loss-type dft" in usage and "--dft-linear-fused" in usage
+    for argv, message in (([], "no script at ''"), (["no_such.py"], "no script at 'no_such.py'")):
+        wrong = subprocess.run([*launch, *argv], capture_output=True, text=True, check=False)
+        assert wrong.returncode == 1 and message in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--dft-metric full", "--dft-metric: unknown flag; did you mean '--dft-metrics'"),
+        ("--no-dft-inplace", "--no-dft-inplace: unknown flag; did you mean '--no-dft-inplace-backward'"),
+        ("--dft-metrics ful", "--dft-metrics: invalid choice: 'ful'"),
+        ("--dft-vocab-chunk x", "--dft-vocab-chunk: invalid int value: 'x'"),
+        ("--loss-type", "--loss-type: expected one argument"),
+    ],
+)
+def test_launcher_rejects_invalid_flag_in_one_line(argv, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        launch.config_of(argv.split())
 
 
 @pytest.mark.slow
@@ -307,8 +324,8 @@ def test_pretrain_gpt_of_checkout_matches_example_script(chat, checkpoint):
     flags = f"{chat.sft} {checkpoint} --loss-type dft --tensor-model-parallel-size 2"
     theirs, output = chat.torchrun(flags, 2, checkout / "pretrain_gpt.py")
     ours = chat.curves(flags, ranks=2)
-    assert str(checkout / "megatron" / "core") in output  # of its warnings: not the wheel's Megatron
-    assert {"lm loss", "dft loss", "dft prob", "grad-norm"} <= set(theirs)
+    assert str(checkout / "megatron" / "core") in output  # in its warnings: the checkout is imported, not the wheel
+    assert {"lm loss", "dft/loss", "dft/prob", "grad-norm"} <= set(theirs)
     agree(theirs, {tag: ours[tag] for tag in theirs}, 1e-6)  # 0.19.0 does not validate after the last step
 
 
@@ -316,7 +333,7 @@ def test_pretrain_gpt_of_checkout_matches_example_script(chat, checkpoint):
 @pytest.mark.host
 @pytest.mark.skipif("MEGATRON_LM" not in os.environ, reason="MEGATRON_LM does not name a Megatron-LM checkout")
 def test_pretrain_hybrid_of_checkout_trains_with_objective(chat):
-    """Attention and MLP layers; Mamba layers need CUDA kernels."""
+    """A HybridModel of attention and MLP layers. Mamba layers need CUDA kernels."""
     script = Path(os.environ["MEGATRON_LM"]) / "pretrain_hybrid.py"
     flags = CHAT_MOCK.replace("--num-layers 2", "--hybrid-layer-pattern *-*- --spec hybrid_stack stack")
     runs = {loss: chat.torchrun(f"{flags} --loss-type {loss}", 1, script)[0] for loss in ("ce", "nll", "dft")}

@@ -1,4 +1,4 @@
-"""Previews: what trains is marked, what cannot be seen is shown, and nothing of the data becomes markup."""
+"""Previews: trained text is marked, invisible characters are escaped, and text of the data is never markup."""
 
 import json
 
@@ -24,18 +24,18 @@ def write(folder, *records):
     return [str(folder / "x.jsonl"), "--tokenizer", str(folder / "tokenizer")]
 
 
-def test_preview_marks_trained_text_and_names_rejected_records(folder, capsys):
+def test_preview_marks_trained_text_and_reports_rejected_records(folder, capsys):
     first = talk("one", "two", "what", "no")
     first[1]["weight"] = 0
     argv = write(folder, {"messages": first, "channel": "maths"}, {"messages": []}, {"messages": talk("a", "b")})
     command.main([*argv, "--preview", "2"])
     shown = capsys.readouterr().out
-    assert f"--- {folder / 'x.jsonl'}:1: maths, " in shown and " tokens, 3 train\n" in shown
+    assert f"--- {folder / 'x.jsonl'}:1: maths, " in shown and " tokens, 3 in the loss\n" in shown
     assert "<|im_start|>assistant\ntwo<|im_end|>\n" in shown and "<|im_start|>assistant\n[no<|im_end|>\n]" in shown
     assert f"{folder / 'x.jsonl'}:2: rejected: no messages" in shown and ":3" not in shown
 
 
-def test_visible_escapes_what_cannot_be_seen():
+def test_visible_escapes_invisible_characters():
     assert visible("a\tb\u200bc\u202ed\xa0e\ufefff\x1b[31m\n") == "a\\tb\\u200bc\\u202ed\\xa0e\\ufefff\\x1b[31m\n"
     assert visible("naïve 語 😀 ok") == "naïve 語 😀 ok"
 

@@ -1,4 +1,4 @@
-"""The scale model is its formulas, its page is what it generates, and its collectives are those that were counted."""
+"""The scale model: its formulas, its generated page, and its collectives compared with counted ones."""
 
 import csv
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-TOOLS = Path(__file__).resolve().parent.parent / "tools"
+TOOLS = Path(__file__).resolve().parent.parent / "tools" / "benchmarks"
 sys.path.insert(0, str(TOOLS))
 try:
     import scale_model as scale
@@ -24,16 +24,16 @@ def plan(model=LLAMA_8B, cluster=H200, batch=UNMASKED, **sizes):
     return scale.Plan(model, cluster, scale.Layout(**sizes), batch)
 
 
-def work(way, live=8192, tp=1, **options):
-    return scale.loss_work(way, LLAMA_8B, 8192, live, tp, **options)
+def work(variant, live=8192, tp=1, **options):
+    return scale.loss_work(variant, LLAMA_8B, 8192, live, tp, **options)
 
 
-def sent(way, live=100, tp=8, **options):
+def sent(variant, live=100, tp=8, **options):
     options = {"sequence_parallel": True, "size": 2} | options
-    return [(call.collective, call.nbytes) for call in scale.calls(way, 4096, 8192, live, tp, **options)]
+    return [(call.collective, call.nbytes) for call in scale.calls(variant, 4096, 8192, live, tp, **options)]
 
 
-# ---- By hand ----------------------------------------------------------------------------------------------------
+# ---- Formulas ---------------------------------------------------------------------------------------------------
 
 
 def test_loss_work_counts_output_layer_flop():
@@ -45,7 +45,7 @@ def test_loss_work_counts_output_layer_flop():
 
 
 def test_loss_parts_ms_reproduces_h200_times():
-    stock, ours = (plan().loss_parts_ms(way) for way in (scale.STOCK, scale.OURS))
+    stock, ours = (plan().loss_parts_ms(variant) for variant in (scale.STOCK, scale.OURS))
     assert round(stock[0], 1) == 32.7 and round(ours[1], 2) == 1.47  # 8192 tokens, H = 4096, V = 128256
     assert round(plan(tp=8).loss_parts_ms(scale.OURS)[1], 3) == 0.183
     assert round(plan(replace(LLAMA_8B, vocab=151936)).loss_parts_ms(scale.OURS)[1], 2) == 1.74
@@ -69,7 +69,7 @@ def test_loss_work_counts_bytes_of_logits_weight_and_hidden_states():
     weight, hidden = 4096 * 128256, 8192 * 4096
     assert work(scale.OURS, live).other_bytes == 12 * weight
     assert work(scale.DROPPED, live).other_bytes == 12 * weight + 2 * hidden + 8 * hidden / 4
-    assert work(scale.DROPPED).other_bytes == 12 * weight  # nothing is masked: no rows are picked
+    assert work(scale.DROPPED).other_bytes == 12 * weight  # nothing is masked, so no rows are gathered
     chunks = 16  # 128256 / 8192, rounded up
     assert work(scale.CHUNKS, live).other_bytes == 14 * weight + 2 * hidden + (8 + 10 * chunks) * hidden / 4
 
@@ -120,12 +120,12 @@ def test_models_have_published_parameter_count(model, billions):
 
 
 def test_step_ms_is_bound_by_slowest_pipeline_stage():
-    whole = plan(LLAMA_405B, H100, UNMASKED, tp=8, pp=16, dp=64)  # 8 micro-batches
-    stage = whole.layer_ms() * 126 / 16
+    large = plan(LLAMA_405B, H100, UNMASKED, tp=8, pp=16, dp=64)  # 8 micro-batches
+    stage = large.layer_ms() * 126 / 16
     slowest = stage + 5.0
-    assert whole.step_ms(5.0) == pytest.approx(15 * stage + slowest + 7 * slowest)
-    loss = whole.loss_ms(scale.STOCK)
-    assert whole.share(scale.STOCK) == pytest.approx(8 * loss / (23 * stage + 8 * loss))
+    assert large.step_ms(5.0) == pytest.approx(15 * stage + slowest + 7 * slowest)
+    loss = large.loss_ms(scale.STOCK)
+    assert large.share(scale.STOCK) == pytest.approx(8 * loss / (23 * stage + 8 * loss))
 
 
 def test_loss_gb_and_rank_gb_match_hand_count():
@@ -145,15 +145,15 @@ def test_loss_gb_and_rank_gb_match_hand_count():
     assert one.rank_gb(scale.STOCK) == pytest.approx(expected)
 
 
-# ---- What must rise and fall ------------------------------------------------------------------------------------
+# ---- Trends -----------------------------------------------------------------------------------------------------
 
 
 def test_masked_tokens_reduce_loss_ms_except_for_megatron():
     some, more = (plan(tp=8, batch=scale.Batch(masked=share)) for share in (0.3, 0.6))
     assert some.loss_ms(scale.STOCK) == more.loss_ms(scale.STOCK)
-    for way in (scale.OURS, scale.DROPPED, scale.CHUNKS):
-        assert more.loss_ms(way) < some.loss_ms(way) < some.loss_ms(scale.STOCK)
-    assert some.loss_ms(scale.DROPPED) < some.loss_ms(scale.CHUNKS)  # chunks buy memory with time
+    for variant in (scale.OURS, scale.DROPPED, scale.CHUNKS):
+        assert more.loss_ms(variant) < some.loss_ms(variant) < some.loss_ms(scale.STOCK)
+    assert some.loss_ms(scale.DROPPED) < some.loss_ms(scale.CHUNKS)  # chunks trade time for memory
     bare = plan(LLAMA_405B, tp=8)
     assert bare.loss_ms(scale.CHUNKS) > bare.loss_ms(scale.STOCK) > bare.loss_ms(scale.OURS)
 
@@ -167,7 +167,7 @@ def test_loss_share_grows_with_pp_and_not_with_dp():
 
 def test_smallest_returns_first_layout_that_fits():
     found = scale.smallest(scale.STOCK, LLAMA_405B, H100, 2048, scale.Batch())
-    assert (found.layout.tp, found.layout.pp, found.layout.dp) == (8, 16, 16)  # as Meta trained it
+    assert (found.layout.tp, found.layout.pp, found.layout.dp) == (8, 16, 16)  # the layout of Meta
     assert found.rank_gb(scale.STOCK) <= 72 < replace(found, layout=scale.Layout(8, 8, 1, 32)).rank_gb(scale.STOCK)
     assert scale.smallest(scale.STOCK, LLAMA_405B, H100, 8, scale.Batch()) is None
     long = scale.Batch(seq_length=65536)
@@ -193,15 +193,15 @@ def test_scale_model_rejects_unknown_implementation():
         scale.way_of("theirs")
 
 
-# ---- Against measured steps -------------------------------------------------------------------------------------
+# ---- Comparison with measured steps -----------------------------------------------------------------------------
 
 SIZES = {"hidden": 64, "layers": 2, "heads": 4, "vocab": 1024, "seq_length": 64, "micro_batch": 1, "global_batch": 8}
 FACTS = {"device": "some CPU", "date": "2026-01-01", "commit": "abc", "torch": "2.13.0", "dtype": "float32"}
-COSTS = [2e-8, 3e-9, 6e-9, 5e-8, 0.1, 1e-6]  # ms of what `quantities` counts
+COSTS = [2e-8, 3e-9, 6e-9, 5e-8, 0.1, 1e-6]  # ms per unit of `quantities`
 
 
 def measured_rows(valid):
-    """As benchmark_layouts.py writes them: what a machine of these COSTS would take."""
+    """Rows of benchmark_layouts.py for a machine with these COSTS."""
     for world, tp, sp, cp in (
         (1, 1, False, 1),
         (2, 2, True, 1),
@@ -211,7 +211,7 @@ def measured_rows(valid):
         (4, 2, False, 1),
     ):
         place = {"world": world, "tp": tp, "pp": 1, "cp": cp, "dp": world // tp // cp, "sp": sp}
-        for name in (*(way.name for way in report.TIMED), "ours: deft"):
+        for name in (*(variant.name for variant in report.TIMED), "ours: deft"):
             row = {key: str(value) for key, value in (FACTS | SIZES | place).items()}
             row |= {"implementation": name, "masked": "0.7", "valid": str(valid)}
             yield row | {"loss_stage_ms": str(float(report.quantities(row) @ COSTS))}
@@ -228,7 +228,7 @@ def wire_rows(rows):
 
 @pytest.fixture
 def files(tmp_path):
-    """What was measured and what was sent: names of files and rows."""
+    """Path and rows of measured times, path and rows of counted collectives."""
     rows = list(measured_rows(report.Task(**SIZES, dtype=report.torch.float32).valid()))
     return tmp_path / "some-layouts.csv", rows, tmp_path / "some-wire.csv", list(wire_rows(rows))
 
@@ -244,7 +244,7 @@ def checked(path, rows, wire_path, wire):
 
 def test_fitted_costs_predict_every_layout(files):
     text = checked(*files)
-    assert "Of 16 predicted times the median error is 0%, the largest 0%; of 12 ratios" in text
+    assert "The 16 predicted times have a median error of 0% and a maximum of 0%; the 12 ratios" in text
     assert text.count("0%)°") == 8 and "all as predicted" in text
     assert report.fitted(files[1]) == pytest.approx(COSTS, rel=1e-3)
 
@@ -254,7 +254,7 @@ def test_check_reports_wrong_predictions(files):
     rows[-5] |= {"loss_stage_ms": str(2 * float(rows[-5]["loss_stage_ms"]))}
     wire[-2] |= {"bytes": wire[-2]["bytes"] + 4}
     text = checked(path, rows, wire_path, wire)
-    assert "(-50%)" in text and "the largest 50%" in text
+    assert "(-50%)" in text and "a maximum of 50%" in text
     assert "**1 of the predictions are wrong:** world4 tp2 spFalse pp1 cp1 dp2 ours: deft: predicted [(" in text
 
 
@@ -272,7 +272,7 @@ def test_quantities_account_for_ranks_that_share_cores(files):
 
 def test_fitted_costs_are_nonnegative(files):
     rows = files[1]
-    rows[1] |= {"loss_stage_ms": "0.01"}  # less than the products of it take
+    rows[1] |= {"loss_stage_ms": "0.01"}  # less than its matmuls take
     assert min(report.fitted(rows)) >= 0.0
 
 
@@ -297,11 +297,11 @@ def test_live_tokens_match_megatron_cp_and_dp_split(files):
     assert report.live_tokens(row) == expected
 
 
-# ---- What is committed ------------------------------------------------------------------------------------------
+# ---- Committed results ------------------------------------------------------------------------------------------
 
 
 def test_scale_page_matches_model():
-    assert report.PAGE.read_text() == report.page(), "run: python tools/scale_model.py --docs"
+    assert report.PAGE.read_text() == report.page(), "run: python tools/benchmarks/scale_report.py --docs"
 
 
 @pytest.mark.parametrize("path", sorted(report.RESULTS.glob("*-layouts.csv")), ids=lambda path: path.stem)

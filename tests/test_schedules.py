@@ -1,4 +1,4 @@
-"""Megatron-Core's pipeline schedules without a training loop, two stages: what its oldest supported version has."""
+"""Pipeline schedules of Megatron-Core with two stages and no training loop, also in its oldest supported version."""
 
 from functools import partial
 
@@ -17,7 +17,7 @@ from tiny_models import (
 )
 
 from megatron_dft import DFTConfig, install
-from megatron_dft.hosts import hook
+from megatron_dft.hosts.binding import with_metrics
 
 pytest.importorskip("megatron.core")
 
@@ -25,7 +25,7 @@ STAGES, MICRO_BATCHES = 2, 4
 
 
 def chunks(virtual):
-    """This rank's part of one model of four layers, in `virtual` pieces."""
+    """This rank's `virtual` chunks of a model of four layers."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -75,9 +75,9 @@ def run(virtual, config=None, transform=lambda loss: loss):
     step = partial(forward_step, transform=transform)
     if config:
         install(model, config)
-        step = hook.with_metrics(step, config)
+        step = with_metrics(step, config)
     batches = [batch(seed) for seed in range(MICRO_BATCHES)]
-    batches[1][2].zero_()  # nothing to learn here
+    batches[1][2].zero_()  # no valid token
     reports = get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=[iter(batches) for _ in model] if virtual > 1 else iter(batches),
@@ -91,7 +91,7 @@ def run(virtual, config=None, transform=lambda loss: loss):
 
 
 def on_ranks(virtual):
-    from megatron_dft.hosts import cpu
+    from megatron_dft.testing import cpu
 
     cpu.enable()
     from megatron.core import parallel_state
@@ -126,5 +126,5 @@ def test_report_counts_tokens_of_its_own_micro_batch(stages):
     reports, stock, line = (stages[-1][name][0] for name in ("dft", "stock", "stock with the line"))
     for report, nll, dft, seed in zip(reports, stock, line, range(MICRO_BATCHES), strict=True):
         same(report["lm loss"], nll["lm loss"], 1e-5)
-        same(report["dft loss"], dft["lm loss"], 1e-5)
-        assert report["dft prob"][1] == (0.0 if seed == 1 else batch(seed)[2].sum())
+        same(report["dft/loss"], dft["lm loss"], 1e-5)
+        assert report["dft/prob"][1] == (0.0 if seed == 1 else batch(seed)[2].sum())

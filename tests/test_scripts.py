@@ -1,7 +1,7 @@
 """Every script of a Megatron-LM checkout that calls pretrain(), with --loss-type dft, on one CPU rank.
 
-Each trains with the objective or is refused by name. A script that fails by itself, for want of a package, a data set
-or a GPU, is skipped with the reason. Then it must fail in the same way without us.
+Each trains with the objective, or is rejected with an error of megatron_dft. A script that fails for a missing package,
+data set or GPU is skipped with the reason. It must then fail with the same error without --loss-type.
 """
 
 import ast
@@ -24,7 +24,7 @@ FLAGS = (
     "--log-interval 1 --num-workers 0 --mock-data --tokenizer-type NullTokenizer --vocab-size 120 "
 )
 HYBRID = FLAGS.replace("--num-layers 2", "--hybrid-layer-pattern *-*- --spec hybrid_stack stack")
-SPECIAL = {  # what a script needs besides
+SPECIAL = {  # flags of scripts that need others
     "pretrain_hybrid.py": HYBRID,
     "pretrain_mamba.py": HYBRID,
     "megatron/elastification/pretrain_hybrid_flex.py": HYBRID,
@@ -51,7 +51,7 @@ SCRIPTS = sorted(
 
 
 def run(script, flags):
-    """Exit code and output, of one rank, as torchrun would start it."""
+    """Exit code and output of one rank, with the environment of torchrun."""
     rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     path = os.pathsep.join([str(CHECKOUT), str(ROOT / "tests"), str(ROOT)])
     command = [sys.executable, "-m", "megatron_dft.launch", "--device", "cpu", str(CHECKOUT / script), *flags.split()]
@@ -75,11 +75,11 @@ def test_script_trains_with_objective_or_is_rejected(script):
     flags = SPECIAL.get(script, FLAGS)
     code, output = run(script, f"{flags} --loss-type dft")
     if code == 0:
-        assert "dft loss: " in output and "objective dft replaces the cross entropy" in output, output[-3000:]
+        assert "dft/loss: " in output and "objective dft replaces the cross entropy" in output, output[-3000:]
         return
     error = last_error(output)
     if "--loss-type" in error or "megatron_dft" in error or "install: " in error or "loss_func: " in error:
-        return  # by name
+        return  # rejected
     alone, theirs = run(script, flags)
-    assert alone != 0 and last_error(theirs) == error, f"only with us: {error}\n{output[-3000:]}"
-    pytest.skip(f"fails by itself: {error[:150]}")
+    assert alone != 0 and last_error(theirs) == error, f"only with --loss-type: {error}\n{output[-3000:]}"
+    pytest.skip(f"fails without --loss-type: {error[:150]}")

@@ -1,7 +1,7 @@
-"""Training over several hosts ends as on one, through a bad link and the loss of a host.
+"""Training over several hosts matches one machine, also with a slow link and after the loss of a host.
 
-The hosts are those of namespaces.py, and each starts examples/launch/several_machines.sh as its user would. They run
-from the same initial weights and on the same data as the ranks of one machine, so all that they log must agree.
+The hosts are network namespaces (namespaces.py). Each starts examples/launch/several_machines.sh. Initial weights and
+data are those of the run on one machine, so all logged values must agree.
 """
 
 import subprocess
@@ -23,8 +23,8 @@ pytestmark = [
     pytest.mark.skipif(bool(REASON), reason=f"no network namespaces: {REASON}"),
 ]
 
-TIMEOUT_S = 300  # a minute where nothing else runs
-GRADIENTS_MIB = 0.1  # of a half of the model, which is what a data-parallel rank tells the other
+TIMEOUT_S = 300  # a run takes a minute on an idle machine
+GRADIENTS_MIB = 0.1  # half of the model, which a data-parallel rank sends
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +33,9 @@ def single(tmp_path_factory):
 
 
 def start(host, flags: str, folder: Path, **variables: str) -> subprocess.Popen:
-    """What a user types on a host."""
-    words = [str(script_in(folder)), *flags.split(), "--tensorboard-dir", str(folder / "logs"), "--device", "cpu"]
-    command = ["bash", str(LAUNCH / "several_machines.sh"), *words]
+    """Start the launch script on a host."""
+    argv = [str(script_in(folder)), *flags.split(), "--tensorboard-dir", str(folder / "logs"), "--device", "cpu"]
+    command = ["bash", str(LAUNCH / "several_machines.sh"), *argv]
     return host.start(command, folder / f"{host.name}.txt", **environment(GPUS="1", JOB="run", **variables))
 
 
@@ -60,31 +60,31 @@ def test_four_hosts_match_one_machine(tmp_path, single):
 
 
 def test_slow_link_and_lost_host_leave_curves_unchanged(tmp_path, single):
-    """The first host is lost, where the ranks have met and where rank 0 was; the head is the second."""
+    """The first host, with rank 0, is lost. The second host is the head."""
     flags = f"{RUN} {TP2} --save {tmp_path / 'saved'} --load {tmp_path / 'saved'}"
     with Network(2, tmp_path, names=False) as network:
         first, head = network.hosts
         log = tmp_path / f"{head.name}.txt"
 
         def boot(host, **more):
-            how = {"NODES": "2", "HEAD": f"{head.address}:29511", "ADDRESS": host.address, "INTERFACE": "eth0"}
-            return start(host, flags, tmp_path, **how, **more)
+            variables = {"NODES": "2", "HEAD": f"{head.address}:29511", "ADDRESS": host.address, "INTERFACE": "eth0"}
+            return start(host, flags, tmp_path, **variables, **more)
 
         runs = [boot(first), boot(head)]
         wait_for_step(1, log, runs)
-        how = first.slow_down()
+        mechanism = first.slow_down()
         wait_for_step(SAVED + 1, log, runs)
         lost = first.lost_packets()
         runs[0].kill()
         first.speed_up()
         again = boot(first, PREFLIGHT="0")
         assert [again.wait(TIMEOUT_S), runs[1].wait(TIMEOUT_S)] == [0, 0], logs(tmp_path)
-    assert lost > 0, f"{how} has slowed nothing down"
+    assert lost > 0, f"{mechanism} has dropped no packets"
     steps = steps_in(log)
     assert steps[:SAVED] == list(range(1, SAVED + 1)) and steps[SAVED - STEPS :] == list(range(SAVED + 1, STEPS + 1))
     assert len(steps) > STEPS
-    whole = single.curves(f"{RUN} {TP2}", ranks=2)
+    expected = single.curves(f"{RUN} {TP2}", ranks=2)
     curves = curves_in(tmp_path / "logs")
-    for tag in (tag for tag in whole if len(whole[tag]) == STEPS):  # an evaluation has one value
+    for tag in (tag for tag in expected if len(expected[tag]) == STEPS):  # an evaluation has one value
         curves[tag][SAVED : SAVED - STEPS] = []  # trained twice
-    agree(curves, whole)
+    agree(curves, expected)

@@ -1,4 +1,4 @@
-"""What Megatron's --sft is taught: the channels of a packed line, and prompt formats of Hugging Face."""
+"""Extensions of Megatron's --sft: channels of packed lines, and checks of data files and settings."""
 
 import json
 import pickle
@@ -8,7 +8,15 @@ import pytest
 import torch
 from host_runs import EXAMPLE, Host
 
-from megatron_dft.hosts.sft import ChannelDataset, _by_token, _whole, check_settings, damage, data_paths, with_checks
+from megatron_dft.hosts.sft import (
+    ChannelDataset,
+    _by_token,
+    _whole,
+    check_settings,
+    data_paths,
+    first_invalid_line,
+    with_checks,
+)
 
 pytest.importorskip("tokenizers")
 
@@ -18,7 +26,7 @@ NUMBERS = {"other": 0, "maths": 1, "code": 2}
 
 
 def sample(*ends, length=8):
-    """As Megatron's SFTDataset gives it: the ends of conversations, filled up with the length of the line."""
+    """A sample of Megatron's SFTDataset: the ends of conversations, padded with the length of the line."""
     edges = torch.full((length + 1,), length, dtype=torch.int32)
     edges[: len(ends) + 1] = torch.tensor((0, *ends), dtype=torch.int32)
     return {"labels": torch.zeros(length, dtype=torch.int64), "cu_seqlens": edges}
@@ -37,9 +45,9 @@ def test_channel_of_line_may_be_single_unknown_or_missing():
 
 
 def test_channels_ignore_truncated_conversations():
-    """Megatron cuts a line that is too long; then there are fewer conversations than names."""
+    """Megatron truncates long lines, so there may be fewer conversations than channel names."""
     line = {"channels": ["maths", "code", "maths"]}
-    assert _by_token(line, sample(3, 8), NUMBERS).tolist()[:-1] == [1, 1, 2, 2, 2, 2, 2]  # the last one is padding
+    assert _by_token(line, sample(3, 8), NUMBERS).tolist()[:-1] == [1, 1, 2, 2, 2, 2, 2]  # the last label is padding
 
 
 FLAGS = (
@@ -50,12 +58,12 @@ FLAGS = (
 
 
 def sft_dataset(folder, lines):
-    """Megatron's own, of these lines of a file."""
+    """An SFTDataset of Megatron with these lines."""
     pytest.importorskip("datasets")
     host = pytest.importorskip("megatron.training.datasets.sft_dataset")
     path = folder / "x.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    dataset = object.__new__(host.SFTDataset)  # without the tokenizer and sizes that only samples need
+    dataset = object.__new__(host.SFTDataset)  # without tokenizer and sizes, which only samples need
     dataset.dataset = host.SFTLowLevelDataset(str(path))
     return dataset
 
@@ -71,7 +79,7 @@ def test_channel_dataset_wraps_nested_datasets_once(tmp_path):
         assert (first, third, fourth) == (blend, other, None)
         for wrapped in (blend.datasets[0], second):
             assert type(wrapped) is ChannelDataset and wrapped.dataset is dataset and wrapped.numbers == NUMBERS
-    assert pickle.loads(pickle.dumps(second)).numbers == NUMBERS  # as for a data loader worker that is spawned
+    assert pickle.loads(pickle.dumps(second)).numbers == NUMBERS  # as for spawned data loader workers
 
 
 @pytest.mark.host
@@ -79,17 +87,17 @@ def test_channels_missing_from_data_are_rejected(tmp_path):
     settings = SimpleNamespace(sft=True, sft_tokenizer_prompt_format="default")
     messages = talk("one", "two")
     named = sft_dataset(tmp_path, [{"messages": messages, "channels": ["maths"]}, {"messages": messages}])
-    with pytest.raises(ValueError, match=r"the data has no channel 'mats'; it has maths; did you mean 'maths'"):
+    with pytest.raises(ValueError, match=r"the data has no channel 'mats': it has maths; did you mean 'maths'"):
         with_checks(lambda counts: [named], settings, ("other", "mats"))([1])
     bare = sft_dataset(tmp_path, [{"messages": messages}])
-    with pytest.raises(ValueError, match=r"the data has no channel 'maths'; it has none"):
+    with pytest.raises(ValueError, match=r"the data has no channel 'maths': it has none"):
         with_checks(lambda counts: [bare], settings, ("other", "maths"))([1])
 
 
 def test_data_paths_match_megatron_blend_parsing():
     blend = pytest.importorskip("megatron.core.datasets.utils").get_blend_from_list
-    for words in (["a"], ["0.3", "a", "0.7", "b"], ["1e-3", "a"], [".5", "a", "3", "b"], ["a", "b"], ["1", "2", "3"]):
-        assert data_paths(SimpleNamespace(data_path=words)) == list(blend(words)[0]), words
+    for paths in (["a"], ["0.3", "a", "0.7", "b"], ["1e-3", "a"], [".5", "a", "3", "b"], ["a", "b"], ["1", "2", "3"]):
+        assert data_paths(SimpleNamespace(data_path=paths)) == list(blend(paths)[0]), paths
     assert data_paths(SimpleNamespace(data_path=None, train_data_path=["a"], valid_data_path=["2", "b"])) == ["a", "b"]
 
 
@@ -100,7 +108,7 @@ def test_check_settings_rejects_attention_mask_in_dataloader():
 
 
 GOOD = json.dumps({"messages": talk("one", "two", system="sum")}).encode()
-DAMAGED = {  # what is wrong with a line, and how it is called
+INVALID = {  # line -> error message
     GOOD[:-1]: "not JSON",
     GOOD[:40]: "not JSON",
     b"\x00\xff{": "not JSON",
@@ -112,7 +120,7 @@ DAMAGED = {  # what is wrong with a line, and how it is called
     b'{"messages": "one"}': "no messages",
     b'{"messages": []}': "no assistant",
     b'{"messages": [null]}': "bad message: message 0",
-    GOOD.replace(b'"two"', b"null"): "bad message: message 2: expected content that is text and a role of",
+    GOOD.replace(b'"two"', b"null"): "bad message: message 2: expected text as content and one of the roles",
     GOOD.replace(b'"two"', b"2"): "bad message: message 2: .* got int and 'assistant'",
     GOOD.replace(b'"user"', b'"bot"'): "bad message: message 1: .* got str and 'bot'",
     json.dumps({"messages": talk("one", system="sum")}).encode(): "no assistant",
@@ -120,9 +128,9 @@ DAMAGED = {  # what is wrong with a line, and how it is called
 }
 
 
-@pytest.mark.parametrize("line", [None, b"", b"  ", *DAMAGED])
-def test_sft_data_check_names_invalid_line_and_accepts_valid_lines(tmp_path, line):
-    """Either the data cannot be loaded, or it is not whole; and the first such line is named."""
+@pytest.mark.parametrize("line", [None, b"", b"  ", *INVALID])
+def test_sft_data_check_reports_invalid_line_and_accepts_valid_lines(tmp_path, line):
+    """Invalid data fails to load or is incomplete, and the error names the first invalid line."""
     datasets = pytest.importorskip("datasets")
     file = tmp_path / "x.jsonl"
     file.write_bytes(b"\n".join([GOOD] * 4 + [line] * (line is not None) + [GOOD]) + b"\n")
@@ -130,12 +138,12 @@ def test_sft_data_check_names_invalid_line_and_accepts_valid_lines(tmp_path, lin
         whole = _whole(datasets.load_dataset("json", data_files=str(file), split="all", cache_dir=str(tmp_path)).data)
     except datasets.exceptions.DatasetGenerationError:
         whole = False
-    assert whole == (line not in DAMAGED)
+    assert whole == (line not in INVALID)
     if whole:
-        assert damage(str(file)) is None
+        assert first_invalid_line(str(file)) is None
     else:
-        with pytest.raises(ValueError, match=f"{file}:5: {DAMAGED[line]}"):
-            raise ValueError(damage(str(file)))
+        with pytest.raises(ValueError, match=f"{file}:5: {INVALID[line]}"):
+            raise ValueError(first_invalid_line(str(file)))
 
 
 @pytest.mark.host
@@ -149,17 +157,17 @@ def test_sft_run_rejects_invalid_line_before_training(tmp_path, line):
         f"--tokenizer-model {tmp_path / 'tokenizer'} --train-data-path {tmp_path / 'x.jsonl'} "
     )
     code, output = Host(tmp_path).start(flags, script=EXAMPLE)
-    assert code and f"{tmp_path / 'x.jsonl'}:3: " in output and "python -m megatron_dft.data names all" in output
+    assert code and f"{tmp_path / 'x.jsonl'}:3: " in output and "python -m megatron_dft.data lists all" in output
     assert "before the start of training step" not in output
 
 
 @pytest.mark.host
 def test_sft_run_accepts_messages_with_unequal_keys(tmp_path):
-    """datasets stores them as an extension type, which says nothing about the lines."""
+    """datasets stores such messages as an extension type, which does not make lines invalid."""
     pytest.importorskip("megatron.training")
-    of_format = tokenizer(unk_token="<unk>")
-    of_format.add_special_tokens({"additional_special_tokens": ["<SPECIAL_10>", "<SPECIAL_11>", "<SPECIAL_12>"]})
-    of_format.save_pretrained(tmp_path / "tokenizer")
+    saved = tokenizer(unk_token="<unk>")
+    saved.add_special_tokens({"additional_special_tokens": ["<SPECIAL_10>", "<SPECIAL_11>", "<SPECIAL_12>"]})
+    saved.save_pretrained(tmp_path / "tokenizer")
     lines = [talk("one", "two"), talk("one", "two")]
     lines[0][0]["name"], lines[1][1]["tags"] = "first", ["a", {"b": 1}]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps({"messages": line}) + "\n" for line in lines))
@@ -169,4 +177,4 @@ def test_sft_run_accepts_messages_with_unequal_keys(tmp_path):
     )
     code, output = Host(tmp_path).start(flags, script=EXAMPLE)
     assert code == 0, output[-3000:]
-    assert "dft loss" in output
+    assert "dft/loss" in output

@@ -1,4 +1,4 @@
-"""The soak in miniature, with a kill in the middle of a save; and that each of its judges can say no."""
+"""tools/studies/soak.py: a short run that is killed during a save, and each check of the soak detects its violation."""
 
 import itertools
 import json
@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("tensorboard")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools" / "studies"))
 import soak
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are read from /proc")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads processes from /proc")
 
 SCRIPT = """
 import os, sys, time
@@ -28,15 +28,15 @@ for i in range(1, 1000):
 
 
 @pytest.fixture
-def words(tmp_path):
-    """torchrun on two ranks that count, up to a number, and wait for ever then."""
+def argv(tmp_path):
+    """Arguments of torchrun on two ranks that count up to a number, then hang."""
     (tmp_path / "counting.py").write_text(SCRIPT)
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return [*run, "--max-restarts", "3", str(tmp_path / "counting.py")]
 
 
-def gone(pids):
-    """Whether none of the processes runs any more."""
+def all_exited(pids):
+    """Whether all processes have exited, after waiting up to 5 s."""
     for _ in range(100):
         states = [Path(f"/proc/{pid}/stat") for pid in pids]
         if not any(path.exists() and path.read_text().split()[2] != "Z" for path in states):
@@ -50,19 +50,19 @@ def violations(run, folder):
 
 
 @pytest.mark.nightly
-def test_soak_reports_hang_with_stacks_and_leaves_no_process(words, tmp_path):
-    run = soak.watch([*words, "20"], tmp_path, 15.0, math.inf, iter(()))
+def test_soak_reports_hang_with_stacks_and_leaves_no_process(argv, tmp_path):
+    run = soak.watch([*argv, "20"], tmp_path, 15.0, math.inf, iter(()))
     found = violations(run, tmp_path)
     assert run.hang and "expected an iteration within" in found and 'counting.py", line 6 in <module>' in found
-    assert gone([run.agent, *itertools.chain(*run.lives)])
+    assert all_exited([run.agent, *itertools.chain(*run.lives)])
 
 
 @pytest.mark.nightly
-def test_soak_reports_unnamed_kill_and_unexplained_restart(words, tmp_path):
+def test_soak_reports_unnamed_kill_and_unexplained_restart(argv, tmp_path):
     end = time.monotonic() + 40.0
-    run = soak.watch([*words, "1000"], tmp_path, 60.0, end, iter([(0.3, "kill")]))
+    run = soak.watch([*argv, "1000"], tmp_path, 60.0, end, iter([(0.3, "kill")]))
     assert len(run.lives) == 2 and (len(run.faults), run.restarts) == (1, 1)
-    run.iterations.clear()  # which are in the log alone
+    run.iterations.clear()  # then only the log contains them
     assert not violations(run, tmp_path)
     log = tmp_path / "log.txt"
     text = log.read_text()
@@ -71,11 +71,11 @@ def test_soak_reports_unnamed_kill_and_unexplained_restart(words, tmp_path):
     log.write_text(text)
     run.faults.clear()
     assert "expected at most 1 lives that train" in violations(run, tmp_path)
-    assert gone([run.agent, *itertools.chain(*run.lives)])
+    assert all_exited([run.agent, *itertools.chain(*run.lives)])
 
 
-def lived(kib_per_iteration, mib=800.0):
-    """A life of ten minutes, at five iterations a second, after as much time in which it has grown to its size."""
+def run_with_growth(kib_per_iteration, mib=800.0):
+    """A process of 20 minutes: memory grows to its size for 10, then trains at five iterations per second for 10."""
     young = [(t, mib * t / 600) for t in range(0, 600, 2)]
     grown = [(600 + t, mib + kib_per_iteration * 5 * t / 1024 + 0.2 * (t % 3)) for t in range(0, 600, 2)]
     return soak.Run(agent=1, lives={(7,): [600 + 0.2 * i for i in range(3000)]}, memory={7: young + grown})
@@ -83,16 +83,16 @@ def lived(kib_per_iteration, mib=800.0):
 
 @pytest.mark.parametrize(("kib", "leaks"), [(0.0, False), (1.0, False), (3.0, True)])
 def test_soak_detects_memory_leak(kib, leaks):
-    (row,) = soak.growth(lived(kib), 500.0)
+    (row,) = soak.growth(run_with_growth(kib), 500.0)
     assert row["kib_per_iteration"] == pytest.approx(kib, abs=0.05)
     assert row["mib_per_hour"] == pytest.approx(kib * 5 * 3600 / 1024, abs=1.0)
     assert any(soak.memory_violations([row], [], 2.0, 16.0)) == leaks
-    assert not list(soak.growth(lived(kib), 601.0))
+    assert not list(soak.growth(run_with_growth(kib), 601.0))
 
 
 @pytest.mark.parametrize(("sizes", "grown"), [([800, 801, 799, 802], 0), ([800, 801, 830, 831], 1), ([800], 0)])
 def test_soak_detects_memory_growth_across_restarts(sizes, grown):
-    young = soak.sizes_when_young([lived(0.0, mib) for mib in sizes])
+    young = soak.sizes_when_young([run_with_growth(0.0, mib) for mib in sizes])
     assert young == pytest.approx(sizes, abs=0.5)
     assert any(soak.memory_violations([], young, 2.0, 16.0)) == grown
 
@@ -108,7 +108,7 @@ def test_soak_detects_lost_or_unreported_data_lines(tmp_path):
     file.write_bytes(soak.merged(good, bad))
     assert not list(soak.data_violations(file, bad, len(good), clean, named))
     assert named.total() == 40 and {"not JSON", "no messages"} <= set(named)
-    file.write_bytes(soak.merged([*good[:-1], b"{}"], bad))  # a line is lost
+    file.write_bytes(soak.merged([*good[:-1], b"{}"], bad))  # one line is missing
     assert len(list(soak.data_violations(file, bad, len(good), clean, named))) >= 2
 
 

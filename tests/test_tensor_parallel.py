@@ -1,4 +1,4 @@
-"""Real ranks: each holds a share of the vocabulary, and all must come to the whole vocabulary's numbers."""
+"""The loss on 1, 2 and 4 tensor-parallel ranks matches the full vocabulary; collectives are counted."""
 
 import os
 import time
@@ -13,18 +13,18 @@ from formulas import FORMULAS, example, loss_and_gradient, token
 from ranks import Collectives, megatron_cross_entropy, needs_megatron, run_ranks
 
 from megatron_dft import parse_objective, vocab_parallel_dft_loss, vocab_stats
-from megatron_dft.stats import row_names
+from megatron_dft.ops.stats import row_names
 
 pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-12}
 EXACT = {"rtol": 0.0, "atol": 0.0, "equal_nan": True}
-VOCAB = 48  # 48, 24 and 12 words per rank
-SIZES = [None, 35, 20]  # 35 empties the last of 4 shards, 20 the last of 2 and two of 4
+VOCAB = 48  # 48, 24 and 12 columns per rank
+SIZES = [None, 35, 20]  # 35 empties the last of 4 shards; 20 empties the last of 2, and two of 4
 
 
 def make_case(true_vocab_size):
-    """[s, b] tokens; maxima in every shard, a shard of -inf, and padding that must not be looked at."""
+    """[s, b] tokens with maxima in every shard, a shard of -inf, and NaN in the padding."""
     logits, target, upstream = example(6, 4, vocab=VOCAB)
     if true_vocab_size:
         target = torch.where(target >= true_vocab_size, target % true_vocab_size, target)
@@ -48,7 +48,7 @@ def loss_gradient_and_collectives(loss_function, logits, target, upstream, group
 
 
 def on_one_rank():
-    """Everything that the tests below look at, in one launch."""
+    """Results of all tests below, from one launch."""
     group = dist.group.WORLD
     results = {}
     for size in SIZES:
@@ -60,7 +60,7 @@ def on_one_rank():
         results["stats"] = vocab_stats(share(logits), target, tp_group=group)
     results["stats collectives"] = seen.seen
 
-    inplace = partial(vocab_parallel_dft_loss, tp_group=group, value="nll", inplace_backward=True)
+    inplace = partial(vocab_parallel_dft_loss, tp_group=group, return_nll=True, inplace_backward=True)
     results["host"] = loss_gradient_and_collectives(inplace, logits.bfloat16(), target, upstream)
     results["none"] = loss_gradient_and_collectives(inplace, logits[:0], target[:0], upstream[:0])[:2]
     target[1, 1], target[1, 2], target[3] = VOCAB, -1, -100
@@ -79,8 +79,8 @@ def ranks(request):
     return run_ranks(request.param, on_one_rank)
 
 
-def whole(ranks, read):
-    """The gradient of the whole vocabulary from its shards."""
+def full_gradient(ranks, read):
+    """Concatenate the gradients of the vocabulary shards."""
     return torch.cat([read(rank) for rank in ranks], -1)
 
 
@@ -90,7 +90,7 @@ def test_loss_and_gradient_match_full_vocabulary(ranks, specification, true_voca
     key = specification, true_vocab_size
     loss, gradient = loss_and_gradient(specification, *make_case(true_vocab_size), true_vocab_size)
     torch.testing.assert_close(ranks[0][key][0][0], loss, **TOLERANCE)
-    torch.testing.assert_close(whole(ranks, lambda r: r[key][0][1]), gradient, **TOLERANCE)
+    torch.testing.assert_close(full_gradient(ranks, lambda r: r[key][0][1]), gradient, **TOLERANCE)
 
 
 def test_loss_is_bitwise_equal_on_every_rank_and_deterministic(ranks):
@@ -99,7 +99,7 @@ def test_loss_is_bitwise_equal_on_every_rank_and_deterministic(ranks):
             first, second = rank[key]
             assert torch.equal(first[0], ranks[0][key][0][0]), key
             assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1]), key
-    for name in ("logprob", "entropy", "collision", "correct"):
+    for name in ("logprob", "entropy", "collision", "top1"):
         assert all(torch.equal(getattr(r["stats"], name), getattr(ranks[0]["stats"], name)) for r in ranks)
 
 
@@ -122,16 +122,16 @@ def test_vocab_stats_match_full_vocabulary(ranks):
     stats = ranks[0]["stats"]
     for ours, truth in ((stats.logprob, -t.l), (stats.entropy, t.H), (stats.collision, t.C)):
         torch.testing.assert_close(ours, truth.masked_fill(~t.valid, 0.0), **TOLERANCE)
-    assert torch.equal(stats.correct, (logits.argmax(-1) == target) & t.valid)
+    assert torch.equal(stats.top1, (logits.argmax(-1) == target) & t.valid)
     assert stats.vocab_size == VOCAB
 
 
-def test_value_nll_with_inplace_backward_has_dft_gradient_in_bf16(ranks):
+def test_return_nll_with_inplace_backward_has_dft_gradient_in_bf16(ranks):
     logits, target, upstream = make_case(None)
     loss, _ = loss_and_gradient("nll", logits.bfloat16(), target, upstream)
     _, gradient = loss_and_gradient("dft", logits.bfloat16(), target, upstream)
     torch.testing.assert_close(ranks[0]["host"][0], loss.float(), rtol=1e-5, atol=1e-5)
-    ours = whole(ranks, lambda r: r["host"][1])
+    ours = full_gradient(ranks, lambda r: r["host"][1])
     torch.testing.assert_close(ours.double(), gradient, rtol=2**-8 * 1.001, atol=1e-6)  # rounded to bf16 once
 
 
@@ -155,7 +155,9 @@ def test_tp_group_within_world_matches_its_own_batch(ranks):
     for pair in ([0, 2], [1, 3]):
         loss, gradient = loss_and_gradient("deft", *example(seed=pair[0], vocab=VOCAB))
         torch.testing.assert_close(ranks[pair[1]]["pair"][0], loss, **TOLERANCE)
-        torch.testing.assert_close(whole([ranks[i] for i in pair], lambda r: r["pair"][1]), gradient, **TOLERANCE)
+        torch.testing.assert_close(
+            full_gradient([ranks[i] for i in pair], lambda r: r["pair"][1]), gradient, **TOLERANCE
+        )
 
 
 def ours_and_megatrons():
@@ -174,11 +176,11 @@ def test_nll_matches_megatron_cross_entropy():
 
 
 def weight_gradients(backend):
-    """Megatron's output layer and the loss over its logits, two micro-batches: fused accumulation, deferred, plain."""
+    """Weight gradients of Megatron's output layer after two micro-batches: plain, fused and deferred accumulation."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import layers
 
-    # The CUDA extension that Megatron calls here, in PyTorch.
+    # A PyTorch version of the CUDA extension that Megatron calls here.
     layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(
         wgrad_gemm_accum_fp32=lambda rows, gradient, main_grad: main_grad.addmm_(gradient.t(), rows)
     )
@@ -190,8 +192,8 @@ def weight_gradients(backend):
     weight.main_grad = torch.zeros(VOCAB, 8)
     plain, deferred = torch.nn.Parameter(weight.detach().clone()), []
     hidden_gradients = []
-    ways = [(False, plain, False, None), (True, weight, True, None), (True, weight, True, deferred)]
-    for inplace, leaf, fused, buffer in ways:
+    variants = [(False, plain, False, None), (True, weight, True, None), (True, weight, True, deferred)]
+    for inplace, leaf, fused, buffer in variants:
         for batch in batches:
             hidden = batch.clone().requires_grad_()
             logits = layers.linear_with_grad_accumulation_and_async_allreduce(
@@ -216,22 +218,23 @@ def test_gradient_accumulation_fusion_supports_inplace_backward(backend):
         torch.testing.assert_close((second, third), (first, first), rtol=1e-5, atol=1e-6)
 
 
-def fails_on_rank_1(how):
+def fails_on_rank_1(failure):
     if dist.get_rank() == 1:
-        if how == "raises":
+        if failure == "raises":
             raise KeyError("the reason")
-        if how == "dies":
+        if failure == "exits":
             os._exit(3)
         time.sleep(1000.0)
-    if how != "hangs":
-        time.sleep(20.0)  # in a barrier, this rank would fail as well, and on a busy machine be the one that is named
+    if failure != "hangs":
+        time.sleep(20.0)  # in a barrier, this rank would fail as well, maybe first
     dist.barrier()
 
 
-# A test of the tests: the launch must not swallow a failure.
+# A test of run_ranks: it must report every failure.
 @pytest.mark.parametrize(
-    ("how", "message"), [("raises", "KeyError: 'the reason'"), ("dies", "exit code 3"), ("hangs", "in fails_on_rank_1")]
+    ("failure", "message"),
+    [("raises", "KeyError: 'the reason'"), ("exits", "exit code 3"), ("hangs", "in fails_on_rank_1")],
 )
-def test_run_ranks_raises_if_one_rank_fails(how, message):
+def test_run_ranks_raises_if_one_rank_fails(failure, message):
     with pytest.raises((mp.ProcessRaisedException, mp.ProcessExitedException, TimeoutError), match=message):
-        run_ranks(2, fails_on_rank_1, how, timeout=4.0 if how == "hangs" else 60.0)
+        run_ranks(2, fails_on_rank_1, failure, timeout=4.0 if failure == "hangs" else 60.0)

@@ -1,6 +1,6 @@
-"""Token files as the data of Megatron-LM's pretrain(): same curves in every layout, and a file that does not fit is
-refused."""
+"""Token files as data sets of Megatron-LM's pretrain(): equal curves in every layout, errors for other settings."""
 
+import contextlib
 import json
 import pickle
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ LENGTH = 256
 
 
 class TokenHost(Host):
-    """Runs of the example on one token file, prepared for CP 2 and TP 2 with sequence parallelism."""
+    """Runs of the example on a token file that is prepared for CP 2 and TP 2 with sequence parallelism."""
 
     def __init__(self, folder):
         super().__init__(folder)
@@ -46,8 +46,8 @@ class TokenHost(Host):
             f"--valid-data-path {self.file} --data-cache-path {folder / 'cache'} --loss-type dft "
         )
 
-    def refused(self, flags):
-        """The message of a run that is refused before it trains."""
+    def rejection(self, flags):
+        """The output of a run that is rejected before its first iteration."""
         code, output = self.start(flags, script=EXAMPLE)
         assert code and "iteration        1/" not in output
         return output
@@ -68,20 +68,20 @@ def host(tmp_path_factory):
         (4, "--context-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel"),
     ],
 )
-def test_token_file_trains_alike_in_every_layout(host, ranks, layout):
-    one = host.curves(host.flags + "--loss-channels maths", script=EXAMPLE)
-    many = host.curves(f"{host.flags}--loss-channels maths {layout}", script=EXAMPLE, ranks=ranks)
+def test_token_file_training_is_equal_in_every_layout(host, ranks, layout):
+    one = host.curves(host.flags + "--dft-channels maths", script=EXAMPLE)
+    many = host.curves(f"{host.flags}--dft-channels maths {layout}", script=EXAMPLE, ranks=ranks)
     agree(many, one, 2e-5)
-    assert one["channel/maths tokens"][0] + one["channel/other tokens"][0] == one["valid tokens"][0]
+    assert one["dft/channel/maths/tokens"][0] + one["dft/channel/other/tokens"][0] == one["dft/valid_tokens"][0]
 
 
 @pytest.mark.slow
 def test_epochs_train_each_token_once_in_another_order(host):
-    """Global batches of the whole file: each step is an epoch."""
+    """The global batch is the whole file, so each step is an epoch."""
     file = TokenFile(str(host.file))
-    whole = host.flags.replace("--global-batch-size 6", f"--global-batch-size {len(file)}")
-    curves = host.curves(whole, script=EXAMPLE)
-    assert set(curves["valid tokens"]) == {file.header.statistics["tokens_that_train"]}
+    flags = host.flags.replace("--global-batch-size 6", f"--global-batch-size {len(file)}")
+    curves = host.curves(flags, script=EXAMPLE)
+    assert set(curves["dft/valid_tokens"]) == {file.header.statistics["trained_tokens"]}
     first, second = (token_data._order(len(file), 1234, epoch).tolist() for epoch in (0, 1))
     assert first != second and sorted(first) == sorted(second) == list(range(len(file)))
 
@@ -94,23 +94,23 @@ def test_epochs_train_each_token_once_in_another_order(host):
             "--seq-length 128 --max-position-embeddings 128",
             "prepared for --seq-length 256, the run has --seq-length 128",
         ),
-        ("--loss-channels maths,law", "--loss-channels: the data has no channel 'law'; it has code, maths"),
-        ("--valid-data-path {folder}/x.jsonl", "x.jsonl: expected a token file, as"),
-        ("--tokenizer-type NullTokenizer --vocab-size 20", "holds token id"),
+        ("--dft-channels maths,law", "--dft-channels: the data has no channel 'law': it has code, maths"),
+        ("--valid-data-path {folder}/x.jsonl", "x.jsonl: expected a token file like"),
+        ("--tokenizer-type NullTokenizer --vocab-size 20", "contains token id"),
         ("--tokenizer-model {folder}/other", "prepared with another tokenizer: tokenizer '"),
     ],
 )
-def test_run_that_does_not_fit_token_file_is_refused(host, change, reason):
+def test_settings_incompatible_with_token_file_are_rejected(host, change, reason):
     other = tokenizer()
     other.add_tokens(["new"])
     other.save_pretrained(host.folder / "other")
-    assert reason in host.refused(host.flags + change.format(folder=host.folder))
+    assert reason in host.rejection(host.flags + change.format(folder=host.folder))
 
 
-def test_token_file_without_objective_is_refused(host):
+def test_token_file_without_objective_is_rejected(host):
     flags = host.flags.replace("--loss-type dft", "")
     for given in (flags, flags.replace("--train-data-path ", "--train-data-path=")):
-        assert "x.arrow: a token file requires --loss-type; nll is the plain cross entropy" in host.refused(given)
+        assert "x.arrow: a token file requires --loss-type;" in host.rejection(given)
 
 
 def settings(**changes):
@@ -141,7 +141,7 @@ def settings(**changes):
     ],
 )
 @pytest.mark.slow
-def test_check_fit_names_both_values(host, changes, reason):
+def test_check_fit_reports_both_values(host, changes, reason):
     header = TokenFile(str(host.file)).header
     token_data.check_fit("x.arrow", header, settings())
     token_data.check_fit("x.arrow", header, settings(context_parallel_size=2))
@@ -175,3 +175,23 @@ def test_token_dataset_can_be_pickled(host):
     dataset = token_data.TokenDataset(file, str(host.file), numpy.arange(len(file)), 10, Split.train, config)
     again = pickle.loads(pickle.dumps(dataset))
     assert all((again[3][name] == dataset[3][name]).all() for name in dataset[3])
+
+
+@pytest.mark.parametrize(
+    ("settings", "valid"),
+    [
+        ({"train_data_path": ["a"]}, False),
+        ({"train_data_path": ["a"], "valid_data_path": ["b"]}, True),
+        ({"train_data_path": ["a"], "eval_iters": 0}, True),
+        ({"data_path": ["a"]}, True),
+        ({"data_path": ["a"], "split": "9,1"}, True),
+        ({"data_path": ["a"], "split": "100,0,0"}, False),
+        ({"data_path": ["a"], "split": "1"}, False),
+        ({"per_split_data_args_path": "a.json"}, True),
+    ],
+)
+def test_token_file_requires_validation_data_for_evaluation(settings, valid):
+    names = ("valid_data_path", "per_split_data_args_path", "data_path", "data_args_path", "split", "full_validation")
+    given = SimpleNamespace(**{**dict.fromkeys(names), "eval_iters": 2, **settings})
+    with contextlib.nullcontext() if valid else pytest.raises(ValueError, match="--eval-iters 2: there is no"):
+        token_data.check_validation(given)

@@ -1,8 +1,7 @@
 """The Triton kernels: on a GPU where there is one, otherwise in Triton's interpreter (conftest.py).
 
-Truth is the formula in fp64 and the torch backend. The interpreter truncates to bf16 where a GPU rounds, so there the
-gradient is given twice the unit in the last place. What a GPU makes of the kernels is in test_triton_compiled.py and
-test_gpu.py.
+References are the formula in fp64 and the torch backend. The interpreter truncates to bf16 where a GPU rounds, so its
+gradients may differ by a full unit in the last place. Compiled kernels: test_triton_compiled.py and test_gpu.py.
 """
 
 import ctypes
@@ -17,18 +16,26 @@ import pytest
 import torch
 import torch.distributed as dist
 from formulas import FORMULAS, example, loss_and_gradient, token
-from kernel_cases import EXACT, LAYOUTS, assert_any_split_merges, assert_saving_changes_nothing, floor
+from kernel_cases import (
+    EXACT,
+    LAYOUTS,
+    assert_any_split_merges,
+    assert_saving_changes_nothing,
+    at_iteration,
+    fp32_rounding,
+)
 from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_dft import DFTConfig, objectives, parse_objective, vocab_parallel_dft_loss, vocab_stats
-from megatron_dft.autograd import LossOptions, loss_and_stats
-from megatron_dft.objectives import Objective
-from megatron_dft.stats import COLLISION, ENTROPY, VocabShard
+from megatron_dft import DFTConfig, vocab_parallel_dft_loss, vocab_stats
+from megatron_dft.ops import objectives
+from megatron_dft.ops.objectives import Objective
+from megatron_dft.ops.stats import COLLISION, ENTROPY, VocabShard
+from megatron_dft.ops.vocab_parallel import LossOptions, loss_and_stats
 
 pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
 
-triton_kernels = pytest.importorskip("megatron_dft.triton_kernels")
+triton_backend = pytest.importorskip("megatron_dft.ops.triton_backend")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = DEVICE == "cpu"
@@ -38,7 +45,7 @@ SCHEDULES = ["dft:start=2,ramp=4", "deft:start=0,ramp=8", "cayley:start=2,ramp=4
 
 
 def run(logits, target, upstream, backend="triton", layout=lambda x: x, **options):
-    """Loss and gradient on the CPU; the logits are the output of another operation, `layout`, as a model's are."""
+    """Loss and gradient, moved to the CPU. As in a model, the logits are the output of an operation, `layout`."""
     leaf = logits.to(DEVICE, copy=True).requires_grad_()
     loss = vocab_parallel_dft_loss(layout(leaf * 1), target.to(DEVICE), backend=backend, **options)
     loss.backward(upstream.to(DEVICE, loss.dtype))
@@ -46,7 +53,7 @@ def run(logits, target, upstream, backend="triton", layout=lambda x: x, **option
 
 
 def rounding(gradient, dtype):
-    """How far a gradient in this dtype may be from the truth by rounding alone."""
+    """The rounding error of a gradient in this dtype."""
     if dtype == torch.float32:
         return torch.zeros_like(gradient)
     info = torch.finfo(dtype)
@@ -55,12 +62,12 @@ def rounding(gradient, dtype):
 
 
 def assert_true(case, dtype, specification="dft", **options):
-    """Loss and gradient are the formula's, to a few roundings of fp32 and the single one of the result."""
+    """Assert that loss and gradient match the formula up to fp32 rounding and one rounding of the gradient."""
     logits, target, upstream = case
     logits, upstream = logits.to(dtype), upstream.float()
     vocab = options.get("true_vocab_size")
     loss, gradient = loss_and_gradient(specification, logits, target, upstream, vocab)
-    slack = floor(logits[..., :vocab], target, torch.ones_like(upstream))[0].double()
+    slack = fp32_rounding(logits[..., :vocab], target, torch.ones_like(upstream))[0].double()
     actual_loss, actual_gradient = run(logits, target, upstream, objective=specification, **options)
     assert (actual_loss.dtype, actual_gradient.dtype) == (torch.float32, dtype)
     assert ((actual_loss.double() - loss).abs() <= 2 * slack).all()
@@ -69,24 +76,23 @@ def assert_true(case, dtype, specification="dft", **options):
     assert ((actual_gradient.double() - gradient).abs() <= allowed).all()
 
 
-@pytest.mark.parametrize("value", ["objective", "nll"])
+@pytest.mark.parametrize("return_nll", [False, True])
 @pytest.mark.parametrize("specification", [*FORMULAS, *SCHEDULES])
-def test_triton_matches_torch_backend(specification, value):
-    """To a few roundings, statistics included; cayley and what users write are applied after the kernel."""
+def test_triton_matches_torch_backend(specification, return_nll):
+    """Loss, gradient and statistics, up to fp32 rounding. Cayley and custom objectives run after the kernel."""
     logits, target, upstream = example(12)
-    objective = parse_objective(specification)
-    objective.begin(5)
+    objective = at_iteration(specification, 5, DEVICE)
     results = []
     for backend in ("triton", "torch"):
         leaf = logits.float().to(DEVICE).requires_grad_()
-        options = LossOptions(objective, value=value, backend=backend)
+        options = LossOptions(objective=objective, return_nll=return_nll, backend=backend)
         loss, stats = loss_and_stats(leaf * 1, target.to(DEVICE), options)
         loss.backward(upstream.to(DEVICE, torch.float32))
         extras = (stats.entropy, stats.collision)
         assert [x is None for x in extras] == [ENTROPY not in objective.needs, COLLISION not in objective.needs]
         extras = [x for x in extras if x is not None]
         results.append((loss, leaf.grad, stats.logprob, stats.loss, stats.gate, *extras))
-        results[-1] += (stats.valid, stats.correct)
+        results[-1] += (stats.valid, stats.top1)
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=1e-6)
 
@@ -104,7 +110,7 @@ def test_tsallis_with_small_q_keeps_precision(specification):
     torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-7)
 
 
-# Around one vector (4 or 8 logits), one tile (512 of them), several, and those of the next table entry (1024).
+# Sizes around one vector (4 or 8 logits), one tile (512 vectors), several tiles, and the larger tile (1024).
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", [1, 2, 3, 7, 8, 9, 1009, 1024, 4095, 4096, 4104, 8191, 9000, 33000])
 def test_loss_supports_any_vocab_size(vocab, dtype):
@@ -120,7 +126,7 @@ def test_entropy_and_collision_support_any_vocab_size(vocab, dtype, specificatio
     assert_true(example(3, vocab=vocab), dtype, specification)
 
 
-@pytest.mark.parametrize("columns", [1, 9, 64, 67])  # of 75 and 80; 9 is one vector and one word
+@pytest.mark.parametrize("columns", [1, 9, 64, 67])  # of 75 and 80; 9 is one vector and one column
 @pytest.mark.parametrize("width", [75, 80])
 def test_padding_columns_are_ignored_and_get_zero_gradient(width, columns):
     logits, target, upstream = example(4, vocab=width)
@@ -135,7 +141,7 @@ def test_padding_columns_are_ignored_and_get_zero_gradient(width, columns):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", PRESENT)
 def test_loss_supports_any_strides(dtype, layout, inplace):
-    logits, target, upstream = example(4, 2, vocab=37)  # rows begin anywhere between the 16-byte boundaries
+    logits, target, upstream = example(4, 2, vocab=37)  # rows start at any alignment
     logits = logits.to(dtype)
     expected = run(logits, target, upstream)
     transposed = target.t().contiguous().t()
@@ -153,7 +159,7 @@ def test_loss_supports_any_leading_shape(shape):
 
 
 def test_target_and_upstream_gradient_support_any_stride():
-    """Every second column of something else, and an expanded gradient, as that of loss.sum()."""
+    """Every second element of another tensor, and an expanded gradient like that of loss.sum()."""
     logits, target, upstream = example(6)
     other = torch.stack([target.roll(1), target], 1)[:, 1]
     for strided in (torch.tensor(2.0).expand(6), torch.stack([upstream.float()] * 2, 1)[:, 1]):
@@ -163,29 +169,29 @@ def test_target_and_upstream_gradient_support_any_stride():
 
 
 def rows_far_apart():
-    """Three rows, 2^30 logits apart; only their own memory is touched."""
+    """Run the kernels on three rows, 2^30 logits apart. Only their own memory is touched."""
     logits, target, upstream = (x.to(DEVICE) for x in example(3, vocab=50))
     memory = torch.empty((1 << 31) + 50, dtype=torch.bfloat16, device=DEVICE)
     rows = memory.as_strided((3, 50), (1 << 30, 1))
     rows.copy_(logits)
     target = target.clamp(min=0)
-    packed = triton_kernels.shard_stats(rows, target, -100, VocabShard(0, 50, 50), frozenset())
-    loss, saved, _ = triton_kernels.merge(packed[None], target, -100, 50, objectives.DFT(), frozenset(), "objective")
-    triton_kernels.shard_gradient(rows, target, saved, upstream.float(), VocabShard(0, 50, 50), rows)
+    packed = triton_backend.shard_stats(rows, target, -100, VocabShard(0, 50, 50), frozenset())
+    loss, saved, _ = triton_backend.merge(packed[None], target, -100, 50, objectives.DFT(), frozenset(), False)
+    triton_backend.shard_gradient(rows, target, saved, upstream.float(), VocabShard(0, 50, 50), rows)
     expected = run(logits.cpu().bfloat16(), target.cpu(), upstream.cpu())
     torch.testing.assert_close(loss.cpu(), expected[0], rtol=2e-6, atol=1e-7)
     torch.testing.assert_close(rows.cpu(), expected[1], rtol=2**-7, atol=1e-7)
     print("done")
 
 
-def in_a_process(call):
-    """Run a function of this file where it may crash."""
+def run_in_subprocess(call):
+    """Run a function of this file in its own process, as it may crash."""
     command = [sys.executable, "-c", f"import conftest, test_triton; test_triton.{call}"]
     return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
 
 
 def test_kernels_support_row_offsets_beyond_2_to_31():
-    out = in_a_process("rows_far_apart()")
+    out = run_in_subprocess("rows_far_apart()")
     assert "done" in out.stdout, out.stderr
 
 
@@ -243,41 +249,41 @@ def test_masked_token_has_zero_loss_and_gradient(specification, inplace):
     assert not clean[0][::5].any() and not clean[1][::5].any()
 
 
-def read_only_what_counts(kind):
-    """In a process of its own: rows that must not be read lie on pages whose reading kills the process."""
+def run_with_protected_row(kind):
+    """Row 1 is on a memory page without read permission: reading it kills the process."""
     width = mmap.PAGESIZE // 4
     memory = mmap.mmap(-1, 4 * mmap.PAGESIZE)
     logits = torch.frombuffer(memory, dtype=torch.float32).view(4, width)
     logits.copy_(torch.arange(4 * width).view(4, width) % 7)
     target = torch.tensor([3, 5, 7, 9])
-    upstream = torch.tensor([1.0, 0.0 if kind == "worthless" else 1.0, 1.0, 1.0])
+    upstream = torch.tensor([1.0, 0.0 if kind == "zero_upstream" else 1.0, 1.0, 1.0])
 
-    def forbid(row):
+    def protect(row):
         page = ctypes.c_void_p(logits[row].data_ptr())
         assert ctypes.CDLL(None).mprotect(page, ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
 
     if kind == "masked":
         target[1] = -100
-    if kind != "worthless":
-        forbid(1)
+    if kind != "zero_upstream":
+        protect(1)
     loss = vocab_parallel_dft_loss(logits.requires_grad_(), target, backend="triton")
-    if kind == "worthless":
-        forbid(1)
+    if kind == "zero_upstream":
+        protect(1)
     loss.backward(upstream)
     assert not logits.grad[1].any() and logits.grad[[0, 2, 3]].all()
     print("done")
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs memory of the CPU")
-@pytest.mark.parametrize(("kind", "code"), [("masked", 0), ("worthless", 0), ("read", -11)])
+@pytest.mark.skipif(not INTERPRETED, reason="needs CPU memory")
+@pytest.mark.parametrize(("kind", "code"), [("masked", 0), ("zero_upstream", 0), ("read", -11)])
 def test_masked_and_zero_gradient_rows_are_not_read(kind, code):
-    """Masked ones never; those whose gradient is nothing not in backward. The third case: the guard works."""
-    out = in_a_process(f"read_only_what_counts({kind!r})")
+    """Masked rows are never read, rows with zero gradient not in backward. The third case tests the protection."""
+    out = run_in_subprocess(f"run_with_protected_row({kind!r})")
     assert out.returncode == code and ("done" in out.stdout) == (code == 0), out.stderr
 
 
 class Operations(TorchDispatchMode):
-    """Names of the operations that PyTorch runs, our own operators' insides left out."""
+    """Record the names of the operations that PyTorch runs."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.seen.append(function.__name__.split(".")[0])
@@ -289,7 +295,7 @@ class Operations(TorchDispatchMode):
 
 
 class Recorder:
-    """In the place of a kernel: notes its launch, and hides what the interpreter does for it."""
+    """Wraps a kernel: records its launches and hides the operations of the interpreter."""
 
     def __init__(self, kernel, name, launches):
         self.kernel, self.name, self.launches = kernel, name, launches
@@ -305,23 +311,21 @@ class Recorder:
 
 @pytest.mark.parametrize("specification", ["nll", "dft", "deft", "entropy", "threshold", "luffy", "dft:start=1,ramp=2"])
 def test_loss_launches_exactly_three_kernels(specification, monkeypatch):
-    """No operation reads or writes values but the kernels: nothing waits for the device, nothing is launched beside."""
+    """Only the kernels read or write values: no host-device sync and no other launch."""
     logits, target, upstream = (x.to(DEVICE) for x in example(4, 2))
     upstream, output = upstream.float(), logits.float().requires_grad_() * 1
     launches = []
     for name in ("stats_kernel", "merge_kernel", "gradient_kernel"):
-        kernel = getattr(triton_kernels, name)
-        monkeypatch.setattr(triton_kernels, name, Recorder(kernel, name, launches))
-    objective = parse_objective(specification)
-    objective.begin(2)
-    options = LossOptions(objective, value="nll", backend="triton", inplace_backward=True)
-    getattr(objective, "blend", lambda device: None)(output.device)  # a copy to the device, once in a run
+        kernel = getattr(triton_backend, name)
+        monkeypatch.setattr(triton_backend, name, Recorder(kernel, name, launches))
+    objective = at_iteration(specification, 2, DEVICE)
+    options = LossOptions(objective=objective, return_nll=True, backend="triton", inplace_backward=True)
     with Operations() as operations:
         loss, _ = loss_and_stats(output, target, options)
         torch.autograd.grad(loss, output, upstream)
-    moves_nothing = {"empty", "view", "unsqueeze", "slice", "select", "unbind", "detach", "alias"}
+    views = {"empty", "view", "unsqueeze", "slice", "select", "unbind", "detach", "alias"}
     assert launches == ["stats_kernel", "merge_kernel", "gradient_kernel"]
-    assert set(operations.seen) <= moves_nothing, operations.seen
+    assert set(operations.seen) <= views, operations.seen
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -371,10 +375,10 @@ def test_recompute_and_saved_tensor_hooks_leave_results_unchanged(inplace):
     assert_saving_changes_nothing(function, logits, upstream, expected)
 
 
-@pytest.mark.parametrize("value", ["objective", "nll"])
-def test_loss_is_contiguous_and_not_view(value):
+@pytest.mark.parametrize("return_nll", [False, True])
+def test_loss_is_contiguous_and_not_view(return_nll):
     logits, target, _ = (x.to(DEVICE) for x in example(4, 2))
-    loss = vocab_parallel_dft_loss(logits.float().requires_grad_(), target, value=value, backend="triton")
+    loss = vocab_parallel_dft_loss(logits.float().requires_grad_(), target, return_nll=return_nll, backend="triton")
     assert loss._base is None and loss.is_contiguous()
     assert loss.untyped_storage().nbytes() == loss.numel() * loss.element_size()
 
@@ -386,7 +390,7 @@ def test_vocab_stats_match_fp64():
     t = token(logits.double(), target)
     for ours, truth in ((stats.logprob, -t.l), (stats.entropy, t.H), (stats.collision, t.C)):
         torch.testing.assert_close(ours.double(), truth.masked_fill(~t.valid, 0.0), rtol=1e-6, atol=2e-6)
-    assert torch.equal(stats.correct, (logits.argmax(-1) == target) & t.valid)
+    assert torch.equal(stats.top1, (logits.argmax(-1) == target) & t.valid)
     assert torch.equal(stats.valid, t.valid) and stats.loss is stats.gate is None
 
 
@@ -396,11 +400,11 @@ def test_vocab_stats_match_fp64():
 def test_vocabulary_shards_merge_to_full_vocabulary(width, empty, apart):
     logits, target, upstream = (x.to(DEVICE) for x in example(6, vocab=16))
     case = (logits.float(), target, upstream.float())
-    assert_any_split_merges(triton_kernels, case, width, empty, apart, 3e-6)
+    assert_any_split_merges(triton_backend, case, width, empty, apart, 3e-6)
 
 
 class Halved(Objective):
-    """What a user may write."""
+    """A custom objective."""
 
     name = "halved"
 
@@ -409,7 +413,7 @@ class Halved(Objective):
 
 
 class Doubled(objectives.DFT):
-    """A subclass does not inherit the kernel's formula."""
+    """A subclass, which does not use the formula of DFT in the kernel."""
 
     def weight(self, stats):
         return 2.0 * stats.prob
@@ -427,14 +431,14 @@ def two_ranks():
     logits, target, upstream = example(4, 2, vocab=24)
     share = logits.float().chunk(2, -1)[dist.get_rank()]
     for specification in ("dft", "deft", "entropy"):
-        options = {"objective": specification, "tp_group": dist.group.WORLD, "value": "nll"}
+        options = {"objective": specification, "tp_group": dist.group.WORLD, "return_nll": True}
         results[specification] = run(share, target, upstream, **options)
     return results
 
 
 def test_two_tp_ranks_match_full_vocabulary():
     if not INTERPRETED:
-        pytest.skip("on a GPU: test_gpu.py::test_two_tp_ranks_on_one_gpu_match_one_rank")
+        pytest.skip("test_gpu.py::test_two_tp_ranks_on_one_gpu_match_one_rank covers GPUs")
     ranks = run_ranks(2, two_ranks)
     logits, target, upstream = example(4, 2, vocab=24)
     for specification in ("dft", "deft", "entropy:form=ratio"):
@@ -449,7 +453,7 @@ def test_two_tp_ranks_match_full_vocabulary():
 
 def test_auto_backend_is_torch_on_cpu_and_triton_on_gpu():
     for dtype in (*DTYPES, torch.float64):
-        kernels = LossOptions(objectives.DFT()).kernels(torch.device(DEVICE), dtype)
+        kernels = LossOptions(objective=objectives.DFT()).kernels(torch.device(DEVICE), dtype)
         assert ("triton" if DEVICE == "cuda" and dtype != torch.float64 else "torch") == kernels.NAME
 
 
@@ -458,22 +462,25 @@ def test_triton_backend_rejects_fp64_logits():
         vocab_parallel_dft_loss(torch.zeros(1, 2).double(), torch.zeros(1, dtype=torch.int64), backend="triton")
 
 
-def in_a_fresh_process(code):
-    package = str(Path(objectives.__file__).parents[1])
+def run_without_interpreter(code):
+    package = str(Path(objectives.__file__).parents[2])
     environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": package}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
 
 
 def test_triton_backend_raises_without_cuda_or_triton():
-    """CPU logits without the interpreter, and a Python without triton."""
+    """CPU logits without the interpreter, and Python without the triton package."""
     call = "import torch, megatron_dft; t = torch.zeros(1, 2); i = torch.zeros(1, dtype=torch.int64); "
     call += "megatron_dft.vocab_parallel_dft_loss(t, i, backend='triton')"
-    assert "expected logits on a CUDA device, got cpu; use backend='torch' or 'auto'" in in_a_fresh_process(call).stderr
+    assert (
+        "expected logits on a CUDA device, got cpu; use backend='torch' or 'auto'"
+        in run_without_interpreter(call).stderr
+    )
     missing = f"import sys; sys.modules['triton'] = None; {call}"
-    assert "expected the triton package" in in_a_fresh_process(missing).stderr
+    assert "cannot import triton" in run_without_interpreter(missing).stderr
     host = "import types, megatron_dft; from megatron_dft.hosts import compat; "
     host += "compat.check_settings(types.SimpleNamespace(), megatron_dft.DFTConfig('dft', backend='triton'))"
-    assert "expected logits on a CUDA device" in in_a_fresh_process(host).stderr  # before training starts
+    assert "expected logits on a CUDA device" in run_without_interpreter(host).stderr  # before training starts
 
 
 def test_config_accepts_triton_backend():

@@ -1,7 +1,7 @@
-"""What the compiler makes of the Triton kernels for Hopper and Blackwell: registers, spills, width of memory accesses.
+"""Compiled Triton kernels for Hopper and Blackwell: registers, spills, width of memory accesses.
 
-Triton compiles ahead of time for a GPU that is not there, so this runs everywhere. It has to be a process in which
-Triton's interpreter is off; `compile_kernels` runs there and prints what the tests look at.
+Triton compiles ahead of time, so no GPU is needed. `compile_kernels` runs in a process without Triton's interpreter and
+prints the results.
 """
 
 import json
@@ -17,7 +17,7 @@ import pytest
 pytest.importorskip("triton", minversion="3.6")  # 3.4 takes 77 registers for a gradient, 3.2 has another interface
 
 CAPABILITIES = [90, 100]
-DTYPES = {"bf16": 8, "fp32": 4}  # logits in 16 bytes; fp16 is like bf16
+DTYPES = {"bf16": 8, "fp32": 4}  # logits per 16 bytes; fp16 is like bf16
 FORMS = ["mix", "power", "collision power", "luffy", "nll between", "prob between", "focal", "chord", "entropy"]
 FORMS += ["exponential entropy", "schedule", ""]
 POINTERS = {"TARGET": "*i64", "FLAGS": "*i1", "BLEND": "*fp64"}
@@ -25,7 +25,7 @@ DIVISIBLE = ("row_stride", "out_stride_difference", "columns", "width", "start",
 
 
 def variants():
-    """Name -> kernel, constants, types of pointers, integers divisible by 16, warps; of everything that is launched."""
+    """Yield every launched variant: name, kernel, constants, pointer types, integers divisible by 16, warps."""
     for dtype, vector in DTYPES.items():
         types = {"X": f"*{dtype}", "OUT": f"*{dtype}"}
         for warps in (4, 8):
@@ -35,17 +35,17 @@ def variants():
                     constants = shape | dict(zip(("ENTROPY", "COLLISION"), extra, strict=True))
                     name = f"stats {dtype} {warps} {'+'.join(map(str, extra))} {'any' if not divisible else 16}"
                     yield name, "stats_kernel", constants, {**types, "OUT": "*fp32"}, divisible, warps
-                # In place the rows of OUT are those of X, whatever their width.
+                # In place, OUT has the row stride of X at any width.
                 divisible = {*divisible, "out_stride_difference"}
                 name = f"gradient {dtype} {warps} {'any' if len(divisible) == 1 else 16}"
                 yield name, "gradient_kernel", shape, types, divisible, warps
-    # A single token, a vocabulary of one word: Triton makes constants of integers that are 1.
+    # A single token, a vocabulary of one entry: Triton specializes integers that are 1 as constants.
     ones = {"row_stride": 1, "width": 1, "columns": 1, "n": 1, "tiles": 1, "upstream_stride": 1}
     yield "gradient of one", "gradient_kernel", {**shape, **ones}, types, ("out_stride_difference",), 4
     ones = {"row_stride": 1, "columns": 1, "n": 1, "start": 1, "vocab_size": 1, "ENTROPY": True, "COLLISION": True}
     yield "stats of one", "stats_kernel", {**shape, **ones}, {**types, "OUT": "*fp32"}, (), 4
     for form in FORMS:
-        flags = {"NLL": True, "SCHEDULED": form == "schedule", "TOKENS": 128}
+        flags = {"NLL": True, "BLENDED": form == "schedule", "TOKENS": 128}
         flags |= {"ENTROPY": "entropy" in form, "COLLISION": "collision" in form}
         blend = {} if form == "schedule" else {"BLEND": None}
         for ranks in ({}, {"ranks": 1}, {"ranks": 1, "n": 1}) if form == "mix" else ({},):
@@ -54,16 +54,16 @@ def variants():
 
 
 def compile_kernels(capability):
-    """In a process of its own: print {variant: facts}."""
+    """Print {variant: facts}. Runs in its own process."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from megatron_dft import triton_kernels
+    from megatron_dft.ops import triton_backend
 
     facts = {}
     for name, kernel, constants, types, divisible, warps in variants():
-        function = getattr(triton_kernels, kernel)
+        function = getattr(triton_backend, kernel)
         signature = {}
         for argument in function.arg_names:
             integer = "fp32" if argument in ("log_vocab_size", "first", "second") else "i32"
@@ -78,7 +78,7 @@ def compile_kernels(capability):
 
 
 def usage(triton, cubin):
-    """Registers per thread, and bytes of stack and local memory, where spills go."""
+    """Registers per thread, bytes of stack, and bytes of local memory (spills)."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -88,7 +88,7 @@ def usage(triton, cubin):
 
 
 def accesses(ptx):
-    """How often instructions of a kind stand in the program, and in its longest loop."""
+    """Number of instructions of each kind in the program and in its longest loop."""
     lines = [line.strip() for line in ptx.splitlines()]
     labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"(\$L\w+):", line))}
     jumps = [(labels[m[1]], i) for i, line in enumerate(lines) if (m := re.search(r"bra(?:\.uni)?\s+(\$L\w+);", line))]
@@ -126,8 +126,8 @@ def test_kernels_compile_without_spills_and_atomics(facts):
         assert (fact["stack"], fact["local"], fact["atomics"]) == (0, 0, 0), name
 
 
-# 65536 registers: 64 for each of 1024 threads, half of what a multiprocessor takes; their loads are 64 KiB in flight.
-# Both extra sums are computed by vocab_stats alone, never in training: 768 threads.
+# 65536 registers are 64 for each of 1024 threads, half the maximum per SM, with 64 KiB of loads in flight. Only
+# vocab_stats computes both extra sums, never training: 768 threads.
 @pytest.mark.parametrize("kernel", ["stats", "gradient", "merge"])
 def test_kernel_registers_are_within_occupancy_limit(facts, kernel):
     for name, fact in of(facts, kernel).items():
@@ -135,20 +135,20 @@ def test_kernel_registers_are_within_occupancy_limit(facts, kernel):
 
 
 def test_stats_kernel_loads_16_bytes_at_any_width(facts):
-    """Four loads in the loop, nothing else: no narrow one, no barrier; and one exponential per logit."""
+    """The loop has four wide loads, no narrow load and no barrier, and one exponential per logit."""
     assert len(of(facts, "stats")) == 32
     for name, fact in of(facts, "stats").items():
         loop, vector = fact["loop"], DTYPES[name.split()[1]]
         assert loop["wide loads"] == loop["loads"] == 4, name
-        assert loop["exponentials"] == 4 * (vector + 1), name  # and one for each vector, to rescale
+        assert loop["exponentials"] == 4 * (vector + 1), name  # plus one per vector, for rescaling
         assert loop["barriers"] == loop["atomics"] == 0, name
 
 
 def test_gradient_kernel_loads_and_stores_16_bytes_at_any_width(facts):
     assert len(of(facts, "gradient")) == 8
     for name, fact in of(facts, "gradient").items():
-        assert (fact["wide loads"], fact["wide stores"]) == (4, 8), name  # the gradient, or zeros
-        assert fact["loads"] - 4 == 6, name  # five numbers of the row, and its edge
+        assert (fact["wide loads"], fact["wide stores"]) == (4, 8), name  # gradient or zeros
+        assert fact["loads"] - 4 == 6, name  # five numbers per row, and the edge
 
 
 def test_merge_kernel_computes_at_most_one_exponential_per_shard(facts):

@@ -1,7 +1,6 @@
-"""Faults of Megatron itself on the loss's path (README, "Faults of Megatron itself"), as they are today.
+"""Known faults of Megatron that affect the loss (README, "Faults of Megatron itself").
 
-A test that fails here because Megatron was repaired is good news: the line at the start of a run and the row of the
-table go.
+If a test fails because Megatron was fixed, remove the log line of the fault and its row of the table.
 """
 
 import pytest
@@ -19,7 +18,7 @@ MTP = f"{COMMON} {MODELS['mtp']} "
 
 
 def test_megatron_mtp_loss_depends_on_layout_and_is_logged(host):
-    """Issue 7452, number 3: with and without us. The main loss does not."""
+    """Issue 7452, number 3, with and without --loss-type. The main loss does not depend on the layout."""
     one, two = host.curves(MTP), host.curves(f"{MTP} {CP2}", ranks=2)
     assert two["lm loss"][0] == pytest.approx(one["lm loss"][0], rel=1e-5)
     assert abs(two["mtp_1 loss"][0] - one["mtp_1 loss"][0]) > 0.05 * one["mtp_1 loss"][0]

@@ -1,4 +1,4 @@
-"""The loss on one rank: every dtype, layout, option and kind of broken input, and the splits of a vocabulary."""
+"""The loss on one rank: dtypes, layouts, options, invalid input, and merging vocabulary shards."""
 
 import math
 
@@ -12,11 +12,12 @@ from kernel_cases import (
     assert_any_split_merges,
     assert_same,
     assert_saving_changes_nothing,
-    floor,
+    fp32_rounding,
     run,
 )
 
-from megatron_dft import parse_objective, reference, token_loss, vocab_parallel_dft_loss, vocab_stats
+from megatron_dft import parse_objective, token_loss, vocab_parallel_dft_loss, vocab_stats
+from megatron_dft.ops import torch_backend
 
 pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
 
@@ -30,14 +31,14 @@ def test_loss_and_gradient_match_formula(specification, true_vocab_size):
     logits, target, upstream = example(6, 4, vocab=13)
     target = torch.where(target >= 7, target - 7, target)
     if true_vocab_size is None:
-        target = target.clamp(min=0)  # no token is ignored: rows are sliced, not picked
+        target = target.clamp(min=0)  # no token is ignored: rows are sliced, not gathered
     else:
-        logits[..., true_vocab_size:] = torch.tensor([NAN, INF, 1e4, 0, 0, 0])  # padding is never looked at
+        logits[..., true_vocab_size:] = torch.tensor([NAN, INF, 1e4, 0, 0, 0])  # padding is never read
     actual = run(logits, target, upstream, objective=specification, true_vocab_size=true_vocab_size)
     assert_same(actual, loss_and_gradient(specification, logits, target, upstream, true_vocab_size))
 
 
-# 1 and 2: no competitor, one; 127 to 129: around a vector; primes; 4099 with 300 tokens: three chunks of rows.
+# One and two entries; around a vector (127 to 129); primes; three chunks of rows (4099 with 300 tokens).
 @pytest.mark.parametrize("vocab", [1, 2, 127, 128, 129, 1009, 4099])
 @pytest.mark.parametrize("tokens", [1, 2, 300])
 def test_loss_supports_any_token_count_and_vocab_size(tokens, vocab):
@@ -46,13 +47,13 @@ def test_loss_supports_any_token_count_and_vocab_size(tokens, vocab):
     assert_same(run(*case), loss_and_gradient("dft", *case))
 
 
-@pytest.mark.parametrize("chunk", [1, 22, 23, 250])  # rows of 11: one at a time, pairs, nearly all, more than all
+@pytest.mark.parametrize("chunk", [1, 22, 23, 250])  # elements; a row has 11, so 1, 2, 2 and 22 rows
 @pytest.mark.parametrize("ignored", [True, False])
 def test_loss_is_independent_of_row_chunk_size(chunk, ignored, monkeypatch):
     logits, target, upstream = example()
     case = (logits, target if ignored else target.clamp(min=0), upstream)
     expected = run(*case, objective="deft")
-    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(torch_backend, "CHUNK_ELEMENTS", chunk)
     assert_same(run(*case, objective="deft"), expected, {"rtol": 0.0, "atol": 1e-15})
 
 
@@ -70,7 +71,7 @@ def test_loss_supports_any_leading_shape(shape, inplace):
 
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(6, 4), (6, 1)])  # b = 1 has strides of its own
+@pytest.mark.parametrize("shape", [(6, 4), (6, 1)])  # b = 1 has other strides
 def test_loss_supports_any_strides(shape, layout, inplace):
     logits, target, upstream = example(*shape)
     expected = run(logits, target, upstream)
@@ -79,7 +80,7 @@ def test_loss_supports_any_strides(shape, layout, inplace):
     assert_same(actual, expected, {"rtol": 0.0, "atol": 1e-15})
 
 
-# Vocabularies: a few words; a prime; one that takes several chunks of rows and whose sums are long.
+# Vocabularies: small; prime; large, with long sums and several chunks of rows.
 @pytest.mark.parametrize("vocab", [11, 1009, 32003])
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_loss_error_is_at_most_twice_that_of_torch_in_same_dtype(dtype, vocab):
@@ -95,7 +96,7 @@ def test_loss_error_is_at_most_twice_that_of_torch_in_same_dtype(dtype, vocab):
 
     loss, gradient = run(logits, target, upstream)
     assert (loss.dtype, gradient.dtype) == (torch.float32, dtype)
-    slack = floor(logits, target, upstream)
+    slack = fp32_rounding(logits, target, upstream)
     for ours, eager, true, spare in zip((loss, gradient), (eager_loss, leaf.grad), truth, slack, strict=True):
         excess = (ours.double() - true).abs() - 2 * (eager.double() - true).abs() - spare
         assert excess.max() <= 0.0
@@ -104,7 +105,7 @@ def test_loss_error_is_at_most_twice_that_of_torch_in_same_dtype(dtype, vocab):
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gradient_is_rounded_once(dtype, inplace):
-    """Half a unit in the last place, and what fp32 arithmetic adds to it."""
+    """The error is at most half a unit in the last place plus fp32 rounding."""
     logits, target, upstream = example(40, vocab=1009)
     logits = logits.to(dtype)
     target = target.clamp(min=0)
@@ -113,7 +114,7 @@ def test_gradient_is_rounded_once(dtype, inplace):
     info = torch.finfo(dtype)
     unit = torch.ldexp(torch.full_like(truth, info.eps), truth.frexp().exponent - 1)
     unit = unit.clamp(min=info.smallest_normal * info.eps)
-    assert ((gradient.double() - truth).abs() <= 0.5 * unit + floor(logits, target, upstream)[1]).all()
+    assert ((gradient.double() - truth).abs() <= 0.5 * unit + fp32_rounding(logits, target, upstream)[1]).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -155,13 +156,13 @@ def test_ignore_index_may_be_token_id():
 
 
 @pytest.mark.parametrize("specification", FORMULAS)
-@pytest.mark.parametrize("value", ["objective", "nll"])
+@pytest.mark.parametrize("return_nll", [False, True])
 @pytest.mark.parametrize("broken", ["nan", "inf", "inf target", "all -inf", "id -1", "id V", "id far", "id padding"])
-def test_invalid_input_makes_only_its_token_nan(broken, specification, value):
+def test_invalid_input_makes_only_its_token_nan(broken, specification, return_nll):
     logits, target, upstream = example()
     where, column = 7, int(target[7])
     other = (column + 1) % 10
-    options = {"objective": specification, "value": value, "true_vocab_size": 10}
+    options = {"objective": specification, "return_nll": return_nll, "true_vocab_size": 10}
     target[target == 10] = 9
     expected = run(logits, target.index_fill(0, torch.tensor(where), -100), upstream, **options)
     if broken.startswith("id"):
@@ -192,7 +193,7 @@ def test_invalid_target_raises_under_anomaly_detection(wrong, tokens):
 
 @pytest.mark.parametrize("specification", FORMULAS)
 def test_minus_inf_logits_give_no_nan(specification):
-    """A logit of -inf: p = 0 for that word. Another word's p = 0 changes no formula; the target's gives no NaN."""
+    """A logit of -inf means p = 0. For another entry the formulas hold; for the target there is no NaN."""
     logits, target, upstream = example()
     rows = (target != -100).nonzero()[:, 0]
     logits[rows, (target[rows] + 1) % 11] = -INF
@@ -206,9 +207,9 @@ def test_minus_inf_logits_give_no_nan(specification):
 
 
 @pytest.mark.parametrize("specification", FORMULAS)
-def test_value_nll_keeps_gradient_of_objective(specification):
+def test_return_nll_keeps_gradient_of_objective(specification):
     case = example()
-    loss, gradient = run(*case, objective=specification, value="nll")
+    loss, gradient = run(*case, objective=specification, return_nll=True)
     assert_same((loss, gradient), (run(*case, objective="nll")[0], run(*case, objective=specification)[1]), EXACT)
 
 
@@ -259,7 +260,7 @@ LEAVES = {
 @pytest.mark.parametrize("leaf", LEAVES)
 def test_inplace_backward_rejects_leaf_logits(leaf):
     logits, target, _ = example()
-    with pytest.raises(ValueError, match="inplace_backward: expected logits computed by another operation, got a leaf"):
+    with pytest.raises(ValueError, match="inplace_backward: the logits are a leaf or a view of a leaf"):
         vocab_parallel_dft_loss(LEAVES[leaf](logits.clone()), target % 9, inplace_backward=True)
     assert not vocab_parallel_dft_loss(logits.detach(), target, inplace_backward=True).requires_grad
 
@@ -283,11 +284,11 @@ def test_double_backward_raises():
             gradient.sum().backward()
 
 
-@pytest.mark.parametrize("value", ["objective", "nll"])
+@pytest.mark.parametrize("return_nll", [False, True])
 @pytest.mark.parametrize("shape", [(24,), (6, 4)])
-def test_loss_is_contiguous_and_not_view(value, shape):
+def test_loss_is_contiguous_and_not_view(return_nll, shape):
     logits, target, _ = example(*shape)
-    loss = vocab_parallel_dft_loss(logits.requires_grad_(), target, value=value)
+    loss = vocab_parallel_dft_loss(logits.requires_grad_(), target, return_nll=return_nll)
     assert loss._base is None and loss.is_contiguous() and not loss.is_leaf
     assert loss.untyped_storage().nbytes() == loss.numel() * loss.element_size()
 
@@ -302,12 +303,12 @@ def test_recompute_and_saved_tensor_hooks_leave_results_unchanged(inplace):
     assert_saving_changes_nothing(function, logits, upstream, run(logits, target, upstream))
 
 
-# Shards of 4 and padding from 9 on: the third holds one word, the fourth none. Whole: no split at all.
+# Shards of 4 with padding from 9 on: the third has one entry, the fourth none. 16: a single shard.
 @pytest.mark.parametrize("width", [1, 4, 16])
-@pytest.mark.parametrize("empty", [None, 0, 1])  # and a shard whose logits are all -inf
-@pytest.mark.parametrize("apart", [3.0, 900.0])  # the shards' maxima: all of them count; e^900 overflows
+@pytest.mark.parametrize("empty", [None, 0, 1])  # the shard whose logits are all -inf
+@pytest.mark.parametrize("apart", [3.0, 900.0])  # of the shards' maxima: all contribute, or e^900 overflows
 def test_vocabulary_shards_merge_to_full_vocabulary(width, empty, apart):
-    assert_any_split_merges(reference, example(vocab=16), width, empty, apart, 1e-12)
+    assert_any_split_merges(torch_backend, example(vocab=16), width, empty, apart, 1e-12)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -320,14 +321,14 @@ def test_vocab_stats_match_fp64(dtype):
     for ours, truth in ((stats.logprob, -t.l), (stats.entropy, t.H), (stats.collision, t.C)):
         assert ours.dtype == (dtype if dtype == torch.float64 else torch.float32) and not ours.requires_grad
         torch.testing.assert_close(ours.double(), truth.masked_fill(~t.valid, 0.0), rtol=1e-6, atol=tolerance["atol"])
-    assert torch.equal(stats.correct, (logits.argmax(-1) == target) & t.valid)
+    assert torch.equal(stats.top1, (logits.argmax(-1) == target) & t.valid)
     assert torch.equal(stats.valid, t.valid) and stats.vocab_size == 129
     assert torch.equal(stats.prob, stats.logprob.exp()) and torch.equal(stats.nll, -stats.logprob)
 
 
 def test_vocab_stats_counts_tied_target_as_top_1():
     stats = vocab_stats(torch.tensor([[1.0, 1.0, 0.0]] * 3), torch.tensor([0, 1, 2]))
-    assert stats.correct.tolist() == [True, True, False]
+    assert stats.top1.tolist() == [True, True, False]
 
 
 @pytest.mark.parametrize("specification", [s for s in FORMULAS if not parse_objective(s).needs])
@@ -341,7 +342,7 @@ def test_token_loss_of_nll_matches_formula(specification):
 
 
 def test_token_loss_of_masked_token_is_zero():
-    """Masked by us, by the caller's upstream gradient of 0, and not at all."""
+    """NaN tokens: masked by `valid`, masked by an upstream gradient of 0, and not masked."""
     nll = torch.tensor([NAN, NAN, NAN, 0.5], requires_grad=True)
     loss = token_loss(nll, valid=torch.tensor([False, True, True, True]))
     loss.backward(torch.tensor([1.0, 0.0, 1.0, 1.0]))
@@ -350,7 +351,7 @@ def test_token_loss_of_masked_token_is_zero():
 
 
 def test_token_loss_is_rounded_once():
-    """The weight is not in bf16: half a unit in the last place, and a little for fp32."""
+    """The weight is not rounded to bf16: the error is half a unit in the last place plus fp32 rounding."""
     nll = torch.linspace(0.01, 20.0, 500).bfloat16().requires_grad_()
     loss = token_loss(nll)
     loss.sum().backward()
@@ -362,7 +363,7 @@ def test_token_loss_is_rounded_once():
 
 @pytest.mark.parametrize("specification", ["deft", "entropy"])
 def test_token_loss_rejects_objectives_that_need_vocabulary(specification):
-    with pytest.raises(ValueError, match=r"token_loss: expected an objective of the NLL alone.*call vocab_parallel"):
+    with pytest.raises(ValueError, match=r"token_loss: .* which the NLL does not contain; call vocab_parallel"):
         token_loss(torch.ones(1), specification)
 
 
@@ -380,7 +381,6 @@ def test_token_loss_rejects_objectives_that_need_vocabulary(specification):
             {"target": torch.zeros(2, 3, dtype=torch.int64, device="meta")},
             "target: expected the device .* cpu, got meta",
         ),
-        ({"value": "loss"}, "value: expected one of objective, nll, got 'loss'"),
         ({"backend": "cuda"}, "backend: expected one of auto, torch, triton, got 'cuda'"),
         ({"true_vocab_size": 0}, "true_vocab_size: expected .*, got 0"),
         ({"true_vocab_size": 9}, r"true_vocab_size: expected at most 8 \(1 shards of 8 columns\), got 9"),
@@ -391,6 +391,5 @@ def test_loss_rejects_mismatched_arguments(change, message):
     logits, target = arguments.pop("logits"), arguments.pop("target")
     with pytest.raises(ValueError, match=message):
         vocab_parallel_dft_loss(logits, target, **arguments)
-    if "value" not in change:
-        with pytest.raises(ValueError, match=message):
-            vocab_stats(logits, target, **arguments)
+    with pytest.raises(ValueError, match=message):
+        vocab_stats(logits, target, **arguments)

@@ -1,12 +1,12 @@
-"""Tiny Megatron models with the same weights on every call, their input, and what tests compute with both."""
+"""Tiny Megatron models with fixed weights, their input batches, forward pass and gradients."""
 
 import torch
 
-SEQUENCE, BATCH, VOCAB = 8, 3, 64  # s != b, so that a swapped [s, b] and [b, s] shows
+SEQUENCE, BATCH, VOCAB = 8, 3, 64  # s != b, so that swapping [s, b] and [b, s] fails
 
-# How the loss may be computed, with equal results: masked tokens dropped before the output layer (the default) or not,
-# and the output layer in chunks or not.
-WAYS = {
+# Settings with equal results: masked tokens dropped before the output layer (the default) or not, the output layer in
+# chunks or not.
+VARIANTS = {
     "dropped": {},
     "not dropped": {"compact_masked_tokens": False},
     "out of place": {"inplace_backward": False},
@@ -17,7 +17,7 @@ WAYS = {
 
 
 def start():
-    from megatron_dft.hosts import cpu
+    from megatron_dft.testing import cpu
 
     cpu.enable()
     from megatron.core import parallel_state
@@ -28,7 +28,7 @@ def start():
 
 
 def transformer_config(**settings):
-    """Tiny, and without the kernels that only CUDA has."""
+    """A tiny configuration without CUDA-only kernels."""
     from megatron.core.transformer import TransformerConfig
 
     tiny = {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2}
@@ -44,7 +44,7 @@ def transformer_config(**settings):
 
 
 def gpt(**settings):
-    """A tiny GPTModel with the same weights on every call."""
+    """A tiny GPTModel, with the same weights on every call."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
 
@@ -66,12 +66,12 @@ def gpt(**settings):
     with torch.no_grad():
         (model.shared_embedding_or_output_weight() if tied else model.output_layer.weight).mul_(
             40.0
-        )  # probabilities far from uniform, so that gates differ
+        )  # far from uniform probabilities, so that gates differ
     return model
 
 
 def hybrid(**settings):
-    """Attention and MLP layers of a hybrid stack; Mamba layers need CUDA kernels."""
+    """A tiny HybridModel of attention and MLP layers. Mamba layers need CUDA kernels."""
     from hybrid_stack import stack
     from megatron.core.models.hybrid.hybrid_model import HybridModel
 
@@ -101,14 +101,14 @@ def forward(model, tokens, labels, loss_mask):
 
 
 def loss_func(loss_mask, output):
-    """What every Megatron script does: sum, count, report."""
+    """The usual loss_func of a Megatron script: sum, token count, report."""
     loss = (output.view(-1).float() * loss_mask.view(-1)).sum()
     tokens = loss_mask.sum().int()
     return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens.float()])}
 
 
 def dft_line(ce):
-    """What users write by hand on top of Megatron's loss."""
+    """DFT as one line on top of Megatron's per-token loss."""
     return ce * torch.exp(-ce).detach()
 
 

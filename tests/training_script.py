@@ -1,8 +1,8 @@
-"""Train a GPT on noisy counting with very uneven loss masks, through whichever pretrain() Megatron offers.
+"""Train a GPT on noisy counting with very uneven loss masks, through the pretrain() of any supported Megatron.
 
-A script as users have them, which knows nothing of objectives. It runs on megatron-core 0.17 (pretrain() parses the
-arguments), 0.18 (it takes a configuration and a model_provider) and 0.19 (the configuration says which model: GPTModel
-or, with --hybrid-layer-pattern, HybridModel).
+A typical user script without any code for objectives. It runs on megatron-core 0.17 (pretrain() parses the arguments),
+0.18 (pretrain() takes a configuration and a model_provider) and 0.19 (the configuration selects the model: GPTModel or,
+with --hybrid-layer-pattern, HybridModel).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from noisy_counting import NoisyCounting
 
 
 def datasets(sample_counts: list[int], vp_stage: int | None = None) -> tuple:
-    """Training, validation and test sets; under interleaved pipelines one of each for every model chunk."""
-    words, length = get_args().vocab_size, get_args().seq_length
-    return tuple(NoisyCounting(split, count or 0, words, length) for split, count in enumerate(sample_counts))
+    """Training, validation and test sets. With interleaved pipelines, Megatron calls it once per model chunk."""
+    vocab_size, length = get_args().vocab_size, get_args().seq_length
+    return tuple(NoisyCounting(split, count or 0, vocab_size, length) for split, count in enumerate(sample_counts))
 
 
-datasets.is_distributed = True  # every rank reads its own data
+datasets.is_distributed = True  # every rank builds its own data sets
 
 
 def on_this_cp_rank(batch: torch.Tensor) -> torch.Tensor:
@@ -48,7 +48,7 @@ def loss_func(loss_mask: torch.Tensor, output: torch.Tensor, model=None) -> tupl
 
 
 def forward_step(data_iterator, model) -> tuple[torch.Tensor, partial]:
-    """Per-token loss [b, s] of one micro-batch; a stage of the pipeline is given what it needs, and else None."""
+    """Per-token loss [b, s] of one micro-batch. Inputs that a pipeline stage does not need are None."""
     first, last, mtp = (get_attr_wrapped_model(model, f"{name}_process") for name in ("pre", "post", "mtp"))
     batch = {name: on_this_cp_rank(value.cuda()) for name, value in next(data_iterator).items()}
     needs_tokens, needs_labels = first or mtp, last or mtp
@@ -59,13 +59,13 @@ def forward_step(data_iterator, model) -> tuple[torch.Tensor, partial]:
         labels=batch["labels"] if needs_labels else None,
         loss_mask=batch["loss_mask"] if needs_labels else None,
     )
-    if model.training and os.environ.get("DIE_IN_ITERATION") == str(get_args().curr_iteration + 1):
-        os.kill(os.getpid(), signal.SIGKILL)  # between forward and backward: what does a crash leave behind?
+    if model.training and os.environ.get("KILL_IN_ITERATION") == str(get_args().curr_iteration + 1):
+        os.kill(os.getpid(), signal.SIGKILL)  # a crash between forward and backward
     return output, partial(loss_func, batch["loss_mask"])
 
 
 def model_provider(pre_process=True, post_process=True, vp_stage=None, config=None, pg_collection=None) -> GPTModel:
-    """One model chunk of Megatron's own layers; hosts that know gpt_config_from_args build it themselves."""
+    """One model chunk of Megatron's local layers. Hosts with gpt_config_from_args do not call it."""
     args = get_args()
     config = config or core_transformer_config_from_args(args)
     layers = gpt_layer_specs.get_gpt_decoder_block_spec(

@@ -7,19 +7,19 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR1@120
-# Train under SLURM. Submit from the repository's folder; sbatch options go first and replace those above:
+# Train under SLURM. Submit from the folder of the repository. sbatch options come first and override those above:
 #
 #     sbatch --nodes 4 --time 24:00:00 examples/launch/slurm.sh pretrain_gpt.py ... --tensor-model-parallel-size 8 \
 #         --loss-type dft --save DIR --load DIR --save-interval 500
 #
-# Each node runs several_machines.sh; preflight and variables are described there. Who starts again what:
+# Each node runs several_machines.sh, which documents the preflight and the variables. Restarts:
 #
-#     a rank dies             torchrun all ranks, at most RESTARTS times
-#     a node fails            SLURM the job (--requeue)
-#     the time limit is near  this script the job, two minutes before (--signal)
-#     the training fails      nobody: a wrong flag is as wrong the second time; the job ends as failed
+#     a rank fails            torchrun restarts all ranks, at most RESTARTS times
+#     a node fails            SLURM requeues the job (--requeue)
+#     the time limit is near  this script requeues the job, two minutes before (--signal)
+#     the training fails      no restart, because a wrong flag stays wrong; the job ends as failed
 #
-# Each goes on from the last checkpoint. LAUNCH is the folder of several_machines.sh (default: examples/launch).
+# Each restart resumes from the last checkpoint. LAUNCH is the folder of several_machines.sh (default: examples/launch).
 set -euo pipefail
 
 launch=${LAUNCH:-examples/launch}
@@ -31,8 +31,9 @@ export NODES=$SLURM_JOB_NUM_NODES JOB=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 export HEAD
 
-# A trap waits until the command in front has ended, but interrupts a wait: so srun runs behind, and is waited for again.
-# Its one task per node starts many processes, which may use all processors of the node.
+# bash runs a trap only after a foreground command ends, but at once during `wait`. srun therefore runs in the
+# background, and a second `wait` follows an interrupted one. --cpu-bind=none: the processes of a task may use all CPUs
+# of the node.
 trap 'scontrol requeue "$SLURM_JOB_ID"' USR1
 srun --cpu-bind=none --kill-on-bad-exit=1 bash "$launch/several_machines.sh" "$@" &
 wait $! || wait $!

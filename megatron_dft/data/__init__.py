@@ -1,11 +1,11 @@
-"""Chat data: read, tokenized and packed once; training reads the result.
+"""Preparation of chat data: validate, tokenize and pack it once, before training.
 
 sources          files -> records
 conversations    records -> conversations
-template         chat templates: conversation -> text, and what each assistant turn generates
-tokens           -> token ids, and which of them train
-packing          -> rows of a fixed length
+template         conversation -> text of the chat template, and the span of each assistant turn
+tokens           text -> token ids, and which of them are in the loss
+packing          sequences -> rows of a fixed length
 token_file       the file that training maps into memory
-prepare          all of it, in several processes: python -m megatron_dft.data
+prepare          the whole pipeline, in several processes: python -m megatron_dft.data
 preview          conversations with their trained tokens marked
 """

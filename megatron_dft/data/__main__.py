@@ -1,11 +1,11 @@
-"""Tokenize and pack chat data. Report every record that is left out.
+"""Tokenize and pack chat data. Report every rejected record.
 
-    python -m megatron_dft.data chat.jsonl --tokenizer FOLDER --seq-length 4096 --out train.arrow
+    megatron-dft data chat.jsonl --tokenizer MODEL --seq-length 4096 --out train.arrow
 
 Train on the result with
 
     ... -m megatron_dft.launch pretrain_gpt.py ARGUMENTS --sft --train-data-path train.arrow \\
-        --no-create-attention-mask-in-dataloader --calculate-per-token-loss --loss-type dft
+        --no-create-attention-mask-in-dataloader --eval-iters 0 --calculate-per-token-loss --loss-type dft
 
 Input: JSONL and JSON arrays, also .gz or .zst; parquet; folders; - for a pipe. Records: `messages`, ShareGPT, Alpaca,
 or prompt and completion. See docs/data.md.
@@ -26,10 +26,11 @@ from megatron_dft.data import preview, sources
 from megatron_dft.data.conversations import RESERVED
 from megatron_dft.data.prepare import Plan, prepare, side_files
 from megatron_dft.data.tokens import FORMATS, ConversationTokenizer
+from megatron_dft.utils import HelpFormatter
 
 
 def main(argv: list[str]) -> None:
-    """Check what can be checked at once, then show or write."""
+    """Parse the options, then print the preview or write the token file."""
     args = _parser().parse_args(argv)
     try:
         files = sources.expand(args.files)
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> None:
         if args.preview or args.preview_html:
             return _preview(args, files, tokenizer)
         if args.out is None or args.seq_length is None:
-            raise ValueError("--seq-length and --out are required, or --preview N")
+            raise ValueError("--seq-length and --out are required, unless --preview N or --preview-html FILE is given")
         plan = Plan(
             files=files,
             out=args.out,
@@ -52,9 +53,7 @@ def main(argv: list[str]) -> None:
             workers=args.workers,
         )
         show(prepare(plan, tokenizer), plan.out)
-    except OSError as error:
-        sys.exit(f"megatron_dft.data: {args.out or args.preview_html or ''}: {error}")
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"megatron_dft.data: {error}")
     except KeyboardInterrupt:
         print("megatron_dft.data: interrupted", file=sys.stderr)
@@ -69,15 +68,15 @@ def _tokenizer(args: argparse.Namespace) -> ConversationTokenizer:
         raise ValueError(f"transformers is missing ({error}); pip install 'megatron_dft[data]'") from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    except Exception as error:  # whatever a broken folder makes it raise
+    except Exception as error:  # transformers raises many types for an invalid folder
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"--tokenizer {args.tokenizer}: expected the folder of a tokenizer ({reason})") from None
+        raise ValueError(f"--tokenizer {args.tokenizer}: no tokenizer found ({reason}); check the path") from None
     for flag, value in (("--chat-template", args.chat_template), ("--chat-template-kwargs", args.chat_template_kwargs)):
         if value and args.format != "chat":
             raise ValueError(f"{flag}: --format {args.format} uses no chat template; drop one of them")
     for name in args.chat_template_kwargs:
         if name in RESERVED:
-            raise ValueError(f"--chat-template-kwargs: {name!r} is no variable of a template")
+            raise ValueError(f"--chat-template-kwargs: {name!r} is reserved; remove it")
     template = None
     if args.chat_template is not None:
         try:
@@ -96,7 +95,7 @@ def _preview(args: argparse.Namespace, files: list[str], tokenizer: Conversation
         if any(
             os.path.exists(file) and args.preview_html.exists() and args.preview_html.samefile(file) for file in files
         ):
-            raise ValueError(f"--preview-html {args.preview_html}: it is an input, and would be overwritten")
+            raise ValueError(f"--preview-html {args.preview_html}: this is an input file; choose another name")
         args.preview_html.write_text(preview.as_html(items), encoding="utf-8", errors="backslashreplace")
         print(args.preview_html)
         return
@@ -105,11 +104,11 @@ def _preview(args: argparse.Namespace, files: list[str], tokenizer: Conversation
 
 
 def show(report: dict[str, Any], out: Path) -> None:
-    """The statistics as text."""
-    length, share = report["length"], report["tokens_that_train"] / report["tokens"]
+    """Print the statistics."""
+    length, share = report["length"], report["trained_tokens"] / report["tokens"]
     print(
         f"{report['records']} records, {report['rejected']} rejected, {report['truncated']} truncated; "
-        f"{report['sequences']} sequences, {report['tokens']} tokens, of which {share:.1%} train"
+        f"{report['sequences']} sequences, {report['tokens']} tokens, {share:.1%} of them in the loss"
     )
     for reason, count in report["rejected_for"].items():
         print(f"  rejected: {reason}: {count}")
@@ -118,39 +117,41 @@ def show(report: dict[str, Any], out: Path) -> None:
     if report["one_sequence_per_turn"]:
         print(
             f"  {report['one_sequence_per_turn']} conversations became one sequence per assistant turn: the chat "
-            "template writes a turn differently when another one follows"
+            "template renders a turn differently when another one follows"
         )
-    print("tokens of a sequence: " + ", ".join(f"{name} {value:.0f}" for name, value in length.items()))
+    print("tokens per sequence: " + ", ".join(f"{name} {value:.0f}" for name, value in length.items()))
     for name, numbers in report["channels"].items():
         print(
             f"  {name}: {numbers['sequences']} sequences, {numbers['tokens']} tokens, "
-            f"{numbers['tokens_that_train']} train"
+            f"{numbers['trained_tokens']} in the loss"
         )
     print(
-        f"{report['rows']} rows of {report['seq_length']} tokens, {report['packing_efficiency']:.1%} used; one "
-        f"sequence to a row would use {report['unpacked_efficiency']:.1%}"
+        f"{report['rows']} rows of {report['seq_length']} tokens, {report['packing_efficiency']:.1%} used; with one "
+        f"sequence per row {report['unpacked_efficiency']:.1%}"
     )
     print(f"{out}; {side_files(out)['report']}" + f"; {side_files(out)['rejected']}" * bool(report["rejected_for"]))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "python -m megatron_dft.data",
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "megatron-dft data", allow_abbrev=False, description=__doc__, formatter_class=HelpFormatter
     )
     add = parser.add_argument
     add("files", nargs="+", metavar="FILE", help="files, folders, or - for a pipe")
-    add("--tokenizer", required=True, metavar="FOLDER", help="folder of a fast tokenizer of transformers")
+    add(
+        "--tokenizer",
+        required=True,
+        metavar="MODEL",
+        help="folder or Hub name of a model with a fast tokenizer",
+    )
     add("--out", type=Path, metavar="FILE", help="token file to write")
-    add("--seq-length", type=_positive, metavar="N", help="tokens of a row, as in the training run")
+    add("--seq-length", type=_positive, metavar="N", help="tokens per row, as in the training run")
     add(
         "--format",
         choices=FORMATS,
         default="chat",
-        help="chat: the chat template, assistant turns train; completion: contents as they are, assistant turns and "
-        "the end of the text train (default: %(default)s)",
+        help="chat: the chat template, the loss covers assistant turns; completion: contents without a template, the "
+        "loss covers assistant turns and the end of the text",
     )
     add("--chat-template", type=Path, metavar="FILE", help="Jinja template to use instead of the tokenizer's")
     add(
@@ -158,15 +159,15 @@ def _parser() -> argparse.ArgumentParser:
         type=_json_object,
         default={},
         metavar="JSON",
-        help='variables of the chat template, as {"enable_thinking": false}',
+        help='variables of the chat template, e.g. {"enable_thinking": false}',
     )
-    add("--channel", type=_name, metavar="NAME", help="channel of records that name none (default: their file's name)")
-    add("--packing", choices=("best-fit", "none"), default="best-fit", help="none: one sequence to a row")
+    add("--channel", type=_name, metavar="NAME", help="channel of records without one (default: their file's name)")
+    add("--packing", choices=("best-fit", "none"), default="best-fit", help="none: one sequence per row")
     add(
         "--too-long",
         choices=("drop", "truncate"),
         default="drop",
-        help="sequences that are longer than a row (default: %(default)s, counted as rejected)",
+        help="action for sequences that are longer than a row (default: %(default)s, counted as rejected)",
     )
     add(
         "--max-rejected",
@@ -184,15 +185,15 @@ def _parser() -> argparse.ArgumentParser:
         type=_positive,
         default=0,
         metavar="N",
-        help="print the first N records with trained tokens marked; write no file",
+        help="print the first N records with trained tokens marked; write no token file",
     )
-    add("--preview-html", type=Path, metavar="FILE", help="the same (100 records, or --preview N) as a page of HTML")
+    add("--preview-html", type=Path, metavar="FILE", help="write the preview (100 records, or --preview N) as HTML")
     add(
         "--workers",
         type=_positive,
         default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         metavar="N",
-        help="processes (default: one per core)",
+        help="processes",
     )
     return parser
 
@@ -209,7 +210,7 @@ def _share(text: str) -> float:
     except ValueError:
         number = -1.0
     if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"expected a share from 0 to 1, as 0.01, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a share from 0 to 1, e.g. 0.01, got {text!r}")
     return number
 
 
@@ -230,5 +231,5 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that temporary files are removed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # removes temporary files
     main(sys.argv[1:])

@@ -1,29 +1,29 @@
-"""Records of chat data -> conversations.
+"""Record formats of chat data: record -> conversation.
 
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
     {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}        ShareGPT
     {"instruction": "...", "input": "...", "output": "..."}                                        Alpaca
-    {"prompt": "...", "completion": "..."}         `response` for `completion`; texts, or lists of messages
+    {"prompt": "...", "completion": "..."}         also `response` or `output`; texts, or lists of messages
 
-Beside the turns a record may have
+Optional fields of a record:
 
-    channel                a name: metrics are reported for each channel
-    system                 the system message
+    channel                a name: metrics are reported per channel
+    system                 the system message; also `system_prompt`
     tools                  JSON schemas of functions, for the chat template
-    chat_template_kwargs   variables of the chat template, as {"enable_thinking": false}
-    weight, loss, train    0 or false: nothing in the conversation trains; also `training`, `trainable`, `loss_weight`
+    chat_template_kwargs   variables of the chat template, e.g. {"enable_thinking": false}
+    weight, loss, train    0 or false: the conversation is not in the loss. Also `training`, `trainable`, `loss_weight`
 
-and a message, beside role and content (text, or a list of text parts),
+Optional fields of a message, besides role and content (text, or a list of text parts):
 
-    reasoning_content      thoughts, also as `reasoning`, `thinking` or `thought`: the chat template has to write them
-    tool_calls             the chat template has to write them
-    tool_call_id, name     for the chat template, which may leave them out
-    weight, loss, train    0 or false: the turn is context, and does not train
+    reasoning_content      also `reasoning`, `thinking`, `thought`. The chat template must render it
+    tool_calls             the chat template must render them
+    tool_call_id, name     for the chat template, which may omit them
+    weight, loss, train    0 or false: the turn is context and not in the loss
 
-The prompt of a record with `prompt` is context: of its messages none trains.
+No message in `prompt` is in the loss.
 
-A field that would change what trains and is not listed here is refused by name, unless it is empty. All other fields,
-as `id` or `source`, are ignored, and their names are reported.
+A field that is not listed here raises ValueError if it would change the loss, unless it is empty. All other fields,
+such as `id` or `source`, are ignored, and their names are reported.
 """
 
 from __future__ import annotations
@@ -47,15 +47,16 @@ ROLES = {
     "observation": "tool",
     "function": "tool",
 }
-TURNS = ("messages", "conversations", "instruction", "prompt")  # one of them in a record
+TURNS = ("messages", "conversations", "instruction", "prompt")  # a record has exactly one of them
 OF_RECORD = {"channel", "system", "system_prompt", "tools", "chat_template_kwargs"}
 ANSWERS = ("completion", "response", "output")
 REASONING = ("reasoning_content", "reasoning", "thinking", "thought")
 WEIGHTS = ("weight", "loss", "train", "training", "trainable", "loss_weight")
-SAID = {"role", "content", "from", "value"}
+ROLE_AND_CONTENT = {"role", "content", "from", "value"}
 TEMPLATE_FIELDS = ("tool_calls", "tool_call_id", "name")
-RESERVED = ("messages", "tools", "add_generation_prompt", "chat_template", "tokenize", "documents")  # no variables
-# Fields that say something that this package cannot do; others describe, and are ignored.
+# Arguments of apply_chat_template, which chat_template_kwargs cannot set.
+RESERVED = ("messages", "tools", "add_generation_prompt", "chat_template", "tokenize", "documents")
+# Fields that would change the loss or the text and are not supported. Other fields are ignored.
 UNSUPPORTED_OF_RECORD = {
     *("images", "image", "videos", "video", "audios", "audio", "documents", "functions", "function_call"),
     *("chosen", "rejected", "label", "history", "input", "output", "completion", "response", "reasoning_content"),
@@ -67,17 +68,17 @@ UNSUPPORTED_OF_MESSAGE = {
     *("tools", "documents", "audio_url", "image_url", "text", "value", "channel", "loss_mask", "recipient"),
     *("label", "mask", "masked", "weights", "train_detail", "thoughts", "reasoning_details", "cot"),
 }
-SWITCHES = {"label", "mask", "masked", "sample_weight", "train_on_inputs", "enable_thinking"}  # 0 and false count, too
+SWITCHES = {"label", "mask", "masked", "sample_weight", "train_on_inputs", "enable_thinking"}  # 0 and false are values
 
 
 @dataclass
 class Conversation:
-    """Turns, and which of them train.
+    """Messages of a conversation, and which of them are in the loss.
 
     Attributes:
-        messages: for the chat template: role, content, and what it needs of `TEMPLATE_FIELDS`.
-        turns: indices of the assistant messages that train.
-        channel: data source, if the record names one.
+        messages: for the chat template: role, content, and those of `TEMPLATE_FIELDS` that are set.
+        turns: indices of the assistant messages in the loss.
+        channel: channel, if the record names one.
         kwargs: tools and variables of the chat template.
         ignored: fields of the record and of its messages that have no effect.
     """
@@ -93,13 +94,13 @@ def conversation_of(record: Mapping[str, Any]) -> Conversation:
     """The conversation of a record.
 
     Raises:
-        ValueError: it cannot be used; the reason begins with its kind, up to a colon.
+        ValueError: if the record is unusable. The message begins with the kind of the error and a colon.
     """
     context, messages, read = _turns(record)
     for name in sorted(UNSUPPORTED_OF_RECORD.intersection(record)):
-        if name not in read and _says_something(record[name], name):
+        if name not in read and _is_set(record[name], name):
             raise ValueError(f"unsupported field: {name!r}; remove it from the data")
-    systems = [name for name in ("system", "system_prompt") if _says_something(record.get(name))]
+    systems = [name for name in ("system", "system_prompt") if _is_set(record.get(name))]
     if systems:
         context = [{"role": "system", "content": record[systems[0]]}, *context]
     conversation = Conversation([], [], _channel(record), _template_kwargs(record))
@@ -111,20 +112,20 @@ def conversation_of(record: Mapping[str, Any]) -> Conversation:
         if shown["role"] == "assistant" and trains and weighs and i >= len(context):
             conversation.turns.append(i)
     if systems and (len(systems) > 1 or sum(m["role"] == "system" for m in conversation.messages) > 1):
-        raise ValueError(f"two system messages: one in {systems[0]!r}, and another one")
+        raise ValueError(f"two system messages: one in {systems[0]!r} and another one; keep one of them")
     _check_order(conversation.messages)
     if not any(message["role"] == "assistant" for message in conversation.messages):
         raise ValueError("no assistant message: nothing contributes to the loss")
     if not conversation.turns:
         if context and not any(m["role"] == "assistant" for m in conversation.messages[len(context) :]):
-            raise ValueError("no assistant message: nothing behind the prompt contributes to the loss")
+            raise ValueError("no assistant message: nothing after the prompt contributes to the loss")
         raise ValueError("no weight: every assistant message has weight 0, so nothing contributes to the loss")
     return conversation
 
 
 def _turns(record: Mapping[str, Any]) -> tuple[list[Any], list[Any], tuple[str, ...]]:
-    """Messages that are context, messages of which the assistant's train, and the fields they were read from."""
-    given = [name for name in TURNS if _says_something(record.get(name)) or record.get(name) == ""]
+    """Context messages, the messages after them, and the fields they were read from."""
+    given = [name for name in TURNS if _is_set(record.get(name)) or record.get(name) == ""]
     if len(given) > 1:
         raise ValueError(f"ambiguous: the record has {' and '.join(map(repr, given))}; keep one of them")
     for name in () if given else (name for name in TURNS if name in record):
@@ -143,18 +144,18 @@ def _turns(record: Mapping[str, Any]) -> tuple[list[Any], list[Any], tuple[str, 
     answers = [key for key in ANSWERS if record.get(key) is not None]
     if len(answers) != 1:
         got = " and ".join(map(repr, answers)) or "none"
-        raise ValueError(f"no messages: expected one of {', '.join(ANSWERS)} beside {name!r}, got {got}")
+        raise ValueError(f"no messages: expected one of {', '.join(ANSWERS)} with {name!r}, got {got}")
     prompt, answer = record[name], record[answers[0]]
     read: tuple[str, ...] = (name, answers[0])
-    if name == "instruction" and _says_something(extra := record.get("input")):
+    if name == "instruction" and _is_set(extra := record.get("input")):
         if not isinstance(prompt, str) or not isinstance(extra, str):
             raise ValueError("no messages: expected texts in 'instruction' and 'input'")
         prompt, read = f"{prompt}\n{extra}", (*read, "input")
-    return _spoken(prompt, "user", name), _spoken(answer, "assistant", answers[0]), read
+    return _as_messages(prompt, "user", name), _as_messages(answer, "assistant", answers[0]), read
 
 
-def _spoken(value: Any, role: str, name: str) -> list[Any]:
-    """A text as one message; a list of messages as it is."""
+def _as_messages(value: Any, role: str, name: str) -> list[Any]:
+    """A text as a list of one message; a list unchanged."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     if isinstance(value, list):
@@ -170,7 +171,7 @@ def _from_json(text: str, name: str) -> Any:
 
 
 def _message(message: Any, i: int, ignored: set[str]) -> tuple[dict[str, Any], bool]:
-    """The message as the template takes it, and whether it trains."""
+    """The message for the chat template, and whether it may be in the loss."""
     if not isinstance(message, dict):
         raise ValueError(f"bad message: message {i}: expected an object, got {type(message).__name__}")
     if "role" in message and "from" in message:
@@ -178,43 +179,47 @@ def _message(message: Any, i: int, ignored: set[str]) -> tuple[dict[str, Any], b
     given = message.get("role", message.get("from"))
     role = ROLES.get(given) if isinstance(given, str) else None
     if role is None:
-        raise ValueError(f"bad message: message {i}: expected a role of {', '.join(ROLES)}, got {given!r}")
+        raise ValueError(f"bad message: message {i}: expected one of the roles {', '.join(ROLES)}, got {given!r}")
     text_field = "value" if "from" in message and "value" in message else "content"
-    if text_field == "value" and _says_something(message.get("content")):
+    if text_field == "value" and _is_set(message.get("content")):
         raise ValueError(f"bad message: message {i}: it has 'value' and 'content'; keep one of them")
     for name in sorted(UNSUPPORTED_OF_MESSAGE.intersection(message)):
-        if name != text_field and _says_something(message[name], name):
+        if name != text_field and _is_set(message[name], name):
             raise ValueError(f"unsupported field: message {i}: {name!r}; remove it from the data")
     shown: dict[str, Any] = {"role": role, "content": _content(message.get(text_field), i)}
     trains = True
-    if not message.keys() <= SAID:
+    if not message.keys() <= ROLE_AND_CONTENT:
         _add_template_fields(shown, message, i)
-        ignored.update(message.keys() - SAID - UNSUPPORTED_OF_MESSAGE - {*TEMPLATE_FIELDS, *REASONING, *WEIGHTS})
+        ignored.update(
+            message.keys() - ROLE_AND_CONTENT - UNSUPPORTED_OF_MESSAGE - {*TEMPLATE_FIELDS, *REASONING, *WEIGHTS}
+        )
         trains = _weight(message, f"message {i}")
         if role != "assistant" and trains and any(message.get(name) is not None for name in WEIGHTS):
-            raise ValueError(f"unsupported weight: message {i}: a message of {role} cannot train; remove its weight")
-    said = shown["content"].replace("<think>", "").replace("</think>", "").strip()
-    if role == "assistant" and not said and not {"tool_calls", "reasoning_content"} & shown.keys():
+            raise ValueError(
+                f"unsupported weight: message {i}: a message of role {role} cannot be in the loss; remove its weight"
+            )
+    text = shown["content"].replace("<think>", "").replace("</think>", "").strip()
+    if role == "assistant" and not text and not {"tool_calls", "reasoning_content"} & shown.keys():
         raise ValueError(f"empty reply: message {i}")
     return shown, trains
 
 
 def _add_template_fields(shown: dict[str, Any], message: dict[str, Any], i: int) -> None:
-    """Tool calls and thoughts, which the template writes beside the content."""
+    """Copy tool calls, reasoning and other template fields of a message to `shown`."""
     for name in TEMPLATE_FIELDS:
-        if _says_something(message.get(name)):
+        if _is_set(message.get(name)):
             shown[name] = _tool_calls(message[name], i) if name == "tool_calls" else message[name]
-    thoughts = [value for name in REASONING if _says_something(value := message.get(name))]
-    if ("tool_calls" in shown or thoughts) and shown["role"] != "assistant":
-        raise ValueError(f"bad message: message {i}: tool calls or thoughts of a message of {shown['role']}")
-    if thoughts:
-        if not isinstance(thoughts[0], str) or any(thought != thoughts[0] for thought in thoughts):
-            raise ValueError(f"bad thoughts: message {i}: expected one text")
-        shown["reasoning_content"] = thoughts[0]
+    texts = [value for name in REASONING if _is_set(value := message.get(name))]
+    if ("tool_calls" in shown or texts) and shown["role"] != "assistant":
+        raise ValueError(f"bad message: message {i}: tool calls or reasoning in a message of role {shown['role']}")
+    if texts:
+        if not isinstance(texts[0], str) or any(text != texts[0] for text in texts):
+            raise ValueError(f"bad reasoning_content: message {i}: expected a single text")
+        shown["reasoning_content"] = texts[0]
 
 
 def _content(value: Any, i: int) -> str:
-    """A text, or the texts of a list of parts, one after the other."""
+    """The content as text; a list of text parts is concatenated."""
     if value is None:
         return ""
     if isinstance(value, str):
@@ -235,7 +240,7 @@ def _content(value: Any, i: int) -> str:
 
 
 def _tool_calls(calls: Any, i: int) -> list[Any]:
-    """Templates take arguments as objects; data often has them as JSON text."""
+    """Tool calls with arguments as objects, which templates expect; the data may have them as JSON text."""
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise ValueError(f"bad message: message {i}: expected a list of objects in tool_calls")
     parsed = []
@@ -248,7 +253,7 @@ def _tool_calls(calls: Any, i: int) -> list[Any]:
             try:
                 arguments = json.loads(arguments or "{}")
             except ValueError:
-                raise ValueError(f"bad message: message {i}: arguments of a tool call that are no JSON") from None
+                raise ValueError(f"bad message: message {i}: arguments of a tool call are not JSON") from None
         function = {**function, "arguments": arguments}
         parsed.append({"type": "function", **call, "function": function} if "function" in call else function)
     return parsed
@@ -260,7 +265,7 @@ def _template_kwargs(record: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"bad chat_template_kwargs: expected an object, got {type(kwargs).__name__}")
     for name in kwargs:
         if name in RESERVED:
-            raise ValueError(f"bad chat_template_kwargs: {name!r} is no variable of a template")
+            raise ValueError(f"bad chat_template_kwargs: {name!r} is reserved; remove it")
     tools = record.get("tools")
     if isinstance(tools, str):
         tools = _from_json(tools, "tools") if tools.strip() else None
@@ -279,7 +284,7 @@ def _channel(record: Mapping[str, Any]) -> str | None:
 
 
 def _weight(fields: Mapping[str, Any], where: str) -> bool:
-    """Whether it trains."""
+    """Whether a record or message may be in the loss."""
     given = {name: fields[name] for name in WEIGHTS if fields.get(name) is not None}
     for name, value in given.items():
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
@@ -292,11 +297,11 @@ def _weight(fields: Mapping[str, Any], where: str) -> bool:
 def _check_order(messages: list[dict[str, Any]]) -> None:
     for i, message in enumerate(messages):
         if message["role"] == "assistant" and all(m["role"] in ("system", "developer") for m in messages[:i]):
-            raise ValueError(f"reply to nothing: message {i} is the assistant's, and no user spoke before it")
+            raise ValueError(f"no user message: message {i} is an assistant message without a user message before it")
         if message["role"] == "tool" and not any(m["role"] == "assistant" for m in messages[:i]):
-            raise ValueError(f"bad message: message {i}: a tool's result before any message of the assistant")
+            raise ValueError(f"bad message: message {i}: a tool result before any assistant message")
 
 
-def _says_something(value: Any, name: str = "") -> bool:
-    """Whether a field holds more than an empty default."""
+def _is_set(value: Any, name: str = "") -> bool:
+    """Whether a field has another value than an empty default."""
     return value is not None if name in SWITCHES else value not in (None, "", [], {}, False)

@@ -1,29 +1,29 @@
-"""Packing: conversations to rows of a fixed number of tokens, with little padding.
+"""Packing of sequences into rows of a fixed number of tokens: best-fit decreasing.
 
-Best fit decreasing: the longest conversation first, each into the row with the least room that is enough. Room is a
-number of tokens up to the length of a row, so the rooms that exist are bits of one integer, and the least one that is
-enough is a shift and its lowest bit: the cost per conversation does not grow with the number of rows.
+The longest sequence comes first. Each goes into the row with the least free space that suffices. The free spaces that
+occur are the set bits of one integer; the smallest that suffices is the lowest bit after a shift. The cost per sequence
+does not depend on the number of rows.
 """
 
 from __future__ import annotations
 
 
 def best_fit(sizes: list[int], limit: int) -> list[list[int]]:
-    """Rows of indices, each of at most `limit` tokens in sum. No size may be above the limit."""
+    """Rows of indices into `sizes`, each of at most `limit` tokens in sum. No size may exceed the limit."""
     rows: list[list[int]] = []
-    with_room: list[list[int]] = [[] for _ in range(limit + 1)]
-    rooms = 0  # bit r: some row has room r
+    by_free: list[list[int]] = [[] for _ in range(limit + 1)]  # rows by free space
+    occurring = 0  # bit n: some row has n free tokens
     for index in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
         size = sizes[index]
-        enough = rooms >> size
-        if enough:
-            room = size + (enough & -enough).bit_length() - 1
-            row = with_room[room].pop()
-            rooms ^= (not with_room[room]) << room
+        sufficient = occurring >> size
+        if sufficient:
+            free = size + (sufficient & -sufficient).bit_length() - 1
+            row = by_free[free].pop()
+            occurring ^= (not by_free[free]) << free
             rows[row].append(index)
         else:
-            room, row = limit, len(rows)
+            free, row = limit, len(rows)
             rows.append([index])
-        with_room[room - size].append(row)
-        rooms |= 1 << (room - size)
+        by_free[free - size].append(row)
+        occurring |= 1 << (free - size)
     return rows

@@ -1,7 +1,7 @@
-"""From files of chat data to a token file.
+"""Preparation of a token file from files of chat data.
 
-Worker processes parse, render and tokenize; this process reads, packs and writes. Tokens wait in a temporary file
-beside the output until all lengths are known. Memory grows by about 1 KiB per sequence, not with its length.
+Worker processes parse, render and tokenize. This process reads, packs and writes. Tokens are in a temporary file beside
+the output until all lengths are known. Memory grows by about 1 KiB per sequence, independent of its length.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ from megatron_dft.data.sources import Record
 from megatron_dft.data.token_file import Header, Row
 from megatron_dft.data.tokens import ConversationTokenizer, Encoded
 
-BATCH = 256  # records of a task of a worker
-ALONE = 8  # batches before worker processes are started
-SHOWN = 10  # rejected records that are printed
+BATCH = 256  # records per task of a worker
+BATCHES_BEFORE_WORKERS = 8  # batches before worker processes are started
+MAX_PRINTED = 10  # rejected records that are printed
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do with the records.
+    """Settings of `prepare`.
 
     Attributes:
-        files: paths; folders and `-` too.
+        files: paths as returned by `sources.expand`; "-" for standard input.
         out: path of the token file.
-        seq_length: tokens of a row.
+        seq_length: tokens per row.
         context_parallel_size, tensor_model_parallel_size, sequence_parallel: of the training run.
-        channel: name of the data source of records that name none. Default: the name of their file.
-        truncate: cut conversations that are longer than a row, instead of rejecting them.
-        pack: several conversations to a row.
+        channel: channel of records without one. Default: the name of their file.
+        truncate: truncate sequences that are longer than a row, instead of rejecting them.
+        pack: several sequences per row.
         max_rejected: share of records that may be rejected.
-        workers: processes; 1: this one.
+        workers: number of processes; 1: no worker processes.
     """
 
     files: list[str]
@@ -67,7 +67,7 @@ class Plan:
 
     @property
     def multiple(self) -> int:
-        """Megatron pads each conversation to a multiple of it."""
+        """Megatron pads each sequence to a multiple of this number of tokens."""
         return 2 * self.context_parallel_size if self.context_parallel_size > 1 else 1
 
     def check(self) -> None:
@@ -82,23 +82,23 @@ class Plan:
             )
         for path in (self.out, *side_files(self.out).values()):
             if not path.name or (path.exists() and not path.is_file()):
-                raise ValueError(f"--out {self.out}: {path} is no regular file; choose another name")
+                raise ValueError(f"--out {self.out}: {path} is not a regular file; choose another name")
         for path in (self.out, *side_files(self.out).values()):
             if any(os.path.exists(file) and path.exists() and os.path.samefile(file, path) for file in self.files):
-                raise ValueError(f"--out {self.out}: {path} is an input, and would be overwritten; choose another name")
+                raise ValueError(f"--out {self.out}: {path} is an input file; choose another name")
 
 
 def side_files(out: Path) -> dict[str, Path]:
-    """Files beside the token file: its statistics, and the records that were rejected."""
+    """Files beside the token file: its statistics, and the rejected records."""
     return {"report": out.with_name(f"{out.name}.report.json"), "rejected": out.with_name(f"{out.name}.rejected.jsonl")}
 
 
 @dataclass
 class Statistics:
-    """What came in, what went out, what was rejected and why."""
+    """Counts of records, sequences and tokens, and the reasons of rejections."""
 
     records: int = 0
-    rejected: int = 0  # records of which something is rejected
+    rejected: int = 0  # records with at least one rejected sequence
     truncated: int = 0
     split: int = 0  # conversations that became one sequence per assistant turn
     reasons: Counter[str] = field(default_factory=Counter)
@@ -109,15 +109,15 @@ class Statistics:
     names: dict[str, int] = field(default_factory=dict)
 
     def report(self, rows: int, seq_length: int) -> dict[str, Any]:
-        """Counts, in records, sequences, tokens."""
+        """The statistics as JSON: counts of records, sequences and tokens, lengths, packing efficiency."""
         lengths, trained, channels = map(np.asarray, (self.lengths, self.trained, self.channels))
-        of_channels = {}
+        by_channel = {}
         for name, number in sorted(self.names.items()):
-            mine = channels == number
-            of_channels[name] = {
-                "sequences": int(mine.sum()),
-                "tokens": int(lengths[mine].sum()),
-                "tokens_that_train": int(trained[mine].sum()),
+            selected = channels == number
+            by_channel[name] = {
+                "sequences": int(selected.sum()),
+                "tokens": int(lengths[selected].sum()),
+                "trained_tokens": int(trained[selected].sum()),
             }
         quantiles = {"min": 0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1}
         return {
@@ -129,12 +129,12 @@ class Statistics:
             "sequences": len(lengths),
             "truncated": self.truncated,
             "tokens": int(lengths.sum()),
-            "tokens_that_train": int(trained.sum()),
+            "trained_tokens": int(trained.sum()),
             "length": {
                 "mean": float(lengths.mean()),
                 **{name: float(np.quantile(lengths, q, method="nearest")) for name, q in quantiles.items()},
             },
-            "channels": of_channels,
+            "channels": by_channel,
             "rows": rows,
             "seq_length": seq_length,
             "packing_efficiency": int(lengths.sum()) / (rows * seq_length),
@@ -143,11 +143,12 @@ class Statistics:
 
 
 def prepare(plan: Plan, tokenizer: ConversationTokenizer) -> dict[str, Any]:
-    """Write the token file; returns the statistics.
+    """Write the token file; return the statistics.
 
     Raises:
-        ValueError: nothing can be used, or more is rejected than `max_rejected`. No file is written then, except the
-            list of what was rejected.
+        ValueError: for an invalid plan, a file that cannot be read to its end, a killed worker process, no usable
+            record, or more rejected records than `max_rejected`. In the last two cases the list of rejected records is
+            written. The token file is not written.
     """
     plan.check()
     plan.out.parent.mkdir(parents=True, exist_ok=True)
@@ -182,7 +183,7 @@ def prepare(plan: Plan, tokenizer: ConversationTokenizer) -> dict[str, Any]:
         files["out"].finish()
         files["report"].path.write_text(json.dumps(report, indent=2) + "\n")
         files["report"].finish()
-        if not statistics.rejected:  # a list of an earlier run would be wrong
+        if not statistics.rejected:  # remove the list of an earlier run
             side_files(plan.out)["rejected"].unlink(missing_ok=True)
     return report
 
@@ -200,14 +201,14 @@ class _Unfinished:
         self.path = target.with_name(f"{self.prefix}{os.getpid()}")
 
     def __enter__(self) -> _Unfinished:
-        for left in self.target.parent.iterdir():  # of a process of this machine that was killed
-            number = left.name.removeprefix(self.prefix)
-            if number != left.name and not os.path.exists(f"/proc/{number}") and os.path.isdir("/proc/self"):
-                left.unlink(missing_ok=True)
+        for path in self.target.parent.iterdir():  # remove files of killed processes of this machine
+            pid = path.name.removeprefix(self.prefix)
+            if pid != path.name and not os.path.exists(f"/proc/{pid}") and os.path.isdir("/proc/self"):
+                path.unlink(missing_ok=True)
         return self
 
     def finish(self) -> None:
-        """Put the file in its place."""
+        """Rename the file to its target."""
         self.path.replace(self.target)
 
     def __exit__(self, *_: object) -> None:
@@ -215,19 +216,19 @@ class _Unfinished:
 
 
 def _not_written(out: Path) -> str:
-    return f"{out} is not written" + ("; the earlier one is unchanged" if out.exists() else "")
+    return f"{out} is not written" + ("; the existing file is unchanged" if out.exists() else "")
 
 
 def _check(plan: Plan, statistics: Statistics) -> None:
     rejected = side_files(plan.out)["rejected"]
     reasons = ", ".join(f"{reason} ({count})" for reason, count in statistics.reasons.most_common(3))
     if not statistics.lengths:
-        raise ValueError(f"no conversation can be used: {reasons or 'no records'}. {_not_written(plan.out)}")
+        raise ValueError(f"no usable conversation: {reasons or 'no records'}. {_not_written(plan.out)}")
     share = statistics.rejected / statistics.records
     if share > plan.max_rejected:
         raise ValueError(
             f"{statistics.rejected} of {statistics.records} records are rejected ({share:.1%}, --max-rejected "
-            f"{plan.max_rejected:.1%}): {reasons}. {rejected} names them. {_not_written(plan.out)}"
+            f"{plan.max_rejected:.1%}): {reasons}. {rejected} lists them. {_not_written(plan.out)}"
         )
 
 
@@ -235,11 +236,11 @@ def _check(plan: Plan, statistics: Statistics) -> None:
 
 
 class Outcome(NamedTuple):
-    """What became of a record.
+    """The sequences of a record, or why it is rejected.
 
     Attributes:
-        sequences: tokens as bytes of int32, as `_stored` writes them.
-        reasons: why the record, or one of its sequences, is rejected.
+        sequences: tokens as bytes of int32, as returned by `_stored`.
+        reasons: why the record, or some of its sequences, are rejected.
         ignored: fields without effect.
         cut: whether a sequence was truncated.
     """
@@ -256,7 +257,7 @@ class Outcome(NamedTuple):
 def _tokenize(
     plan: Plan, tokenizer: ConversationTokenizer, statistics: Statistics, rejected: IO[str], tokens: IO[bytes]
 ) -> None:
-    """Append the tokens of all records, as signed numbers: id + 1, negative where the token does not train."""
+    """Append the tokens of all records as signed numbers: id + 1, negative for tokens that are not in the loss."""
     for outcome in _progress(_outcomes(plan, tokenizer), plan.files):
         statistics.records += 1
         statistics.rejected += bool(outcome.reasons)
@@ -277,10 +278,10 @@ def _reject(statistics: Statistics, rejected: IO[str], outcome: Outcome, reason:
     statistics.reasons[reason.partition(":")[0]] += 1
     rejected.write(json.dumps({"file": outcome.file, "line": outcome.number, "reason": reason}) + "\n")
     count = statistics.reasons.total()
-    if count <= SHOWN:
+    if count <= MAX_PRINTED:
         print(f"{outcome.file}:{outcome.number}: {reason}", file=sys.stderr)
-    if count == SHOWN:
-        print(f"(all others in {side_files(out)['rejected']} only)", file=sys.stderr)
+    if count == MAX_PRINTED:
+        print(f"further rejected records: see {side_files(out)['rejected']}", file=sys.stderr)
 
 
 _worker: tuple[Plan, ConversationTokenizer] | None = None  # of a worker process
@@ -297,15 +298,15 @@ def _work(records: list[Record]) -> list[Outcome]:
 
 
 def _outcomes(plan: Plan, tokenizer: ConversationTokenizer) -> Iterator[tuple[int, list[Outcome]]]:
-    """Of batches of records, in order, with the bytes that were read."""
+    """The outcomes of each batch of records, in order, with the number of bytes read so far."""
     batches = _batches(_readable(sources.records(plan.files), plan.out))
-    for batch in batches if plan.workers == 1 else islice(batches, ALONE):
+    for batch in batches if plan.workers == 1 else islice(batches, BATCHES_BEFORE_WORKERS):
         yield batch[-1].done, encode_records(batch, plan, tokenizer)
     rest = next(batches, None)
     if rest is None:
         return
     batches = chain([rest], batches)
-    # Not forked: libraries may hold threads.
+    # Not forked: libraries may have started threads.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(plan.workers, context, _start_worker, (plan, tokenizer)) as pool:
         waiting: collections.deque[tuple[int, Any]] = collections.deque()
@@ -318,13 +319,13 @@ def _outcomes(plan: Plan, tokenizer: ConversationTokenizer) -> Iterator[tuple[in
             for done, future in waiting:
                 yield done, future.result()
         except BrokenProcessPool:
-            raise ValueError("a worker process was killed, perhaps for its memory; use fewer --workers") from None
+            raise ValueError("a worker process was killed, possibly out of memory; use fewer --workers") from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _readable(records: Iterable[Record], out: Path) -> Iterator[Record]:
-    """Raises ValueError at a file that cannot be read to its end, whatever share may be rejected."""
+    """Raises ValueError for a file that cannot be read to its end; `max_rejected` does not apply to it."""
     for record in records:
         if isinstance(record.raw, sources.Unreadable):
             raise ValueError(f"{record.file}:{record.number}: {record.raw}. {_not_written(out)}")
@@ -338,7 +339,7 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
 
 
 def encode_records(records: list[Record], plan: Plan, tokenizer: ConversationTokenizer) -> list[Outcome]:
-    """What becomes of each record."""
+    """The outcome of each record: its sequences, or why it is rejected."""
     found: list[Any] = []
     for record in records:
         try:
@@ -368,11 +369,11 @@ def encode_records(records: list[Record], plan: Plan, tokenizer: ConversationTok
 
 
 def _unusable(sequence: Encoded, seq_length: int, truncate: bool) -> str:
-    """Why a sequence is left out; empty if it is not."""
+    """Why a sequence is rejected; empty if it is usable."""
     if len(sequence.ids) > seq_length and not truncate:
         return f"too long: {len(sequence.ids)} tokens, --seq-length {seq_length}; raise it, or --too-long truncate"
     if not any(first < min(last, seq_length) for first, last in sequence.spans):
-        return "nothing trains: its replies have no tokens" + " within --seq-length" * (len(sequence.ids) > seq_length)
+        return "no trained token: replies are empty" + " within --seq-length" * (len(sequence.ids) > seq_length)
     return ""
 
 
@@ -393,7 +394,7 @@ def _rows(rows: list[list[int]], statistics: Statistics, stored: np.ndarray) -> 
 
 
 def _progress(outcomes: Iterable[tuple[int, list[Outcome]]], files: list[str]) -> Iterator[Outcome]:
-    """The outcomes one by one, with a bar of the bytes that are read."""
+    """The outcomes one by one, with a progress bar of the bytes read."""
     from tqdm import tqdm
 
     sizes = [os.path.getsize(file) for file in files if os.path.isfile(file)]

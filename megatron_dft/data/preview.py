@@ -1,4 +1,4 @@
-"""Conversations as they train: on a terminal, or as a page of HTML."""
+"""Preview of conversations with their trained tokens marked, as text or HTML."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_dft.data.sources import Record
 from megatron_dft.data.tokens import ConversationTokenizer, Encoded
 
 GREEN, PLAIN = "\033[1;32m", "\033[0m"
-# Control characters, other spaces, directions of writing, joiners, private use, half surrogates, noncharacters.
+# Control characters, unusual spaces, bidirectional marks, joiners, private use, unpaired surrogates, noncharacters.
 INVISIBLE = re.compile(
     "[\x00-\x09\x0b-\x1f\x7f-\xa0\xad\u034f\u061c\u115f\u1160\u1680\u17b4\u17b5\u180b-\u180f\u2000-\u200f\u2028-\u202f"
     "\u205f-\u206f\u3000\u3164\ud800-\udfff\ue000-\uf8ff\ufdd0-\ufdef\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffd"
@@ -33,12 +33,12 @@ mark { background: #bfe8c5; color: inherit; border-radius: 2px; box-shadow: inse
 
 @dataclass(frozen=True)
 class Shown:
-    """A sequence, or why a record has none.
+    """A sequence, or the reason why a record is rejected.
 
     Attributes:
         title: file, number, and counts.
-        parts: text and whether it trains, in order.
-        reason: why there is no sequence.
+        parts: pieces of text in order, and whether each is in the loss.
+        reason: why the record is rejected.
     """
 
     title: str
@@ -47,7 +47,7 @@ class Shown:
 
 
 def shown(records: Iterable[Record], tokenizer: ConversationTokenizer, channel: str | None) -> Iterator[Shown]:
-    """What becomes of each record."""
+    """The sequences of each record, or why it is rejected."""
     for record in records:
         where = f"{record.file}:{record.number}"
         try:
@@ -61,7 +61,7 @@ def shown(records: Iterable[Record], tokenizer: ConversationTokenizer, channel: 
         name = conversation.channel or channel or sources.channel_of(record.file)
         for i, sequence in enumerate(sequences):
             place = f" (sequence {i + 1} of {len(sequences)}, one per assistant turn)" if len(sequences) > 1 else ""
-            title = f"{where}{place}: {name}, {len(sequence.ids)} tokens, {sequence.trained} train"
+            title = f"{where}{place}: {name}, {len(sequence.ids)} tokens, {sequence.trained} in the loss"
             yield Shown(title, list(_parts(tokenizer.tokenizer, sequence)))
 
 
@@ -75,12 +75,12 @@ def _parts(tokenizer: Any, sequence: Encoded) -> Iterator[tuple[str, bool]]:
 
 
 def visible(text: str) -> str:
-    r"""Invisible characters as escapes: \t, \u200b. Line breaks stay."""
+    r"""Replace invisible characters, except line breaks, by escapes: \t, \u200b."""
     return INVISIBLE.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), text)
 
 
 def as_text(item: Shown, coloured: bool) -> str:
-    """For a terminal: trained text is green, or in brackets without colours."""
+    """Text for a terminal: trained text is green, or in brackets without colours."""
     begin, end = (GREEN, PLAIN) if coloured else ("[", "]")
     if item.reason:
         return f"--- {visible(item.title)}: rejected: {visible(item.reason)}"
@@ -89,7 +89,7 @@ def as_text(item: Shown, coloured: bool) -> str:
 
 
 def as_html(items: Iterable[Shown]) -> str:
-    """A page without scripts. All text of the data is escaped."""
+    """An HTML page without scripts. All text of the data is escaped."""
     body = []
     for item in items:
         body.append(f"<h2>{_escaped(item.title)}</h2>")
@@ -100,7 +100,7 @@ def as_html(items: Iterable[Shown]) -> str:
         body.append(f"<pre>{''.join(parts)}</pre>")
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>megatron_dft: preview</title>\n'
-        f"<style>{STYLE}</style>\n</head>\n<body>\n<h1>What trains</h1>\n"
+        f"<style>{STYLE}</style>\n</head>\n<body>\n<h1>Trained text</h1>\n"
         "<p><mark>Marked text</mark> contributes to the loss. All other text is context.</p>\n"
         + "\n".join(body)
         + "\n</body>\n</html>\n"
@@ -108,5 +108,5 @@ def as_html(items: Iterable[Shown]) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Escaped for HTML, with line breaks that can be seen."""
+    """Escape text for HTML, with visible line breaks."""
     return html.escape(visible(text)).replace("\n", '<span class="end">↵</span>\n')

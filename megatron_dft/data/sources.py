@@ -1,4 +1,4 @@
-r"""Files of chat data -> raw records.
+r"""Reader of chat data files: files -> raw records.
 
     JSONL         one JSON object per line; streamed
     JSON array    one array of objects, on one line or pretty-printed; held in memory
@@ -11,7 +11,7 @@ suffix.
 Text is UTF-8, with or without a byte order mark. Lines end in \n or \r\n. Blank lines are skipped, but count in line
 numbers.
 
-`records` finds where each record begins and ends. `parse` decodes its JSON, for example in a worker process.
+`records` splits files into records. `parse` decodes the JSON of a record, for example in a worker process.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MAGIC = {
     b"\xfd7zXZ": "xz",
 }
 UTF8_BOM = b"\xef\xbb\xbf"
-WIDE_ENCODINGS = {  # the byte order mark, or an ASCII character; the first match counts
+WIDE_ENCODINGS = {  # a byte order mark, or an ASCII character; the first match applies
     "UTF-32LE": re.compile(rb"\xff\xfe\0\0|[^\0]\0\0\0"),
     "UTF-32BE": re.compile(rb"\0\0\xfe\xff|\0\0\0[^\0]"),
     "UTF-16LE": re.compile(rb"\xff\xfe|[^\0]\0"),
@@ -58,7 +58,7 @@ ARRAY_SEPARATOR = re.compile(r"[ \t\n\r]*([,\]])[ \t\n\r]*")
 
 
 class Unreadable(ValueError):
-    """A file, or the rest of it, cannot be read: an unknown number of records is lost."""
+    """A file, or the rest of it, cannot be read. The number of lost records is unknown."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class Record:
     Attributes:
         file: path as given, "-" for standard input.
         number: line of JSONL, element of a JSON array or row of parquet, from 1. 0: the file has no record.
-        raw: JSON text; an object; or the reason why there is none: `Unreadable` for the rest of the file.
-        done: bytes of the file, as stored, that are read so far. Estimated from the row for parquet.
+        raw: JSON text; an object; or an error: `Unreadable` for the rest of the file.
+        done: bytes of the stored file that are read so far. Estimated from the row for parquet.
     """
 
     file: str
@@ -81,8 +81,8 @@ class Record:
 def expand(paths: list[str]) -> list[str]:
     """Replace folders by their files.
 
-    A folder stands for its files with one of `SUFFIXES`, with subfolders, sorted. Hidden ones are left out. Other
-    files are named on stderr.
+    A folder is replaced by its files with one of `SUFFIXES`, including subfolders, sorted. Hidden files and folders are
+    skipped. Files with another suffix are listed on stderr.
 
     Raises:
         ValueError: a path does not exist; a folder without such a file; a file that is given twice.
@@ -106,8 +106,8 @@ def expand(paths: list[str]) -> list[str]:
 def records(files: list[str]) -> Iterator[Record]:
     """Yield the records of files, in order.
 
-    A file that cannot be read to its end yields the records before that place and one with `Unreadable`. Parquet
-    loses the whole batch of that place. A file without a record yields one with number 0 and a ValueError.
+    A file that cannot be read to its end yields the records before the error and one with `Unreadable`. Parquet loses
+    the whole batch with the error. A file without a record yields one with number 0 and a ValueError.
 
     Raises:
         OSError: a file cannot be opened or read.
@@ -143,12 +143,12 @@ def parse(record: Record) -> dict[str, Any]:
             json.dumps(value, ensure_ascii=False).encode()  # raises UnicodeEncodeError for an unpaired surrogate
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"not UTF-8: byte {error.start + 1} is 0x{raw[error.start]:02x}, which may be Windows-1252 or Latin-1; "
-            "convert it to UTF-8"
+            f"not UTF-8: byte {error.start + 1} is 0x{raw[error.start]:02x}, possibly Windows-1252 or Latin-1; convert "
+            "it to UTF-8"
         ) from None
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"half a surrogate pair: \\u{ord(error.object[error.start]):04x}; write both halves, or remove it"
+            f"unpaired surrogate: \\u{ord(error.object[error.start]):04x}; write the pair, or remove it"
         ) from None
     except json.JSONDecodeError as error:
         if not raw.strip():
@@ -185,7 +185,7 @@ def _files_in(folder: str) -> list[str]:
         found += [os.path.join(where, name) for name in names if not name.startswith(".")]
     files = [file for file in found if file.lower().endswith(SUFFIXES)]
     for file in sorted(set(found) - set(files)):
-        print(f"{file}: left out of the folder for its suffix; pass the file itself to read it", file=sys.stderr)
+        print(f"{file}: skipped for its suffix; pass the file itself to read it", file=sys.stderr)
     if not files:
         raise ValueError(f"{folder}: no file in this folder ends in {', '.join(SUFFIXES)}; pass the files themselves")
     return sorted(files)
@@ -231,7 +231,7 @@ def _read(file: str) -> Iterator[tuple[int, bytes | dict[str, Any], int]]:
 
 
 def _peek(chunks: Iterable[bytes]) -> tuple[bytes, Iterator[bytes]]:
-    """At least `HEAD` bytes, less if there are no more, and the chunks behind them."""
+    """The first `HEAD` or more bytes, fewer if the file is shorter, and the remaining chunks."""
     rest = iter(chunks)
     head = b""
     while len(head) < HEAD and (chunk := next(rest, b"")):
@@ -248,16 +248,16 @@ def _decompressed(chunks: Iterable[bytes], kind: str) -> Iterator[bytes]:
     """The contents of all gzip members or zstd frames. Zero bytes between them are skipped.
 
     Raises:
-        ValueError: the data are truncated or damaged, after everything before that place.
+        ValueError: the data are truncated or damaged. Raised after the contents before the error.
     """
-    new, damage = _decoder(kind)
+    new, decode_error = _decoder(kind)
     decoder = None
     for chunk in chunks:
         while chunk := chunk if decoder else chunk.lstrip(b"\0"):
             decoder = decoder or new()
             try:
                 contents = decoder.decompress(chunk)
-            except damage as error:
+            except decode_error as error:
                 raise ValueError(f"damaged {kind} data: {error}; the rest of the file is not read") from None
             if contents:
                 yield contents
@@ -269,13 +269,13 @@ def _decompressed(chunks: Iterable[bytes], kind: str) -> Iterator[bytes]:
 
 
 def _decoder(kind: str) -> tuple[Callable[[], Any], type[Exception]]:
-    """Factory of decompression objects in the interface of zlib, and the exception that they raise."""
+    """Factory of decompression objects with the interface of zlib, and the exception that they raise."""
     if kind == "gzip":
         return lambda: zlib.decompressobj(wbits=16 + zlib.MAX_WBITS), zlib.error
     try:
         import zstandard
     except ImportError:
-        raise ValueError("zstd data need the package zstandard; run pip install zstandard") from None
+        raise ValueError("zstd data require the package zstandard; run pip install zstandard") from None
     return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj, zstandard.ZstdError
 
 
@@ -291,11 +291,11 @@ def _parquet_rows(file: BinaryIO) -> Iterator[tuple[int, dict[str, Any], int]]:
         import pyarrow
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        raise ValueError("parquet needs the package pyarrow; run pip install pyarrow") from None
+        raise ValueError("parquet requires the package pyarrow; run pip install pyarrow") from None
     size = file.seek(0, os.SEEK_END)
     number = 0
     try:
-        table = ParquetFile(file, buffer_size=CHUNK, pre_buffer=False)  # the defaults hold whole row groups
+        table = ParquetFile(file, buffer_size=CHUNK, pre_buffer=False)  # the defaults keep whole row groups in memory
         _unique(table.schema_arrow.names, "column")
         for batch in table.iter_batches(batch_size=ROWS, use_threads=False):
             for row in batch.to_pylist():
@@ -307,7 +307,7 @@ def _parquet_rows(file: BinaryIO) -> Iterator[tuple[int, dict[str, Any], int]]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Remove null fields of objects: parquet cannot tell them from missing ones."""
+    """Remove null fields of objects: parquet does not distinguish them from missing fields."""
     if isinstance(value, dict):
         return {name: _without_nulls(field) for name, field in value.items() if field is not None}
     if isinstance(value, list):
@@ -326,16 +326,16 @@ def _text(chunks: Iterable[bytes]) -> Iterator[bytes]:
     """
     head, rest = _peek(chunks)
     if kind := _format_of(head):
-        raise ValueError(f"{kind} data; expected JSON text, the same compressed once by gzip or zstd, or parquet")
+        raise ValueError(f"{kind} data; expected JSON text, compressed at most once by gzip or zstd, or parquet")
     for name, pattern in WIDE_ENCODINGS.items():
         if pattern.match(head):
-            raise ValueError(f"{name} text; convert it to UTF-8, as iconv -f {name} -t UTF-8 does")
+            raise ValueError(f"{name} text; convert it to UTF-8, e.g. with iconv -f {name} -t UTF-8")
     return chain([head.removeprefix(UTF8_BOM)], rest)
 
 
 def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    r"""Lines without their ends. Only \n ends a line."""
-    begun: list[bytes] = []  # parts of the line that has not ended yet
+    r"""Lines without \n. Only \n ends a line."""
+    begun: list[bytes] = []  # pieces of the incomplete line
     for chunk in chunks:
         *ended, part = chunk.split(b"\n")
         if ended:
@@ -356,8 +356,8 @@ def _json_records(chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
     opening = first[1].lstrip()
     if opening == b"{":
         raise ValueError(
-            "the file is one JSON object over several lines; expected one line per conversation, as jq -c . writes "
-            "it, or one JSON array"
+            "the file is one JSON object over several lines; expected one line per conversation (jq -c . writes it) or "
+            "one JSON array"
         )
     found = chain([first], lines)
     yield from _array_or_lines(list(found)) if opening.startswith(b"[") else found
@@ -366,14 +366,14 @@ def _json_records(chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
 def _array_or_lines(lines: list[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
     """Number and JSON text of each element of a JSON array, or of each line.
 
-    The lines are an array if they are one JSON array as a whole and an element is an object, or if it is empty.
+    The lines are an array if together they are one JSON array that is empty or has an object as an element.
 
     Raises:
         ValueError: a JSON array over several lines is invalid.
     """
     text = b"\n".join(line for _, line in lines)
     try:
-        places = _elements(text.decode("latin-1"))  # one character per byte: places are those of the bytes
+        places = _elements(text.decode("latin-1"))  # one character per byte, so positions are byte offsets
     except json.JSONDecodeError as error:
         if lines[0][1].endswith((b"[", b"{", b",")):
             number = lines[error.lineno - 1][0]
@@ -429,8 +429,8 @@ def _unique(names: list[str], what: str) -> None:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"not JSON: {name} is no JSON number; write null, or leave the field out")
+    raise ValueError(f"not JSON: {name} is not a JSON number; write null, or leave the field out")
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse_constant)
-SCANNER = json.JSONDecoder(parse_int=str, parse_float=str)  # finds ends only
+SCANNER = json.JSONDecoder(parse_int=str, parse_float=str)  # only finds the ends of elements

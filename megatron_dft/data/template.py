@@ -1,18 +1,18 @@
-"""Chat templates: conversation -> text, and the part of the text that each assistant turn generates.
+"""Chat templates: conversation -> text, and the span of each assistant turn in it.
 
-    {% generation %}     a template that marks what it generates: the marks are used as they are
-    otherwise            an assistant turn begins behind the generation prompt and ends where the next turn begins, its
-                         closing token included. Both places are found by rendering the conversation up to that turn
+    {% generation %}     a template with these marks: the marked text is the span
+    otherwise            the span of an assistant turn begins after the generation prompt. It ends where the next turn
+                         begins, closing token included. Both positions come from rendering the conversation up to it
 
-A template that renders a turn differently once more follows (Qwen3 drops thoughts) gives one sample per assistant
-turn: the conversation up to and including it, of which that turn alone is generated. No text is ever searched for the
-text of a message.
+If a template renders a turn differently when another one follows (Qwen3 drops thoughts), there is one sample per
+assistant turn: the conversation up to this turn, with the span of this turn alone. The text is never searched for the
+content of a message.
 
-Costs one rendering per conversation if its messages hold nothing but text: the first conversation with a sequence of
-roles is analysed, later ones are compared with it. Everything else takes three renderings per turn.
+Cost: one rendering per conversation if its messages have only role and text. The first conversation with a sequence of
+roles is analysed, and later ones are compared with it. Other conversations cost three renderings per turn.
 
-Templates are rendered by transformers, in its sandbox, for at most `TIME_LIMIT` seconds. A single operation of Python,
-as a power of huge numbers, is not interrupted: the limit takes effect behind it.
+transformers renders the templates in its sandbox, for at most `TIME_LIMIT` seconds. A single Python operation, such as
+a power of huge numbers, is not interrupted: the limit takes effect after it.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ Message = dict[str, Any]
 Span = tuple[int, int]
 
 TIME_LIMIT = 10.0  # seconds for one conversation
-LONG = 12  # messages; a longer sequence of roles is analysed by its beginning and its end
+LONG = 12  # messages; of a longer sequence of roles only the beginning and the end are analysed
 MARKS = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
-BEGIN, END = "\ufdd0", "\ufdd1"  # Unicode noncharacters around what a template marks
-FIELDS = frozenset(("reasoning_content", "tool_calls"))  # of messages, which a template has to write
-LAYOUT = re.compile(r"\s+|</?think>")  # what a template may add to a reply, or take from it
-OPENED = re.compile(r"\s*(<[^<>]*think[^<>]*>)?\s*")  # what a generation prompt may open that a reply leaves out
+BEGIN, END = "\ufdd0", "\ufdd1"  # Unicode noncharacters around marked text
+FIELDS = frozenset(("reasoning_content", "tool_calls"))  # fields of messages that a template has to write
+LAYOUT = re.compile(r"\s+|</?think>")  # text that a template may add to a reply, or remove from it
+OPENED = re.compile(r"\s*(<[^<>]*think[^<>]*>)?\s*")  # end of a generation prompt that a reply may lack
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A text, and which characters of it each assistant turn generates.
+    """A rendered text with the spans of its assistant turns, in characters.
 
     Attributes:
-        turns: index of the message of each span; -1 where the marks of a template do not tell it.
+        turns: index of the message of each span; -1 if the marks of a template do not determine it.
     """
 
     text: str
@@ -56,15 +56,15 @@ class Rendered:
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer, or another one for it.
+    """The chat template of a tokenizer, or another template for it.
 
     Args:
         tokenizer: of transformers.
         template: Jinja source. Default: the tokenizer's own.
-        kwargs: variables of the template for all conversations, as `enable_thinking`.
+        kwargs: variables of the template for all conversations, e.g. `enable_thinking`.
 
     Raises:
-        ValueError: no template; one that cannot be rendered; one that ends no reply.
+        ValueError: for a missing template, one that cannot be rendered, or one without a closing token of replies.
     """
 
     def __init__(self, tokenizer: Any, template: str | None = None, kwargs: dict[str, Any] | None = None) -> None:
@@ -86,7 +86,7 @@ class ChatTemplate:
         self.parts = False  # whether the template expects contents as lists of parts
         self._shape = lru_cache(maxsize=1024)(self._shape_of)
         self._unwritten = lru_cache(maxsize=1024)(self._unwritten_of)
-        self._learn()
+        self._analyse()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ChatTemplate, (self.tokenizer, self.source, self.kwargs)
@@ -95,12 +95,12 @@ class ChatTemplate:
         """The samples of a conversation.
 
         Args:
-            messages: as the template takes them.
-            turns: indices of the assistant messages that train.
+            messages: in the form that the template expects.
+            turns: indices of the assistant messages in the loss.
             kwargs: tools, and variables of the template, for this conversation.
 
         Raises:
-            ValueError: the template refuses it, exceeds `TIME_LIMIT`, or leaves unclear what a turn generates.
+            ValueError: if the template raises an error, exceeds `TIME_LIMIT`, or does not determine the span of a turn.
         """
         with _time_limit():
             self._check_variables(kwargs)
@@ -108,7 +108,7 @@ class ChatTemplate:
             if self.marked:
                 return self._by_marks(messages, turns, kwargs)
             if samples := self._like_others(messages, turns, kwargs):
-                return samples  # with each content as it is
+                return samples  # the analysis checked that contents are unchanged
             samples = self._exact(messages, turns, kwargs)
             for sample in samples:
                 for span, i in zip(sample.spans, sample.turns, strict=True):
@@ -120,13 +120,13 @@ class ChatTemplate:
         return turn.removesuffix(max(closings, key=len, default=""))
 
     def _check_variables(self, kwargs: dict[str, Any]) -> None:
-        """Raises ValueError for a variable that the template does not name."""
+        """Raises ValueError for a variable that does not occur in the template."""
         for name in kwargs.keys() - {"tools"}:
             if name not in self.source:
                 raise ValueError(f"chat_template_kwargs: the chat template has no variable {name!r}")
 
     def _check_written(self, messages: list[Message], turns: list[int], kwargs: dict[str, Any]) -> None:
-        """Raises ValueError if the template leaves out a message, or a field that it should show."""
+        """Raises ValueError if the template omits a message, tools, or one of `FIELDS`."""
         if all(len(message) == 2 for message in messages) and not kwargs.get("tools"):
             if missing := self._unwritten(tuple(m["role"] for m in messages), json.dumps(kwargs, sort_keys=True)):
                 raise ValueError(missing)
@@ -135,24 +135,24 @@ class ChatTemplate:
         text = self._text(named, kwargs)
         for i, message in enumerate(named):
             if message["content"] and message["content"] not in text:
-                raise ValueError(f"message {i}: the chat template does not write a message of {message['role']} here")
+                raise ValueError(f"message {i}: the chat template omits a message of role {message['role']} here")
         if kwargs.get("tools") and text == self._text(named, {**kwargs, "tools": None}):
-            raise ValueError("tools: the chat template does not write them")
+            raise ValueError("tools: the chat template omits them")
         for i, message in enumerate(messages):
             for field in FIELDS.intersection(message):
                 if field == "reasoning_content" and i not in turns:
                     continue  # templates drop the thoughts of earlier turns
-                without = {name: value for name, value in message.items() if name != field}
-                with_it, without_it = ([*messages[:i], shown] for shown in (message, without))
-                if self._text(with_it, kwargs) == self._text(without_it, kwargs):
-                    raise ValueError(f"message {i}: the chat template does not write {field}")
+                reduced = {name: value for name, value in message.items() if name != field}
+                with_field, without_field = ([*messages[:i], variant] for variant in (message, reduced))
+                if self._text(with_field, kwargs) == self._text(without_field, kwargs):
+                    raise ValueError(f"message {i}: the chat template omits {field}")
 
     def _unwritten_of(self, roles: tuple[str, ...], kwargs: str) -> str:
-        """Why messages with these roles cannot be shown; empty if they can."""
+        """Why the template does not write messages with these roles; empty if it does."""
         text = self._text([{"role": r, "content": _sentinel(i)} for i, r in enumerate(roles)], json.loads(kwargs))
         for i, role in enumerate(roles):
             if _sentinel(i) not in text:
-                return f"message {i}: the chat template does not write a message of {role} here"
+                return f"message {i}: the chat template omits a message of role {role} here"
         return ""
 
     def _text(self, messages: list[Message], kwargs: dict[str, Any], source: str = "", prompt: bool = False) -> str:
@@ -167,11 +167,11 @@ class ChatTemplate:
             )
         except TimeoutError:
             raise
-        except Exception as error:  # a template refuses a conversation by raising anything
-            raise ValueError(f"the chat template refuses it: {type(error).__name__}: {error}") from None
+        except Exception as error:  # templates reject conversations with any exception
+            raise ValueError(f"the chat template raised {type(error).__name__}: {error}") from None
 
     def _plain_text(self, messages: list[Message], kwargs: dict[str, Any]) -> str:
-        """As `_text`, of messages that hold nothing but text: without the copies that transformers makes of them."""
+        """Like `_text`, for messages with only role and text. Avoids the copies that transformers makes of them."""
         if self._compiled is None:
             return self._text(messages, kwargs)
         try:
@@ -185,43 +185,43 @@ class ChatTemplate:
         except TimeoutError:
             raise
         except Exception as error:
-            raise ValueError(f"the chat template refuses it: {type(error).__name__}: {error}") from None
+            raise ValueError(f"the chat template raised {type(error).__name__}: {error}") from None
 
-    def _learn(self) -> None:
-        """Generation prompt, and what closes a reply, in the middle of a conversation and at its end."""
+    def _analyse(self) -> None:
+        """Find the generation prompt, and the closing of a reply within a conversation and at its end."""
         user, assistant = ({"role": role, "content": _sentinel(i)} for i, role in enumerate(("user", "assistant")))
         with _time_limit():
             try:
                 self.parts = _sentinel(0) not in self._text([user], {})
             except ValueError:
                 self.parts = True
-            asked = self._text([user], {})
-            if _sentinel(0) not in asked or f"'text': '{_sentinel(0)}'" in asked:
-                raise ValueError("the chat template does not write what a user says as it is")
+            question = self._text([user], {})
+            if _sentinel(0) not in question or f"'text': '{_sentinel(0)}'" in question:
+                raise ValueError("the chat template changes the content of user messages")
             prompt = self._text([user], {}, prompt=True)
-            self.header = prompt[self._agree(prompt, asked) :]
+            self.header = prompt[self._common_prefix(prompt, question) :]
             self.closing = self._text([user, assistant], {}).rpartition(_sentinel(1))[2]
             try:
-                going_on = self._text([user, assistant], {}, prompt=True).rpartition(_sentinel(1))[2]
-            except ValueError:  # no reply may follow another
-                going_on = self.closing + self.header
+                continued = self._text([user, assistant], {}, prompt=True).rpartition(_sentinel(1))[2]
+            except ValueError:  # the template allows no reply after a reply
+                continued = self.closing + self.header
             if self.marked and self.closing.strip():
                 marked = self._marked([user, assistant], [1], {})
                 if not marked.text[: marked.spans[-1][1]].rpartition(_sentinel(1))[2].strip():
                     raise ValueError(
-                        f"the chat template does not mark {self.closing.strip()!r}, which ends a reply, so the model "
-                        "would not learn to end one; move {% endgeneration %} behind it"
+                        f"the chat template does not mark {self.closing.strip()!r}, which ends a reply, so the loss "
+                        "would not cover the end of replies; move {% endgeneration %} after it"
                     )
-        self.closing_within = going_on.removesuffix(self.header)
+        self.closing_within = continued.removesuffix(self.header)
         if not self.marked and not self.closing.strip():
             raise ValueError(
-                "the chat template writes nothing behind a reply, so the model would not learn to end one; pass "
-                "--chat-template FILE with a template that does, or that marks what trains with {% generation %}"
+                "the chat template writes nothing after a reply, so the loss would not cover the end of replies; pass "
+                "--chat-template FILE with a template that does, or that marks replies with {% generation %}"
                 + _training_template(self.source)
             )
 
-    def _agree(self, text: str, other: str) -> int:
-        """How many characters two texts begin with in common, without the beginning of a token of one of them."""
+    def _common_prefix(self, text: str, other: str) -> int:
+        """Length of the common prefix of two texts, reduced to a token boundary of both."""
         pairs = enumerate(zip(text, other, strict=False))
         common = next((i for i, (a, b) in pairs if a != b), min(len(text), len(other)))
         if common == len(other) or common == len(text):
@@ -233,7 +233,7 @@ class ChatTemplate:
                 common = min(common, encoding.token_to_chars(token)[0])
         return common
 
-    # -- what a turn generates, by renderings up to it
+    # Spans by rendering the conversation up to each turn
 
     def _exact(self, messages: list[Message], turns: list[int], kwargs: dict[str, Any]) -> list[Rendered]:
         if not turns:
@@ -245,20 +245,20 @@ class ChatTemplate:
 
         def begin(text: str, i: int) -> int:
             if not i:
-                raise ValueError("message 0: a reply to nothing; the first message is the assistant's")
+                raise ValueError("message 0: the first message is the assistant's; begin with another message")
             prompt = until(i, True)
             if text.startswith(prompt):
                 missing = not prompt.endswith(self.header) and text.startswith(self.header, len(prompt))
-                return len(prompt) + len(self.header) * missing  # no generation prompt behind a tool's result
+                return len(prompt) + len(self.header) * missing  # no generation prompt after a tool result
             before = prompt.removesuffix(self.header)
-            agreed = self._agree(text, prompt)
-            if agreed <= len(before) or not OPENED.fullmatch(prompt[agreed:]):
+            common = self._common_prefix(text, prompt)
+            if common <= len(before) or not OPENED.fullmatch(prompt[common:]):
                 raise ValueError(
                     f"message {i}: the chat template does not begin this reply with its generation prompt "
                     f"{prompt[-40:]!r}; it writes {text[len(before) : len(prompt)][:40]!r}. Set variables of the "
                     "template with --chat-template-kwargs, or mark replies with {% generation %}"
                 )
-            return agreed
+            return common
 
         def end(text: str, i: int) -> int:
             if i == len(messages) - 1:
@@ -270,10 +270,10 @@ class ChatTemplate:
                     return len(before)
             if text.startswith(until(i + 1, False)):
                 return len(until(i + 1, False))
-            raise ValueError(f"message {i}: the chat template does not show where this reply ends")
+            raise ValueError(f"message {i}: the chat template does not determine the end of this reply")
 
         def same(text: str, span: Span, i: int) -> bool:
-            """Whether the turn reads as it does while it is the last."""
+            """Whether the turn is rendered as if it were the last."""
             last = until(i + 1, False)
             within, alone = text[slice(*span)], last[begin(last, i) :]
             if within == alone:
@@ -296,10 +296,10 @@ class ChatTemplate:
             samples.append(Rendered(text, ((begin(text, i), len(text)),), (i,)))
         return samples
 
-    # -- the same, from an analysis of conversations with the same roles
+    # Spans from the analysis of a conversation with the same roles
 
     def _like_others(self, messages: list[Message], turns: list[int], kwargs: dict[str, Any]) -> list[Rendered] | None:
-        """None if a message holds more than text, or if the template does not write the text as it is."""
+        """The samples; None if a message has more than role and text, or the template changes contents."""
         roles = tuple(message["role"] for message in messages)
         plain = all(len(message) == 2 and type(message.get("content")) is str for message in messages)
         if not plain or "tools" in kwargs or turns != _assistants(roles):
@@ -315,15 +315,15 @@ class ChatTemplate:
             text = "".join(parts)
             if text != self._plain_text(messages[: len(places)], kwargs):
                 return None
-            spans = tuple((places[i][0] - before, places[i][1] + behind) for i, before, behind, _ in shape.spans)
+            spans = tuple((places[i][0] - before, places[i][1] + after) for i, before, after, _ in shape.spans)
             for (begin, _), (_, _, _, left_out) in zip(spans, shape.spans, strict=True):
                 if left_out and text.startswith(left_out[0], begin):
-                    return None  # the reply may go on as the generation prompt does
+                    return None  # the reply may begin like the missing end of the generation prompt
             samples.append(Rendered(text, spans, tuple(i for i, _, _, _ in shape.spans)))
         return samples or None
 
     def _shape_of(self, roles: tuple[str, ...], kwargs: str) -> list[Shape]:
-        """One shape per sample; empty if there is none."""
+        """One shape per sample; empty if the analysis fails."""
         messages: list[Message] = [{"role": role, "content": _sentinel(i)} for i, role in enumerate(roles)]
         options = json.loads(kwargs)
         with contextlib.suppress(ValueError, LookupError):
@@ -351,27 +351,27 @@ class ChatTemplate:
         return []
 
     def _long_shape(self, messages: list[Message], roles: tuple[str, ...], kwargs: str) -> Shape:
-        """From the beginning and the end of the conversation: what stands between messages there stands between all."""
+        """The shape from the first and last messages. The text between other messages is that between equal roles."""
         head = LONG // 2
         tail = next(i for i in range(len(roles) - head, len(roles)) if roles[i] == roles[head])
         short = roles[:head] + roles[tail:]
         (known,) = self._shape(short, kwargs)
         before = {(short[i - 1], known.pieces[i]): (n, left_out) for i, n, _, left_out in known.spans}
-        behind = {(i == len(short) - 1, known.pieces[i + 1]): n for i, _, n, _ in known.spans}
+        after = {(i == len(short) - 1, known.pieces[i + 1]): n for i, _, n, _ in known.spans}
         pieces, strips = self._pieces(messages, json.loads(kwargs))
         spans = []
         for i in _assistants(roles):
             count, left_out = before[roles[i - 1], pieces[i]]
-            spans.append((i, count, behind[i == len(roles) - 1, pieces[i + 1]], left_out))
+            spans.append((i, count, after[i == len(roles) - 1, pieces[i + 1]], left_out))
         return Shape(pieces, strips, spans)
 
     def _left_out(self, before: str) -> str:
-        """The end of the generation prompt that a text does not have before a reply."""
+        """The end of the generation prompt that is missing in the text before a reply."""
         kept = next(n for n in range(len(self.header), -1, -1) if before.endswith(self.header[:n]))
         return self.header[kept:]
 
     def _pieces(self, messages: list[Message], kwargs: dict[str, Any]) -> tuple[list[str], list[Callable[[str], str]]]:
-        """What the template writes around each content, and what it strips from it."""
+        """The text around each content, and the function that strips the content."""
         pieces = _around(self._text(messages, kwargs), messages)
         spaced = [{**message, "content": f"\t {message['content']}\t "} for message in messages]
         found = _around(self._text(spaced, kwargs), messages)
@@ -381,7 +381,7 @@ class ChatTemplate:
             strips.append((str if right else str.rstrip) if left else (str.lstrip if right else str.strip))
         return pieces, strips
 
-    # -- marks of the template
+    # Spans from the marks of the template
 
     def _by_marks(self, messages: list[Message], turns: list[int], kwargs: dict[str, Any]) -> list[Rendered]:
         """One sample, or one per turn if the template drops the thoughts of earlier turns."""
@@ -399,10 +399,10 @@ class ChatTemplate:
     def _marked(self, messages: list[Message], turns: list[int], kwargs: dict[str, Any]) -> Rendered:
         text = self._text(messages, kwargs)
         if BEGIN in text or END in text:
-            raise ValueError(f"a message holds U+{ord(BEGIN):X} or U+{ord(END):X}, which are no characters")
+            raise ValueError(f"a message contains the noncharacter U+{ord(BEGIN):X} or U+{ord(END):X}; remove it")
         parts = re.split(f"([{BEGIN}{END}])", self._text(messages, kwargs, self.marked))
         if "".join(part for part in parts if part not in (BEGIN, END)) != text:
-            raise ValueError("the chat template changes what it marks with {% generation %} afterwards")
+            raise ValueError("the chat template changes text after marking it with {% generation %}")
         spans: list[Span] = []
         at = depth = 0
         for part in parts:
@@ -429,25 +429,25 @@ class ChatTemplate:
         return Rendered(text, tuple(span for span, _ in kept), tuple(i for _, i in kept))
 
     def _place(self, text: str, messages: list[Message], i: int, kwargs: dict[str, Any]) -> int:
-        """Where a message begins. For templates with marks, whose marks do not tell which message they belong to."""
+        """Position where a message begins, for templates with marks. Marks do not identify their message."""
         before = self._text(messages[:i], kwargs, prompt=True).removesuffix(self.header) if i else ""
         if not text.startswith(before):
             raise ValueError(
-                f"message {i}: the chat template renders what comes before it differently when more follows, so its "
-                "marks cannot be matched with turns that do not train"
+                f"message {i}: the chat template renders the messages before it differently when more follow, so its "
+                "marks cannot be assigned to turns that are not in the loss"
             )
         return len(before)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a template writes for a sequence of roles.
+    """The text that a template writes around the contents of a sequence of roles.
 
     Attributes:
-        pieces: text before, between and behind the contents.
-        strips: str, str.strip, ... of each content.
-        spans: for each turn that is generated its index, the characters before its content, those behind it, and the
-            end of the generation prompt that this turn does not have.
+        pieces: text before, between and after the contents.
+        strips: function applied to each content: str, str.strip, ...
+        spans: for each assistant turn its index, the number of characters of its span before and after the content,
+            and the end of the generation prompt that this turn lacks.
     """
 
     pieces: list[str]
@@ -456,10 +456,9 @@ class Shape:
 
 
 def _check_reply(text: str, messages: list[Message], i: int, at_end: bool = False) -> None:
-    """Raises ValueError if a text does not hold the whole reply, apart from blanks and the tags of thoughts.
+    """Raises ValueError if a text lacks a part of the reply, except blanks and think tags.
 
-    Finds no places: compares what was found with the data. Templates drop what stands before `</think>`, cut, or
-    replace characters.
+    Compares the result with the data: templates may drop the text before `</think>`, truncate, or replace characters.
     """
     text, content = LAYOUT.sub("", text), LAYOUT.sub("", messages[i]["content"])
     if not (text.endswith(content) if at_end and "tool_calls" not in messages[i] else content in text):
@@ -483,7 +482,7 @@ def _assistants(roles: Iterable[str]) -> list[int]:
 
 
 def _around(text: str, messages: list[Message]) -> list[str]:
-    """The text without the contents, which are sentinels. Raises ValueError if one is not there once, in order."""
+    """The text around the contents, which are sentinels. Raises ValueError if each does not occur once, in order."""
     pieces = []
     for message in messages:
         piece, found, text = text.partition(message["content"])
@@ -499,7 +498,7 @@ def _filled(pieces: list[str], messages: list[Message]) -> str:
 
 
 def _with_marks(source: str) -> str:
-    """The template with characters around what it marks; empty if it marks nothing."""
+    """The template with `BEGIN` and `END` around marked text; empty if it has no marks."""
 
     def tag(match: re.Match[str]) -> str:
         left, closing, right = match.groups()
@@ -511,25 +510,25 @@ def _with_marks(source: str) -> str:
 
 
 def _compiled(source: str) -> Any:
-    """The template as transformers compiles it, in its sandbox; None if it cannot."""
+    """The template compiled by transformers in its sandbox; None on failure."""
     try:
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
         return _compile_jinja_template(source)
     except TimeoutError:
         raise
-    except Exception:  # of an invalid template, too: `_text` names what is wrong
+    except Exception:  # also for an invalid template: `_text` reports the error
         return None
 
 
 def _training_template(source: str) -> str:
-    """Where an installed TRL has a template with marks for this model."""
+    """Hint: the path of an installed TRL's template with marks for this model; empty if there is none."""
     spec = importlib.util.find_spec("trl")
     for folder in (spec and spec.submodule_search_locations) or ():
         for file in sorted(Path(folder, "chat_templates").glob("*.jinja")):
             marked = file.with_name(f"{file.stem}_training.jinja")
             if file.read_text(encoding="utf-8").strip() == source.strip() and marked.is_file():
-                return f", as {marked} of TRL does"
+                return f", e.g. {marked} of TRL"
     return ""
 
 
@@ -539,7 +538,7 @@ def _stop(*_: Any) -> None:
 
 @contextlib.contextmanager
 def many_time_limits() -> Iterator[None]:
-    """Prepare for the time limits of many conversations: cheaper than for each of them."""
+    """Install the signal handler of `_time_limit` once for many conversations."""
     if not _in_main_thread() or signal.getsignal(signal.SIGALRM) is _stop:
         yield
         return
@@ -554,7 +553,7 @@ def many_time_limits() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _time_limit() -> Iterator[None]:
-    """Raise ValueError after `TIME_LIMIT`. In the main thread of a process; elsewhere there is no limit."""
+    """Raise ValueError after `TIME_LIMIT` seconds. Without effect outside the main thread."""
     if not _in_main_thread():
         yield
         return

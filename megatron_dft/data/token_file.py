@@ -1,13 +1,13 @@
 """Token files: tokenized, packed conversations in an Arrow file that training maps into memory.
 
-A row is one sequence of training:
+A row is one training sequence:
 
-    input_ids     int32    tokens of its conversations, one after the other, without padding
-    loss_weights  float16  of each token as a target: 0 or 1. 0 for the first token of a conversation
-    lengths       int32    tokens of each conversation
-    channels      int32    of each conversation, an index into the names of `Header.channels`
+    input_ids     int32    concatenated tokens of its conversations, without padding
+    loss_weights  float16  weight of each token as a target: 0 or 1. 0 for the first token of a conversation
+    lengths       int32    tokens per conversation
+    channels      int32    channel of each conversation, an index into `Header.channels`
 
-The schema's metadata holds the `Header`: how the file was made, and the statistics of the data.
+The schema's metadata contains the `Header`: the settings of the file and the statistics of the data.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ import numpy as np
 import pyarrow as pa
 
 VERSION = 1
-ROWS = 256  # of a record batch
+ROWS = 256  # per record batch
 COLUMNS = {"input_ids": pa.int32(), "loss_weights": pa.float16(), "lengths": pa.int32(), "channels": pa.int32()}
 KEY = b"megatron_dft"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One packed sequence, as stored. Arrays may be views of the mapped file."""
+    """One packed sequence as stored. The arrays may be views of the mapped file."""
 
     input_ids: np.ndarray
     loss_weights: np.ndarray
@@ -41,17 +41,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Header:
-    """How a token file was made.
+    """Settings and statistics of a token file.
 
     Attributes:
-        seq_length: tokens of a row, padding included.
-        multiple: each conversation is padded to a multiple of it: 2 x context-parallel ranks, or 1.
-        context_parallel_size, tensor_model_parallel_size, sequence_parallel: as given.
+        seq_length: tokens per row, padding included.
+        multiple: each conversation is padded to a multiple of this: 2 x context-parallel ranks, or 1.
+        context_parallel_size, tensor_model_parallel_size, sequence_parallel: layout of the training run.
         pad_id: token id of padding.
-        max_id: largest token id.
-        channels: names of data sources.
+        max_id: largest token id in the file, padding included.
+        channels: channel names.
         fingerprint: tokenizer and chat template (`ConversationTokenizer.fingerprint`).
-        statistics: what `python -m megatron_dft.data` reports.
+        statistics: the report of `python -m megatron_dft.data`.
     """
 
     seq_length: int
@@ -67,7 +67,7 @@ class Header:
 
 
 def write(path: Path, header: Header, rows: Iterable[Row]) -> None:
-    """Write a token file. For a file that appears complete or not at all, rename it afterwards."""
+    """Write a token file. Not atomic: write to a temporary path and rename it."""
     metadata = {KEY: json.dumps({"version": VERSION, **asdict(header)}).encode()}
     schema = pa.schema([(name, pa.list_(kind)) for name, kind in COLUMNS.items()], metadata)
     batch: list[Row] = []
@@ -94,13 +94,13 @@ def _record_batch(rows: list[Row], schema: pa.Schema) -> pa.RecordBatch:
 
 
 class TokenFile:
-    """A token file, open for reading. It can be pickled: data loader workers open it themselves.
+    """A token file, open for reading. Unpickling opens it again, e.g. in data loader workers.
 
     Args:
-        path: of the file.
+        path: path of the token file.
 
     Raises:
-        ValueError: no token file, an incomplete one, or one of another version.
+        ValueError: for a file that is no token file, is incomplete, or has another version.
     """
 
     def __init__(self, path: str) -> None:
@@ -109,7 +109,7 @@ class TokenFile:
             reader = pa.ipc.open_file(pa.memory_map(path))
             stored = json.loads((reader.schema.metadata or {}).get(KEY, b"{}"))
             self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-        except (OSError, ValueError) as error:  # Arrow's errors are one of them
+        except (OSError, ValueError) as error:  # base classes of Arrow's errors
             raise ValueError(f"{path}: expected a token file of python -m megatron_dft.data ({error})") from None
         if stored.pop("version", None) != VERSION:
             raise ValueError(
@@ -122,7 +122,7 @@ class TokenFile:
         return TokenFile, (self.path,)
 
     def __len__(self) -> int:
-        """Rows."""
+        """Number of rows."""
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> Row:
@@ -145,11 +145,11 @@ class Sample:
 
     Attributes:
         tokens, position_ids: int64 [s]; positions start at 0 in each conversation.
-        labels: int64 [s]; of each token the next one, -100 where that does not train.
+        labels: int64 [s]; the next token, or -100 if it is not in the loss.
         loss_mask: float32 [s]; the weight of each label.
-        channels: int64 [s]; of each label, an index into `Header.channels`.
-        cu_seqlens: int32 [conversations + 1]; where conversations begin, with their padding. The last one reaches to
-            the end of the row.
+        channels: int64 [s]; channel of each label, an index into `Header.channels`.
+        cu_seqlens: int32 [conversations + 1]; cumulative lengths of the conversations, padding included. The last
+            conversation extends to the end of the row.
     """
 
     tokens: np.ndarray
@@ -161,7 +161,7 @@ class Sample:
 
 
 def sample_of(row: Row, header: Header) -> Sample:
-    """Pad a row, and shift its tokens to labels."""
+    """Pad a row and shift its tokens to labels."""
     length = header.seq_length
     padded = -(-row.lengths // header.multiple) * header.multiple
     starts = np.cumsum([0, *padded[:-1]])

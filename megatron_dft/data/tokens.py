@@ -1,11 +1,12 @@
-"""Conversations -> token ids, and which of them train: once, before training.
+"""Tokenization of conversations: token ids, and which of them are in the loss.
 
-    chat         the chat template (`template.py`); what an assistant turn generates trains
-    completion   contents one after the other, as they are; assistant turns and the end of the text train
+    chat         the chat template (`template.py`); the loss covers the assistant turns
+    completion   concatenated contents without a template; the loss covers assistant turns and the end of the text
 
-A token trains if any of its characters do, as with the space before a word, and so does every token of a character of
-several tokens. At the edge of a turn a token does not train if it has only blanks of that turn. The first token of a
-sequence never trains, because nothing predicts it.
+A token is in the loss if it overlaps the trained span of a turn, also if it begins before it, such as a token of a word
+and the space before. If a character has several tokens, all are in the loss. A token that crosses the boundary of a
+turn and shares only whitespace with it is excluded. The first token of a sequence is excluded, because no token
+predicts it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Encoded:
 
     Attributes:
         ids: token ids.
-        spans: ranges of tokens that train, in order, apart from each other.
+        spans: disjoint ranges of trained tokens, in order.
     """
 
     ids: list[int]
@@ -35,7 +36,7 @@ class Encoded:
 
     @property
     def trained(self) -> int:
-        """How many tokens train."""
+        """Number of trained tokens."""
         return sum(last - first for first, last in self.spans)
 
 
@@ -43,13 +44,13 @@ class ConversationTokenizer:
     """Conversations -> sequences of tokens.
 
     Args:
-        tokenizer: a fast one of transformers. Its truncation and padding are switched off.
+        tokenizer: a fast tokenizer of transformers. Its truncation and padding are disabled.
         form: one of `FORMATS`.
         template: Jinja source of a chat template. Default: the tokenizer's own.
         kwargs: variables of the chat template.
 
     Raises:
-        ValueError: a tokenizer that is not fast; a chat template that cannot be used (`ChatTemplate`).
+        ValueError: for a tokenizer that is not fast, or an unusable chat template (`ChatTemplate`).
     """
 
     def __init__(
@@ -59,8 +60,8 @@ class ConversationTokenizer:
             raise ValueError(f"--format: expected one of {', '.join(FORMATS)}, got {form!r}")
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(
-                f"--tokenizer: {type(tokenizer).__name__} does not tell the place of its tokens in the text; use a "
-                "tokenizer with a tokenizer.json"
+                f"--tokenizer: {type(tokenizer).__name__} has no token offsets; use a fast tokenizer, which has a "
+                "tokenizer.json"
             )
         self.tokenizer, self.form = tokenizer, form
         tokenizer.backend_tokenizer.no_truncation()
@@ -70,7 +71,7 @@ class ConversationTokenizer:
         self._begin = begin if begin and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] else ""
 
     def encode(self, conversations: list[Conversation]) -> list[list[Encoded] | ValueError]:
-        """The sequences of each conversation, or why it has none."""
+        """The sequences of each conversation, or the error."""
         results: list[list[Rendered] | ValueError] = []
         with many_time_limits():
             for conversation in conversations:
@@ -92,7 +93,8 @@ class ConversationTokenizer:
             return self.template.render(conversation.messages, conversation.turns, **conversation.kwargs)
         extra = [name for message in conversation.messages for name in message if name not in ("role", "content")]
         if extra or conversation.kwargs:
-            raise ValueError(f"--format completion: no place for {[*extra, *conversation.kwargs][0]!r}")
+            name = [*extra, *conversation.kwargs][0]
+            raise ValueError(f"--format completion does not support field {name!r}; remove it, or use --format chat")
         text, spans = self._begin, []
         for i, message in enumerate(conversation.messages):
             begin, text = len(text), text + message["content"]
@@ -107,12 +109,12 @@ class ConversationTokenizer:
 
     @property
     def pad_id(self) -> int:
-        """A token for padding. Padding is masked by its place, so any token will do."""
+        """Token id for padding. Padding is masked by position, so any token is valid."""
         t = self.tokenizer
         return next((i for i in (t.pad_token_id, t.eos_token_id, t.unk_token_id) if i is not None), 0)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What the ids of a text depend on."""
+        """Everything that the token ids of a text depend on: format, chat template, tokenizer."""
         return {
             "format": self.form,
             "chat_template": _digest(self.template.source) if self.template else None,
@@ -137,7 +139,7 @@ def _digest(text: str) -> str:
 
 
 def _tokens_of(encoding: Any, sample: Rendered) -> Encoded:
-    """From characters to tokens."""
+    """Convert spans of characters to spans of tokens."""
     spans: list[Span] = []
     for begin, end in sample.spans:
         first, last = _inside(encoding, sample.text, begin, end)
@@ -152,7 +154,7 @@ def _tokens_of(encoding: Any, sample: Rendered) -> Encoded:
 
 
 def _inside(encoding: Any, text: str, begin: int, end: int) -> Span:
-    """The tokens of a range of characters. One at its edge is left out if it has only blanks of the range."""
+    """The tokens of a range of characters. Excludes a token at its edge that shares only blanks with the range."""
     count = len(encoding)
     first = _token_at(encoding, begin, end)
     if first is None:
@@ -178,7 +180,7 @@ def _inside(encoding: Any, text: str, begin: int, end: int) -> Span:
 
 
 def _token_at(encoding: Any, begin: int, end: int) -> int | None:
-    """The first of the tokens of the first character that has one."""
+    """First token of the first character in the range that has one."""
     for place in range(begin, end):
         if (token := encoding.char_to_token(place)) is not None:
             return token

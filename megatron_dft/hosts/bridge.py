@@ -1,13 +1,13 @@
-"""Megatron-Bridge: the loss inside its `finetune()`.
+"""Megatron-Bridge: its `finetune()` with another loss.
 
-    settings        what the objective needs of a recipe, set and told (`prepare`)
-    model           `install`, as a hook that Bridge runs on the finished model chunks, adapters and DDP included. It is
+    settings        `prepare` sets what the objective requires and reports each change
+    model           `install` runs as a hook of Bridge on the finished model chunks, after adapters and DDP. It is
                     registered last, because overrides empty a recipe's lists of hooks
-    forward_step    `DFTStep`, a functor around Bridge's own: masked targets are ignored, the report gains the metrics
-    loop            `Progress`, a Bridge callback: a scheduled objective begins each iteration
+    forward_step    `DFTStep` wraps Bridge's forward_step: it ignores masked targets and reports the metrics
+    loop            `Progress` is a Bridge callback: it sets the iteration of a scheduled objective
 
-Bridge stores its configuration in every checkpoint and builds it anew on loading. Nothing of ours is in there: hooks
-are not stored, forward_step and callbacks are arguments. So a checkpoint loads where megatron_dft is not installed.
+Bridge stores its configuration in every checkpoint. The configuration contains nothing of megatron_dft: hooks are not
+stored, and forward_step and callbacks are arguments. A checkpoint therefore loads where megatron_dft is not installed.
 """
 
 from __future__ import annotations
@@ -21,25 +21,26 @@ from typing import Any
 
 from megatron_dft.config import DFTConfig
 from megatron_dft.hosts import compat
-from megatron_dft.hosts.hook import Installation, install, with_metrics
-from megatron_dft.hosts.iterations import TOKENS_PER_SECOND, Means, means_over_tokens, micro_batches
+from megatron_dft.hosts.binding import Installation, install, with_metrics
+from megatron_dft.hosts.iterations import TOKENS_PER_SECOND, ChannelMeans, means_over_tokens, micro_batches
 from megatron_dft.hosts.loss_head import LossHead, ignore_masked
-from megatron_dft.metrics import VALID_TOKENS, Detail, MetricAccumulator
-from megatron_dft.objectives import Objective
+from megatron_dft.metrics import VALID_TOKENS, MetricAccumulator, MetricSpec
 
 
 def finetune(
     cfg: Any, config: DFTConfig, forward_step: Callable[..., Any] | None = None, callbacks: Any = None
 ) -> None:
-    """Bridge's `finetune()` with another loss; without an objective (loss_type "ce") it is called as it is.
+    """Run Bridge's `finetune()` with another loss. With loss_type "ce" it runs unchanged.
 
     Args:
-        cfg: a ConfigContainer, every override applied. It is changed where the objective needs that, which is printed.
-        forward_step: Bridge's `gpt_step.forward_step` if None; its VLM steps, or one of your own in their form.
+        cfg: a ConfigContainer with every override applied. Settings that the objective requires are changed in place
+            and printed.
+        forward_step: None: Bridge's `gpt_step.forward_step`. Otherwise one of its VLM steps, or a function with their
+            signature.
         callbacks: as for Bridge: a list of Callback, or a CallbackManager.
 
     Raises:
-        ValueError: for a recipe with which the objective cannot be computed.
+        ValueError: for a recipe that is incompatible with the objective, or if Bridge never applied the objective.
     """
     from megatron.bridge.training.callbacks import normalize_callbacks
     from megatron.bridge.training.finetune import finetune as host_finetune
@@ -51,55 +52,63 @@ def finetune(
     if not config.enabled:
         return host_finetune(cfg, step, callbacks=callbacks)
     for line in lines:
-        _print_first(line)
+        _print_rank_0(line)
     installations: list[Installation] = []
     _hook_model(cfg.model, functools.partial(_install, config=config, installations=installations))
     validation = MetricAccumulator()
     manager = normalize_callbacks(callbacks or [])
-    Progress(config.objective, config.detail, validation, installations).register(manager)
+    Progress(config.metric_spec, validation, installations).register(manager)
     host_finetune(cfg, DFTStep(step, config, validation), callbacks=manager)
     if not installations:
         raise ValueError(
-            f"dft.loss_type={config.loss_type}: the objective was never applied, because Bridge built its model "
-            "without the hooks of its configuration"
+            f"dft.loss_type={config.loss_type}: the objective was not applied: Bridge did not run the hooks of "
+            "cfg.model; use a recipe with a language model of Megatron-Bridge"
         )
 
 
 def show(cfg: Any, config: DFTConfig, forward_step: Callable[..., Any] | None = None) -> None:
-    """Print what `finetune` of the same arguments would run with, as Bridge has completed and checked it."""
+    """Print the final configuration of `finetune` with the same arguments, as Bridge completes and checks it."""
     from megatron.bridge.training.config import runtime_config_update
 
     for line in prepare(cfg, config) if config.enabled else ():
-        _print_first(line)
+        _print_rank_0(line)
     check_data(cfg, config)
     runtime_config_update(cfg)
     cfg.print_yaml()
-    _print_first(f"{config}, {getattr(forward_step, '__module__', 'gpt_step')}")
+    _print_rank_0(f"{config}, {getattr(forward_step, '__module__', 'gpt_step')}")
 
 
 def check_data(cfg: Any, config: DFTConfig) -> None:
     """Check token files against the run (`bridge_data.py`). Other data sets are not checked."""
     if hasattr(cfg.dataset, "check_token_files"):
-        cfg.dataset.check_token_files(cfg, config.detail.channels)
+        cfg.dataset.check_token_files(cfg, config.metric_spec.channels)
 
 
 def prepare(cfg: Any, config: DFTConfig) -> list[str]:
-    """Refuse what the objective cannot work with, and set what it needs. Returns what was set, a line each."""
+    """Set what the objective requires. Returns one line per changed setting.
+
+    Raises:
+        ValueError: for settings that are incompatible with the objective.
+    """
     if hasattr(cfg.model, "teacher"):
         raise ValueError(
-            f"--recipe: expected a model with a language-modelling loss, got {type(cfg.model).__name__}, which distils "
-            "a teacher; drop one of the two"
+            f"--recipe: {type(cfg.model).__name__} distils a teacher, which dft.loss_type does not support; use "
+            "another recipe, or remove dft.loss_type"
         )
     if getattr(cfg.dist, "use_decentralized_pg", False):
-        raise ValueError("dist.use_decentralized_pg: expected Megatron's global process groups, got true; leave it out")
-    lines = list(_aligned(cfg))
-    for section in (cfg.model, cfg.ddp, cfg.dist):  # the checks know settings by name; Bridge has sorted them
+        raise ValueError("dist.use_decentralized_pg=true is not supported; set it to false")
+    lines = list(_set_required(cfg))
+    for section in (
+        cfg.model,
+        cfg.ddp,
+        cfg.dist,
+    ):  # compat reads attributes by name, from three sections
         compat.check_settings(section, config)
     return lines
 
 
-def _aligned(cfg: Any) -> Iterator[str]:
-    """What context parallelism asks of the loss, of DDP and of packing, whatever the recipe says."""
+def _set_required(cfg: Any) -> Iterator[str]:
+    """Set what context parallelism requires of the loss, DDP and packing; yield a line per changed setting."""
 
     def put(section: str, owner: Any, name: str, value: Any, reason: str) -> Iterator[str]:
         before = getattr(owner, name)
@@ -120,30 +129,30 @@ def _aligned(cfg: Any) -> Iterator[str]:
         sequence_ranks = model.tensor_model_parallel_size if model.sequence_parallel else 1
         multiple = math.lcm(*(size * sequence_ranks * (2 if size > 1 else 1) for size in sizes))
         multiple = math.lcm(packing.pad_seq_to_mult or 1, multiple)
-        reason = "so that each packed sequence can be cut for its ranks"
+        reason = "because each packed sequence is split over ranks"
         yield from put("dataset.offline_packing_specs", packing, "pad_seq_to_mult", multiple, reason)
 
 
 def announcement(cfg: Any, config: DFTConfig) -> Iterator[str]:
-    """What is different from now on."""
+    """Log lines: the objective, its backend, the weighting of tokens, known faults of Megatron."""
     yield (
         f"objective {config.objective} replaces the cross entropy; `lm loss` stays the NLL; "
         f"backend {compat.backend(config)}"
     )
     if not cfg.model.calculate_per_token_loss:
         yield (
-            "the gradient is a mean of the means of micro-batches and ranks, Megatron's default, in which a token "
-            "weighs more where few are valid; model.calculate_per_token_loss=true makes it a mean over all tokens"
+            "the gradient is a mean of means over micro-batches and ranks (Megatron's default): a token weighs more in "
+            "a micro-batch with few valid tokens; model.calculate_per_token_loss=true makes it a mean over all tokens"
         )
     yield from compat.upstream_faults(cfg.model)
 
 
 class DFTStep:
-    """A forward_step of Bridge's, of whichever signature, with ignored targets and the metrics of the objective.
+    """A Bridge forward_step that ignores masked targets and reports the metrics of the objective.
 
-    Bridge's steps do not pass the loss mask to the model. So it is put into the labels, where masked ones become -100,
-    on their way from the data iterator. The loss leaves those tokens out before the output layer, and multi-token
-    prediction receives the mask that follows from them (Megatron-Bridge issue 6103).
+    Bridge's steps do not pass the loss mask to the model. The batches from the data iterator therefore carry it in the
+    labels: masked labels become -100. Those tokens skip the output layer, and multi-token prediction receives the mask
+    of the labels (Megatron-Bridge issue 6103).
     """
 
     def __init__(
@@ -153,20 +162,20 @@ class DFTStep:
         self.step = with_metrics(forward_step, config, micro_batches=micro_batches, validation=validation)
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """What the wrapped step returns: the output, and a loss_func whose report has more keys."""
+        """Returns the output of the step, and its loss_func with the metrics in the report."""
         call = self.__signature__.bind(*args, **kwargs)
         if call.arguments["data_iterator"] is not None:
-            call.arguments["data_iterator"] = _Marked(call.arguments["data_iterator"])
+            call.arguments["data_iterator"] = _MaskedBatches(call.arguments["data_iterator"])
         return self.step(*call.args, **call.kwargs)
 
 
-class _Marked:
-    """Batches with the labels of masked tokens ignored; the batches themselves, which a rerun may ask for, stay."""
+class _MaskedBatches:
+    """Copies of the batches with masked labels set to -100. The rerun state machine needs the originals."""
 
     def __init__(self, batches: Iterator[Any]) -> None:
         self.batches = batches
 
-    def __iter__(self) -> _Marked:
+    def __iter__(self) -> _MaskedBatches:
         return self
 
     def __next__(self) -> Any:
@@ -174,21 +183,20 @@ class _Marked:
 
 
 class Progress:
-    """Once per iteration: a scheduled objective begins it, and tokens per second join the losses that Bridge logs."""
+    """Callbacks of Bridge: set the iteration of a scheduled objective, add tokens per second to the logged losses."""
 
     def __init__(
         self,
-        objective: Objective,
-        detail: Detail,
+        spec: MetricSpec,
         validation: MetricAccumulator,
         installations: Sequence[Installation] = (),
     ) -> None:
-        self.objective, self.means, self.validation = objective, Means(detail), validation
+        self.means, self.validation = ChannelMeans(spec), validation
         self.installations = installations
         self.start = 0.0
 
     def register(self, manager: Any) -> None:
-        """With a CallbackManager of Bridge's."""
+        """Register the callbacks with Bridge's CallbackManager."""
         manager.register("on_train_step_start", self.before_step)
         manager.register("on_train_step_end", self.after_step)
         manager.register("on_eval_start", self.before_evaluation)
@@ -197,7 +205,7 @@ class Progress:
         manager.register("on_test_end", self.after_evaluation)
 
     def before_step(self, context: Any) -> None:
-        self.objective.begin(context.state.train_state.step + 1)
+        self._begin(context.state.train_state.step + 1)
         self.start = time.perf_counter()
 
     def after_step(self, context: Any) -> None:
@@ -209,7 +217,7 @@ class Progress:
             losses[TOKENS_PER_SECOND] = losses[VALID_TOKENS] / (time.perf_counter() - self.start)
 
     def before_evaluation(self, context: Any) -> None:
-        self.objective.begin(context.state.train_state.step)
+        self._begin(context.state.train_state.step)
 
     def after_evaluation(self, context: Any) -> None:
         losses = context.total_loss_dict
@@ -220,20 +228,24 @@ class Progress:
         for head in self._heads():
             head.check_counted()
 
+    def _begin(self, iteration: int) -> None:
+        for installation in self.installations:
+            installation.begin(iteration)
+
     def _heads(self) -> Iterator[LossHead]:
         for installation in self.installations:
             yield from (binding.head for binding in installation.bindings)
 
 
 def _hook_model(model: Any, hook: Callable[[list], list]) -> None:
-    """Of both kinds of Bridge's model configurations. After wrapping, because adapters come before it."""
+    """Register a post-wrap hook on either kind of Bridge's model configurations. Adapters precede wrapping."""
     if hasattr(model, "register_post_wrap_hook"):
         model.register_post_wrap_hook(hook)
     elif hasattr(model, "post_wrap_hooks"):
         model.post_wrap_hooks.append(hook)
     else:
         raise ValueError(
-            f"--recipe: expected a language model of Megatron-Bridge's, with hooks, got {type(model).__name__}"
+            f"--recipe: expected a Megatron-Bridge language model with post-wrap hooks, got {type(model).__name__}"
         )
 
 
@@ -246,8 +258,8 @@ def _install(chunks: list, config: DFTConfig, installations: list[Installation])
     return chunks
 
 
-def _print_first(line: str) -> None:
-    """Before there are ranks to ask: on the first of them."""
+def _print_rank_0(line: str) -> None:
+    """Print on rank 0, before torch.distributed is initialized."""
     from megatron.bridge.utils.common_utils import get_rank_safe
 
     if get_rank_safe() == 0:

@@ -1,13 +1,13 @@
 """Token files (`megatron_dft.data`) as the data set of Megatron-Bridge.
 
-In a YAML file for `python -m megatron_dft.bridge`, in place of the data set of the recipe:
+A YAML file for `python -m megatron_dft.launch_bridge` replaces the data set of the recipe by
 
     dataset:
       _target_: megatron_dft.hosts.bridge_data.TokenFileDataset
       train_path: train.arrow
       valid_path: valid.arrow
 
-Samples have the keys of Bridge's offline packing. `cu_seqlens_q` are where conversations begin, padding included.
+Samples have the keys of Bridge's offline packing. `cu_seqlens_q` includes the padding of conversations.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class TokenFileDataset(DatasetProvider):
     """The `dataset` section of a run that trains on token files.
 
     Attributes:
-        train_path: the token file for training. Its rows are shuffled anew in each epoch, by `seed`.
+        train_path: the token file for training. Its rows are reshuffled in each epoch with `seed`.
         valid_path: the token file for validation, in order. None: no validation. There is no test data set.
-        seed: of the order of rows.
-        dataloader_type: "single" is the only one, because the order of rows is made here.
+        seed: random seed of the row order.
+        dataloader_type: only "single", because this class determines the order of rows.
     """
 
     train_path: str
@@ -50,8 +50,8 @@ class TokenFileDataset(DatasetProvider):
     seed: int = 1234
     dataloader_type: Literal["single", "cyclic", "batch", "external"] | None = "single"
 
-    # Bridge reads these of its own data sets. Without annotations they are no settings, and no checkpoint stores them.
-    # The first one makes the stages in the middle of a pipeline receive cu_seqlens.
+    # Bridge reads these attributes. Without annotations they are no dataclass fields, so checkpoints do not have them.
+    # The first one sends cu_seqlens to the middle stages of a pipeline.
     enable_offline_packing = True
     pad_to_max_length = True
 
@@ -61,28 +61,28 @@ class TokenFileDataset(DatasetProvider):
 
     @property
     def seq_length(self) -> int:
-        """Tokens of a row, padding included."""
+        """Tokens per row, padding included."""
         return TokenFile(self.train_path).header.seq_length
 
     @property
     def offline_packing_specs(self) -> PackedSequenceSpecs:
-        """The packing, for the checks of Bridge."""
+        """The packing, for Bridge's checks."""
         return PackedSequenceSpecs(packed_sequence_size=self.seq_length)
 
     def check_token_files(self, cfg: Any, channels: tuple[str, ...] = ()) -> None:
         """Check the files against the run, before it starts. `build_datasets` requires this call.
 
         Args:
-            cfg: the ConfigContainer that this object belongs to, every override applied.
-            channels: names by number; empty: labels carry none.
+            cfg: the ConfigContainer of this object, with every override applied.
+            channels: channel names by number; empty: labels have no channels.
 
         Raises:
-            ValueError: a file does not fit the run; both values are named.
+            ValueError: if a file does not fit the run.
         """
         paths = [path for path in (self.train_path, self.valid_path) if path is not None]
         if self.dataloader_type != "single":
             raise ValueError(
-                f"dataset.dataloader_type={self.dataloader_type}: token files require single; leave it out"
+                f"dataset.dataloader_type={self.dataloader_type}: token files support only single; remove the setting"
             )
         for section, name in (
             (cfg.train, "train.micro_batch_size"),
@@ -90,7 +90,7 @@ class TokenFileDataset(DatasetProvider):
         ):
             size = getattr(section, name.partition(".")[2])
             if size not in (1, None):
-                raise ValueError(f"{name}={size}: a row of a token file is a micro-batch of its own; set it to 1")
+                raise ValueError(f"{name}={size}: token files support only 1, one row per micro-batch; set it to 1")
         model = cfg.model
         sizes = {model.context_parallel_size, getattr(cfg.dist, "eval_context_parallel_size", None) or 1}
         if max(sizes) > 1 and (not model.calculate_per_token_loss or cfg.ddp.average_in_collective):
@@ -115,10 +115,10 @@ class TokenFileDataset(DatasetProvider):
         self._model, self._channels = model, channels
 
     def build_datasets(self, context: DatasetBuildContext) -> tuple[Dataset | None, Dataset | None, None]:
-        """The data sets for training and validation, of as many samples as Bridge requests."""
+        """The data sets for training and validation, with the number of samples that Bridge requests."""
         if self._model is None:
             raise ValueError(
-                "dataset: TokenFileDataset.check_token_files(cfg) was not called; use python -m megatron_dft.bridge or "
+                "dataset: TokenFileDataset.check_token_files(cfg) was not called; use megatron_dft.launch_bridge or "
                 "megatron_dft.hosts.bridge.finetune(cfg, ...), or call it before Bridge's finetune(cfg)"
             )
         return (
@@ -140,8 +140,8 @@ class TokenRows(Dataset):
 
     Args:
         samples: length of the data set.
-        seed: of the order in each epoch; None: the order of the file.
-        channels: names by number; empty: labels carry none.
+        seed: random seed of the row order per epoch; None: the order of the file.
+        channels: channel names by number; empty: labels have no channels.
     """
 
     def __init__(self, file: TokenFile, samples: int, seed: int | None, channels: tuple[str, ...]) -> None:

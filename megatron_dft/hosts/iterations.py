@@ -1,15 +1,16 @@
-"""What Megatron-LM's training loop needs once per iteration, evaluation and checkpoint.
+"""Hooks of Megatron-LM's training loop: per iteration, evaluation and checkpoint.
 
-    iteration     sets that of a scheduled objective; `valid tokens per second` joins the losses that are logged
-    total         `valid tokens total`, since the training began: to TensorBoard and Weights & Biases. The console
-                  shows means over --log-interval, so it is not in there. Checkpoints keep it
-    evaluation    each metric is the sum over the count of all its tokens, whatever the host averages
+    iteration     sets the iteration of a scheduled objective; logs `dft/valid_tokens_per_second`
+    total         `dft/valid_tokens_total`, valid tokens since training began, to TensorBoard and Weights & Biases. Not
+                  on the console, which shows means over --log-interval. Checkpoints keep it
+    evaluation    each metric is its sum over its count over all tokens, however Megatron averages
 
-The counts are in the reports of micro-batches, which Megatron adds up over ranks. When its rerun state machine repeats
-a step, only the pass that Megatron keeps is counted. They cost no collective of their own.
+Counts come from the reports of micro-batches, which Megatron reduces over ranks. When the rerun state machine repeats a
+step, only the pass that Megatron keeps is counted. No collective is added per iteration.
 
-Cost per iteration: no host-device sync, but for the writers, which read what they log. One all-reduce per evaluation,
-and one of 8 bytes per checkpoint, because the rank that writes Megatron's arguments is not on the last pipeline stage.
+Cost: no host-device sync per iteration, except when a writer logs a value; one after the first iteration if channels
+are configured. Per evaluation one all-reduce, and one host-device sync per model chunk. Per checkpoint one all-reduce
+of 8 bytes, because the rank that saves Megatron's arguments is not on the last stage, and one host-device sync.
 """
 
 from __future__ import annotations
@@ -23,40 +24,39 @@ import torch
 from torch import Tensor
 
 from megatron_dft.hosts.patches import TRAINING, Patches
-from megatron_dft.metrics import CHANNEL, OF_CHANNEL, VALID_TOKENS, Detail, MetricAccumulator
-from megatron_dft.objectives import Objective
+from megatron_dft.metrics import CHANNEL, CHANNEL_METRICS, VALID_TOKENS, MetricAccumulator, MetricSpec, channel_metric
 
-TOTAL = "dft_valid_tokens"  # the total among Megatron's arguments, which it saves in every checkpoint
-TOKENS_PER_SECOND, TOKENS_TOTAL = "valid tokens per second", "valid tokens total"
+TOTAL = "dft_valid_tokens"  # an argument of Megatron, saved in every checkpoint
+TOKENS_PER_SECOND, TOKENS_TOTAL = "dft/valid_tokens_per_second", "dft/valid_tokens_total"
 
 
 def micro_batches() -> int:
-    """The number of micro-batches of a training iteration, on all data- and context-parallel ranks together."""
+    """Micro-batches of a training iteration over all data- and context-parallel ranks."""
     from megatron.core import parallel_state
     from megatron.core.num_microbatches_calculator import get_num_microbatches
 
     return get_num_microbatches() * parallel_state.get_data_parallel_world_size(with_context_parallel=True)
 
 
-class Means:
-    """The last known means of each channel, for iterations in which no token of it was counted.
+class ChannelMeans:
+    """The last mean of each channel metric, for iterations without tokens of that channel.
 
-    A host divides the sum by the count. A channel that a global batch does not have is 0 / 0 there, and one NaN makes
-    the console's mean over --log-interval NaN. So it keeps its last value, beside 0 `tokens`; before it was first seen
-    it is NaN.
+    The host divides sums by counts. For a channel that is missing in a global batch this is 0 / 0, and one NaN makes
+    the console's mean over --log-interval NaN. Such a metric therefore keeps its last value, while `tokens` is 0. It is
+    NaN before the first token of the channel.
     """
 
-    def __init__(self, detail: Detail) -> None:
-        self.channels = detail.channels
+    def __init__(self, spec: MetricSpec) -> None:
+        self.channels = spec.channels
         self._known: dict[str, Tensor] = {}
 
     def fill(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What to log; without a host-device sync. Needs the totals among the losses."""
+        """Replace means of no tokens, if the losses contain totals. No host-device sync."""
         if VALID_TOKENS not in losses:
             return losses
         for channel in self.channels:
-            seen = losses[f"{CHANNEL}{channel} tokens"] > 0
-            for name in (f"{CHANNEL}{channel} {what}" for what in OF_CHANNEL if what != "tokens"):
+            seen = losses[channel_metric(channel, "tokens")] > 0
+            for name in (channel_metric(channel, x) for x in CHANNEL_METRICS if x != "tokens"):
                 value = losses[name]
                 losses[name] = torch.where(seen, value, self._known.get(name, torch.full_like(value, math.nan)))
                 self._known[name] = losses[name]
@@ -64,25 +64,26 @@ class Means:
 
 
 class Progress:
-    """Follows the training loop of one pretrain()."""
+    """The hooks of one pretrain()."""
 
     def __init__(
         self,
-        objective: Objective,
-        detail: Detail,
+        spec: MetricSpec,
         validation: MetricAccumulator,
+        *,
+        begin: Callable[[int], None],  # sets the iteration
         check_step: Callable[[], None],  # raises ValueError for a step that did not train the objective
         check_masks: Callable[[], None],  # raises ValueError if a loss mask counted a token without a loss
     ) -> None:
-        self.objective, self.validation, self.means = objective, validation, Means(detail)
-        self.check_step, self.check_masks = check_step, check_masks
+        self.validation, self.means = validation, ChannelMeans(spec)
+        self.begin, self.check_step, self.check_masks = begin, check_step, check_masks
         self.begun = False
-        self.channels = detail.channels[1:]  # those that have a name
-        self.named: Tensor | None = None  # tokens of them so far
+        self.channels = spec.channels[1:]  # those with a name
+        self.named: Tensor | None = None  # their tokens so far
         self.total: Tensor | None = None  # fp64, on the device; on the last pipeline stage
 
     def follow(self, patches: Patches) -> None:
-        """Wrap what the loop calls."""
+        """Wrap the functions that the training loop calls."""
         patches.wrap(f"{TRAINING}:train_step", self._train_step)
         patches.wrap(f"{TRAINING}:evaluate", self._evaluate)
         patches.wrap(f"{TRAINING}:save_checkpoint", self._save_checkpoint)
@@ -93,7 +94,7 @@ class Progress:
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             run = get_args()
-            self.objective.begin(run.curr_iteration + 1)
+            self.begin(run.curr_iteration + 1)
             self.begun = True
             start = time.perf_counter()
             losses, *rest = train_step(*args, **kwargs)
@@ -111,15 +112,17 @@ class Progress:
         """Raises ValueError if channels are configured and no label of the run carried one."""
         if self.named is not None and not self.named:
             raise ValueError(
-                f"--loss-channels {','.join(self.channels)}: no label of this run carried a channel; see docs/data.md"
+                f"--dft-channels {','.join(self.channels)}: no label of this run carried a channel; see docs/data.md"
             )
 
     def _look_for_channels(self, losses: dict[str, Tensor]) -> None:
-        """After the first iteration: say so if it had none. One host-device sync."""
+        """After the first iteration: report if it had no channel. One host-device sync."""
         from megatron.training import print_rank_last
 
-        if self.channels and not sum(losses[f"{CHANNEL}{name} tokens"] for name in self.channels):
-            print_rank_last("> megatron_dft: no label of the first iteration carries a channel of --loss-channels")
+        if self.channels and not sum(losses[channel_metric(name, "tokens")] for name in self.channels):
+            print_rank_last(
+                "> megatron_dft: no label of the first iteration carries a channel of --dft-channels; see docs/data.md"
+            )
 
     def _count(self, run: Any, losses: dict[str, Tensor]) -> None:
         from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
@@ -131,7 +134,7 @@ class Progress:
             self._look_for_channels(losses)
         self.total += tokens
         if self.channels:
-            named = torch.stack([losses[f"{CHANNEL}{name} tokens"] for name in self.channels]).sum()
+            named = torch.stack([losses[channel_metric(name, "tokens")] for name in self.channels]).sum()
             self.named = named if self.named is None else self.named + named
         iteration = run.curr_iteration + 1
         if iteration % run.tensorboard_log_interval == 0:
@@ -144,8 +147,8 @@ class Progress:
         from megatron.training import get_args
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            if not self.begun:  # without training, as after the last iteration of the checkpoint
-                self.objective.begin(getattr(get_args(), "iteration", 0))
+            if not self.begun:  # no training: the schedule of the checkpoint's iteration
+                self.begin(getattr(get_args(), "iteration", 0))
             losses, *rest = evaluate(*args, **kwargs)
             if losses:
                 losses = means_over_tokens(losses, self.validation)
@@ -171,7 +174,7 @@ class Progress:
 
 
 def means_over_tokens(losses: Mapping[str, Tensor], validation: MetricAccumulator) -> dict[str, Tensor]:
-    """The losses of an evaluation, as a host has averaged them -> sums over counts of all its tokens. Collective."""
+    """The losses of an evaluation, with the host's averages replaced by means over all tokens. Collective."""
     from megatron.core import parallel_state
 
     values = validation.take(parallel_state.get_data_parallel_group(with_context_parallel=True))
@@ -180,7 +183,7 @@ def means_over_tokens(losses: Mapping[str, Tensor], validation: MetricAccumulato
 
 
 def _check_checkpoint_args(check_checkpoint_args: Callable[..., Any]) -> Callable[..., Any]:
-    """Megatron calls it when a run resumes (not under --finetune), and restores its own counters right after."""
+    """Wrap Megatron's resume check (not called under --finetune): restore the number of valid tokens."""
     from megatron.training import get_args
 
     def wrapped(checkpoint_args: Any, *args: Any, **kwargs: Any) -> Any:

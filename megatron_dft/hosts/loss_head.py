@@ -5,43 +5,74 @@
                                                                                       layer (compaction), or logits are
                                                                                       not materialized (linear_fused)
 
-`Inputs` are what the model's forward was called with: labels, loss mask, channels. Labels become targets in one place:
-transposed, and ignored where the loss mask is 0. Loss, gradient and statistics cover valid tokens only, in both paths.
-Any other labels passed to the loss are those of multi-token prediction.
+`Inputs` are labels, loss mask and channels of one forward pass. `_target` transposes the labels and ignores those with
+loss mask 0. Loss, gradient and statistics cover valid tokens only. Labels of multi-token prediction also reach this
+loss.
 
 The output layer stays Megatron's own module. For compaction it is called, on fewer rows. Under sequence parallelism
 its input is gathered first, so its linear function is called without the layer's own gather. For linear_fused its
-weight is used by linear.py. The pre-hooks of the layer run in every case, because they may have to bring the weight
-first (DDP's overlapped parameter gather). `main_grad` is filled as the layer would fill it.
+weight is used by linear_fused.py. The forward pre-hooks of the layer always run, because they may gather the weight
+(DDP's overlapped parameter gather). `main_grad` receives the weight gradient, as from the layer itself.
 
-`start` and `take` surround a forward pass: the statistics of its tokens are the `MicroBatch` that `take` returns.
+`start` and `take` surround a forward pass. `take` returns the statistics of its tokens as a `MicroBatch`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_dft.autograd import loss_and_stats
 from megatron_dft.channels import split_channels
-from megatron_dft.compaction import compacted, gather_sequence, whole
 from megatron_dft.config import DFTConfig
 from megatron_dft.hosts import compat
-from megatron_dft.linear import Split, WeightGradient, linear_loss_and_stats
 from megatron_dft.metrics import TokenBatch
-from megatron_dft.stats import TokenStats
+from megatron_dft.ops.compaction import gather_sequence, loss_all_tokens, loss_valid_tokens
+from megatron_dft.ops.linear_fused import Split, WeightGradient, linear_loss_and_stats
+from megatron_dft.ops.objectives import Blended, Objective, Scheduled
+from megatron_dft.ops.stats import TokenStats
+from megatron_dft.ops.vocab_parallel import LossOptions, loss_and_stats
 
 IGNORE_INDEX = -100
 
 
+class Schedule:
+    """The objective of an installation, with its blend on the device if it is scheduled."""
+
+    def __init__(self, objective: Objective | None) -> None:
+        self._objective = objective
+        self._iteration: int | None = None
+        self._blended: Blended | None = None
+
+    def begin(self, iteration: int) -> None:
+        """Set the iteration, 1, 2, ... No host-device sync."""
+        self._iteration = iteration
+        if isinstance(self._objective, Scheduled) and self._blended is not None:
+            self._blended.blend.fill_(self._objective.blend_at(iteration))
+
+    def objective(self, device: torch.device) -> Objective:
+        """The objective for logits on this device. Raises ValueError if it is scheduled and no iteration was set."""
+        assert self._objective is not None
+        if not isinstance(self._objective, Scheduled):
+            return self._objective
+        if self._blended is None:
+            if self._iteration is None:
+                raise ValueError(
+                    f"--loss-type {self._objective}: no iteration was set; call begin(iteration) on the handle of "
+                    "install() before each iteration of your training loop"
+                )
+            blend = torch.full((), self._objective.blend_at(self._iteration), dtype=torch.float64, device=device)
+            self._blended = self._objective.with_blend(blend)
+        return self._blended
+
+
 @dataclass(frozen=True)
 class Inputs:
-    """What the forward of a model was called with."""
+    """Arguments of the forward of a model."""
 
     labels: Tensor  # [b, s] int64, without channels
     loss_mask: Tensor | None  # as many elements as the labels
@@ -50,11 +81,12 @@ class Inputs:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Statistics of one forward pass, of n tokens in [s, b] order; `rows` are their positions, None: all of them."""
+    """Statistics of one forward pass: of n tokens in [s, b] order, at the positions `rows`; None: of all tokens."""
 
     stats: TokenStats  # of [n] or [s, b]
     rows: Tensor | None  # [n]
     inputs: Inputs
+    objective: Objective
     differentiable: bool = True  # whether a gradient of the loss reaches the model
 
     @property
@@ -63,12 +95,12 @@ class MicroBatch:
         return self.inputs.labels.shape
 
     def pick(self, x: Tensor) -> Tensor:
-        """A value of each token, in [b, s] order and any shape -> in the shape and order of `stats`."""
+        """Per-token values in [b, s] order and any shape -> in the shape and order of `stats`."""
         x = x.reshape(self.shape).transpose(0, 1).reshape(-1)
         return (x if self.rows is None else x.index_select(0, self.rows)).view(self.stats.valid.shape)
 
     def tokens(self, loss_mask: Tensor, training: bool) -> TokenBatch:
-        """Every token, [b, s]: what a callback receives."""
+        """All tokens [b, s]: the argument of a callback."""
         everywhere = TokenStats(**{f.name: self._spread(getattr(self.stats, f.name)) for f in fields(TokenStats)})
         return TokenBatch(everywhere, loss_mask.reshape(self.shape), self.inputs.channel, training)
 
@@ -82,20 +114,20 @@ class MicroBatch:
 
 
 class LossHead:
-    """Labels, and logits or hidden states, to the loss of a model that `compat` accepts."""
+    """The loss of one model that `compat` accepts, from labels and logits or hidden states."""
 
-    def __init__(self, model: Any, config: DFTConfig) -> None:
-        self.model = model
+    def __init__(self, model: Any, config: DFTConfig, schedule: Schedule) -> None:
+        self.model, self.schedule = model, schedule
         self.options = config.options(compat.tp_group(model))
         self.compact = compat.compacts(model, config)
         self.split = config.split() if config.linear_fused else None
-        self.channels = len(config.detail.channels)
+        self.channels = len(config.metric_spec.channels)
         self.host_loss = model.compute_language_model_loss
         self.separate_mtp = compat.has_mtp(model.config) and config.mtp == "nll"
-        self.inputs: Inputs | None = None  # of the forward pass that runs; None once its loss is computed
-        self._bypassed: list[Tensor | None] = []  # the weight, when hidden states come instead of logits
-        self.computed, self.trained = 0, 0  # losses under autograd, and how many of them a gradient has reached
-        self.counted: Tensor | None = None  # whether a loss mask counted a token without a loss
+        self.inputs: Inputs | None = None  # of the current forward pass, until its loss is computed
+        self._bypassed: list[Tensor | None] = []  # the weight, if hidden states arrive instead of logits
+        self.computed, self.trained = 0, 0  # losses with a graph, and those that received a gradient
+        self.counted: Tensor | None = None  # whether a loss mask counted a token that has no loss
         self._recording = False
         self._micro_batches: list[MicroBatch] = []
 
@@ -105,28 +137,28 @@ class LossHead:
         return self.compact or self.split is not None
 
     def start(self) -> None:
-        """Keep the statistics of the next forward pass."""
+        """Record the statistics of the next forward pass."""
         self._recording, self._micro_batches = True, []
 
     def take(self) -> MicroBatch | None:
-        """Return the statistics of the forward pass since `start`, and forget them; None: there was none.
+        """Return the statistics of the forward pass since `start`, or None, and drop them.
 
         Raises:
-            ValueError: if there were several, because the loss that they make together is not known here.
+            ValueError: for several forward passes, whose combined loss is not known.
         """
         taken, self._recording, self._micro_batches = self._micro_batches, False, []
         if len(taken) > 1:
             raise ValueError(
-                f"forward_step: expected one forward pass with labels, got {len(taken)}, whose metrics cannot be told "
-                "apart; pass the labels once, or train with install() and without with_metrics()"
+                f"forward_step: expected one forward pass with labels, got {len(taken)}, whose metrics cannot be "
+                "separated; pass the labels once, or use install() without with_metrics()"
             )
         return taken[0] if taken else None
 
     def receive(self, labels: Tensor, loss_mask: Tensor | None) -> Inputs:
-        """Remember what a forward pass is called with. Returns it, without channels on the labels.
+        """Record the arguments of a forward pass. The returned labels have no channels.
 
         Raises:
-            ValueError: for a loss mask that has not one element per label.
+            ValueError: for a loss mask whose size is not that of the labels.
         """
         if loss_mask is not None and loss_mask.numel() != labels.numel():
             raise ValueError(
@@ -140,11 +172,11 @@ class LossHead:
         return self.inputs
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """labels [b, s], logits [s, b, V/tp] (hidden states after `bypass`) -> NLL [b, s]."""
+        """labels [b, s], logits [s, b, V/tp], or hidden states after `bypass` -> NLL [b, s]."""
         if self.separate_mtp:
             if self.inputs is None:
                 raise ValueError(
-                    "--loss-mtp nll: the labels of the model and of its multi-token prediction cannot be told apart, "
+                    "--dft-mtp nll: the labels of the model and of its multi-token prediction cannot be distinguished, "
                     "because the forward hooks of the model did not run; call model(...), not model.forward(...)"
                 )
             if labels is not self.inputs.labels:
@@ -153,12 +185,12 @@ class LossHead:
             return self.of_hidden(labels, logits, self._bypassed.pop())
         if self.split is not None and not compat.has_mtp(self.model.config):
             raise ValueError(
-                "--loss-linear-fused: expected hidden states, got logits that were computed already; call the model, "
+                "--dft-linear-fused: expected hidden states, got logits that were computed already; call the model, "
                 "model(...), not model.forward(...), which skips its hooks"
             )
         compat.check_width(self.model, logits)
         inputs = self._inputs_of(labels)
-        return self._finish(*loss_and_stats(logits, self._target(inputs), self.options), None, inputs)
+        return self._finish(*self._from_logits(logits, self._target(inputs)), None, inputs)
 
     def bypass(self) -> None:
         """Make the next call of the output layer return its input; the loss then applies the layer."""
@@ -172,7 +204,7 @@ class LossHead:
         layer.forward = forward
 
     def reset(self) -> None:
-        """Undo `bypass` and `receive`, in case a forward pass failed in between."""
+        """Discard labels, loss mask and bypass of the previous forward pass."""
         self.inputs = None
         self._bypassed.clear()
         if hasattr(self.model, "output_layer"):
@@ -181,7 +213,7 @@ class LossHead:
     def of_hidden(self, labels: Tensor, hidden: Tensor, weight: Tensor | None) -> Tensor:
         """labels [b, s], hidden [s, b, h], or [s/tp, b, h] under sequence parallelism -> NLL [b, s].
 
-        `weight` is the one that the host passes to its output layer: None, or that of tied embeddings.
+        `weight` is the argument of the output layer: None, or the weight of tied embeddings.
         """
         layer = self.model.output_layer
         if layer.sequence_parallel:
@@ -194,12 +226,12 @@ class LossHead:
 
         inputs = self._inputs_of(labels)
         target = self._target(inputs)
-        compute = compacted if self.compact else whole
+        compute = loss_valid_tokens if self.compact else loss_all_tokens
         loss, stats, rows = compute(of_rows, hidden.flatten(0, 1), target.view(-1), self.options.ignore_index)
         return self._finish(loss.view(target.shape), stats, rows, inputs)
 
     def _inputs_of(self, labels: Tensor) -> Inputs:
-        """Of the forward pass, if these are its labels."""
+        """The arguments of the forward pass, if these are its labels."""
         if self.inputs is not None and labels is self.inputs.labels:
             return self.inputs
         return Inputs(labels, None, None)
@@ -219,7 +251,13 @@ class LossHead:
         else:
             logits, _ = layer(rows, weight=weight)
         compat.check_width(self.model, logits)
-        return loss_and_stats(logits, target, self.options)
+        return self._from_logits(logits, target)
+
+    def _from_logits(self, logits: Tensor, target: Tensor) -> tuple[Tensor, TokenStats]:
+        return loss_and_stats(logits, target, self._options(logits.device))
+
+    def _options(self, device: torch.device) -> LossOptions:
+        return replace(self.options, objective=self.schedule.objective(device))
 
     def _chunked(
         self, layer: Any, rows: Tensor, weight: Tensor | None, target: Tensor, split: Split
@@ -227,15 +265,24 @@ class LossHead:
         into = MainGrad if layer.gradient_accumulation_fusion else WeightGradient
         rows, weight = _after_pre_hooks(layer, rows, weight)
         return linear_loss_and_stats(
-            rows, layer.weight if weight is None else weight, target, self.options, split, into
+            hidden=rows,
+            weight=layer.weight if weight is None else weight,
+            target=target,
+            options=self._options(rows.device),
+            split=split,
+            weight_gradient=into,
         )
 
     def _finish(self, loss: Tensor, stats: TokenStats, rows: Tensor | None, inputs: Inputs) -> Tensor:
-        """[s, b] -> [b, s]."""
-        if self.inputs is None or inputs is self.inputs:  # not of multi-token prediction, whose loss comes first
+        """Record the statistics, count the backward pass, and return the loss [s, b] as [b, s].
+
+        The loss of multi-token prediction is not recorded or counted.
+        """
+        if self.inputs is None or inputs is self.inputs:  # not of multi-token prediction, whose loss is computed first
             self.inputs = None
             if self._recording:
-                self._micro_batches.append(MicroBatch(stats, rows, inputs, loss.requires_grad))
+                objective = self.schedule.objective(loss.device)
+                self._micro_batches.append(MicroBatch(stats, rows, inputs, objective, loss.requires_grad))
             if loss.requires_grad:
                 self.computed += 1
                 loss.register_hook(self._count_backward)
@@ -245,7 +292,7 @@ class LossHead:
         self.trained += 1
 
     def note_counted(self, without_loss: Tensor) -> None:
-        """Remember whether a loss mask counted a token that has no loss; on the device."""
+        """Record, on the device, whether a loss mask counted a token that has no loss."""
         any_token = without_loss.any()
         self.counted = any_token if self.counted is None else self.counted | any_token
 
@@ -254,21 +301,21 @@ class LossHead:
         if self.counted is not None and self.counted:
             raise ValueError(
                 "loss_func: its loss mask counts tokens that have no loss, because their label is -100 or the "
-                "loss_mask given to the model leaves them out; give both the same mask, 0 where the label is -100"
+                "loss_mask of the model excludes them; use the same mask for both, 0 where the label is -100"
             )
 
     def check_trained(self) -> None:
-        """After a training step. Raises ValueError if a loss was computed and another one was trained on."""
+        """After a training step: raises ValueError if no gradient reached the loss of this model."""
         if self.computed and not self.trained:
             raise ValueError(
-                f"{type(self.model).__name__}: its loss was computed in {self.computed} forward passes, and "
-                f"a gradient came back to {self.trained} of them; forward_step trains on another loss: return the "
-                "model's output, or leave --loss-type out"
+                f"{type(self.model).__name__}: its loss was computed in {self.computed} forward passes and received a "
+                f"gradient in {self.trained}; forward_step trains on another loss: return the model's output, or omit "
+                "--loss-type"
             )
 
 
 class MainGrad(WeightGradient):
-    """Megatron's gradient accumulation fusion: added to `weight.main_grad`, which DDP reduces."""
+    """Megatron's gradient accumulation fusion: adds to `weight.main_grad`, which DDP reduces."""
 
     def __init__(self, weight: Any) -> None:
         from megatron.core.tensor_parallel import layers
@@ -282,17 +329,17 @@ class MainGrad(WeightGradient):
         self.accumulate(hidden, gradient, self.weight.main_grad[columns])
 
     def result(self) -> Tensor | None:
-        """None, or what makes autograd run DDP's hook on the weight: a tensor that the hook knows not to add."""
+        """None, or a dummy gradient that makes autograd run DDP's hook; the hook does not add it."""
         if not hasattr(self.weight, "grad_added_to_main_grad"):
             return None
         self.weight.grad_added_to_main_grad = True
-        # Tied embeddings add their own gradient to it.
+        # Tied embeddings add their own gradient to the dummy.
         make = torch.zeros_like if getattr(self.weight, "zero_out_wgrad", False) else torch.empty_like
         return make(self.weight)
 
 
 def head_of(chunk: torch.nn.Module | None) -> LossHead | None:
-    """The loss that `install` bound on a model chunk; None: none is bound, or this stage computes no loss."""
+    """The loss head that `install` bound on a model chunk; None: not bound, or this stage computes no loss."""
     model = compat.model_with_loss(chunk) if chunk is not None else None
     bound = vars(model).get(compat.LOSS) if model is not None else None
     head = getattr(bound, "__self__", None)
@@ -300,7 +347,7 @@ def head_of(chunk: torch.nn.Module | None) -> LossHead | None:
 
 
 def ignore_masked(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch of a host that does not pass its loss mask to the model, with masked labels set to -100."""
+    """A copy of the batch with masked labels set to -100, for a host that does not pass the loss mask to the model."""
     labels, loss_mask = batch.get("labels"), batch.get("loss_mask")
     if labels is None or loss_mask is None or labels.shape != loss_mask.shape:
         return dict(batch)
@@ -308,10 +355,10 @@ def ignore_masked(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _linear(layer: Any, rows: Tensor, weight: Tensor | None, tp_group: ProcessGroup | None) -> Tensor:
-    """The output layer under sequence parallelism, applied to rows of the whole sequence -> logits [n, V/tp].
+    """The output layer of rows of the gathered sequence, under sequence parallelism -> logits [n, V/tp].
 
-    Megatron's own linear function, called without the layer's gather of the sequence. The gradient of the input is
-    summed over the tensor-parallel ranks, as without sequence parallelism.
+    Calls Megatron's linear function without the layer's own gather. The gradient of the input is summed over the
+    tensor-parallel ranks, as without sequence parallelism.
     """
     from megatron.core.tensor_parallel import layers
 
@@ -332,7 +379,7 @@ def _linear(layer: Any, rows: Tensor, weight: Tensor | None, tp_group: ProcessGr
 
 
 def _after_pre_hooks(layer: Any, rows: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Run the forward pre-hooks of a layer that is not called itself; returns its arguments as they leave them."""
+    """Run the forward pre-hooks of a layer that is not called. Returns the arguments that they return."""
     args: tuple = (rows,)
     kwargs: dict[str, Any] = {"weight": weight}
     for key, hook in list(layer._forward_pre_hooks.items()):

@@ -1,8 +1,8 @@
-"""Megatron-LM: the flags, and the loss inside `pretrain()`.
+"""Megatron-LM: the --dft-... flags, and the objective inside `pretrain()`.
 
-`enable` prepares `megatron.training` before a script imports it; the script stays as it is. `pretrain()` then gets the
-hook that binds the loss on the model chunks before DDP wraps them, and a forward_step that reports the metrics. What
-`enable` returns knows whether that happened (`Run.check`). Without an objective nothing is prepared.
+`enable` patches `megatron.training` before a script imports it; the script does not change. `pretrain()` then binds the
+objective on the model chunks before DDP wraps them, and runs a forward_step that reports metrics. `Run.check`, after
+the script, raises if that did not happen.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron_dft.config import DFTConfig
 from megatron_dft.hosts import compat, sft
-from megatron_dft.hosts.hook import Installation, install, with_metrics
+from megatron_dft.hosts.binding import Installation, install, with_metrics
 from megatron_dft.hosts.iterations import Progress, micro_batches
 from megatron_dft.hosts.loss_head import LossHead
 from megatron_dft.hosts.patches import TRAINING, Patches
@@ -27,29 +27,33 @@ from megatron_dft.metrics import MetricAccumulator
 DATASETS = "train_valid_test_dataset_provider"
 PRETRAIN = f"{TRAINING}:pretrain"
 
-
 NEVER_CALLED = (
-    "the script ended without a call of Megatron's pretrain(); with a training loop of your own call "
-    "megatron_dft.install() in it, and start it without this launcher"
+    "the script did not call Megatron's pretrain(); in a training loop of your own call megatron_dft.install(), and "
+    "start the script without this launcher"
 )
 
 
 class Run:
-    """One script with an objective: what is replaced for it, and whether its last pretrain() trained with it."""
+    """A script that trains with an objective: its patches, and whether its last pretrain() applied the objective."""
 
     def __init__(self, config: DFTConfig) -> None:
         self.config = config
         self.patches = Patches()
-        self.failure = NEVER_CALLED  # why the objective is not trained with; empty after a pretrain() that did
-        self.installations: list[Installation] = []  # of the pretrain() that runs
+        self.failure = NEVER_CALLED  # why the objective was not applied; empty if it was
+        self.installations: list[Installation] = []  # of the current pretrain()
 
     def heads(self) -> Iterator[LossHead]:
-        """The losses on this rank."""
+        """The loss heads on this rank."""
         for installation in self.installations:
             yield from (binding.head for binding in installation.bindings)
 
+    def begin_iteration(self, iteration: int) -> None:
+        """Set the iteration of a scheduled objective."""
+        for installation in self.installations:
+            installation.begin(iteration)
+
     def check_step(self) -> None:
-        """After a training step. Raises ValueError if it trained on another loss."""
+        """Check that the training step used the objective. Raises ValueError if not."""
         for head in self.heads():
             head.check_trained()
 
@@ -59,11 +63,11 @@ class Run:
             head.check_counted()
 
     def begin(self) -> None:
-        """Before a pretrain()."""
-        self.failure = "pretrain() ended with an error that the script has caught"
+        """Reset the result before a call of pretrain(): not applied yet."""
+        self.failure = "pretrain() ended with an error that the script caught"
 
     def end(self, progress: Progress) -> None:
-        """After it. Raises ValueError if it did not train with the objective."""
+        """Check that a finished pretrain() applied the objective. Raises ValueError if not."""
         if not self.installations:
             raise ValueError(
                 f"--loss-type {self.config.loss_type}: pretrain() built no model through model_provider or "
@@ -74,7 +78,7 @@ class Run:
         self.failure = ""
 
     def check(self) -> None:
-        """When the script has ended. Raises ValueError, with the reason, if it did not train with the objective."""
+        """Check that the script applied the objective. Raises ValueError with the reason if not."""
         if self.failure:
             raise ValueError(f"--loss-type {self.config.loss_type}: the objective was not applied: {self.failure}")
 
@@ -85,15 +89,15 @@ def enable(
     prepare: Callable[[inspect.BoundArguments], None] = lambda call: None,
     finish: Callable[[], None] = lambda: None,
 ) -> Run:
-    """Teach Megatron-LM the --loss-... flags, and run `pretrain()` with the objective.
+    """Patch Megatron-LM: `pretrain()` trains with the objective, and its parser has our flags.
 
     Args:
-        config: with an objective.
-        prepare: may change the arguments of pretrain() further.
-        finish: called when pretrain() has returned.
+        config: the settings, with an objective.
+        prepare: changes the arguments of pretrain().
+        finish: is called after pretrain().
 
     Raises:
-        ValueError: if the Megatron that is installed has no `pretrain()`, or one that is not known.
+        ValueError: if the installed Megatron has no `pretrain()`, or an unknown one.
     """
     try:
         from megatron.training import training
@@ -101,8 +105,8 @@ def enable(
         if not str(error.name).startswith("megatron"):
             raise
         raise ValueError(
-            f"expected a Megatron with its own pretrain(), got none ({error}); use a Megatron-LM checkout or "
-            "megatron-core >= 0.17, or call install() in your own training loop"
+            f"no Megatron with pretrain() is installed ({error}); use a Megatron-LM checkout or megatron-core >= 0.17, "
+            "or call install() in your own training loop"
         ) from None
     signature = inspect.signature(training.pretrain)
     compat.check_pretrain(signature)
@@ -117,7 +121,8 @@ def enable(
             settings = _settings(call)
             compat.check_settings(settings, config)
             sft.check_settings(settings)
-            call.arguments[DATASETS] = sft.dataset_provider(call.arguments[DATASETS], settings, config.detail.channels)
+            channels = config.metric_spec.channels
+            call.arguments[DATASETS] = sft.dataset_provider(call.arguments[DATASETS], settings, channels)
             prepare(call)
             with Patches() as patches, contextlib.ExitStack() as undo:
                 undo.callback(run.installations.clear)
@@ -125,7 +130,7 @@ def enable(
                 progress.follow(patches)
                 try:
                     result = pretrain(*call.args, **call.kwargs)
-                except SystemExit as error:  # as after --exit-interval
+                except SystemExit as error:  # --exit-interval
                     if error.code in (None, 0):
                         run.end(progress)
                     raise
@@ -141,7 +146,7 @@ def enable(
 
 
 def _use_compiled_helpers(patches: Patches) -> None:
-    """Disable compile_helpers() for a wheel: helpers_cpp is already compiled, and there is no Makefile."""
+    """Disable compile_helpers() for a wheel, which has helpers_cpp compiled and no Makefile."""
     import megatron.core.datasets.utils as utils
 
     compiled = importlib.util.find_spec("megatron.core.datasets.helpers_cpp")
@@ -150,12 +155,12 @@ def _use_compiled_helpers(patches: Patches) -> None:
 
 
 def add_flags(patches: Patches) -> None:
-    """Teach Megatron's parser the --loss-... flags."""
+    """Add our flags to Megatron's parser."""
     patches.wrap("megatron.training.arguments:add_megatron_arguments", _with_flags)
 
 
 def flush_tensorboard() -> None:
-    """Megatron logs the last validation after its own last flush; a process that ends soon after would lose it."""
+    """Flush TensorBoard: Megatron logs the last validation after its last flush, and a process exit would lose it."""
     from megatron.training import get_tensorboard_writer
 
     if writer := get_tensorboard_writer():
@@ -170,7 +175,7 @@ def _with_flags(add_megatron_arguments: Callable[[ArgumentParser], ArgumentParse
 
 
 def _settings(call: inspect.BoundArguments) -> Any:
-    """Megatron's arguments: as the script has parsed them, or as pretrain() is about to. Three generations of it:
+    """Megatron's parsed arguments. The signature of pretrain() depends on the version:
 
     0.17    pretrain(datasets, model_provider, ..., extra_args_provider)   parses them itself
     0.18    pretrain(cfg_container, datasets, model_provider, ...)         the script has parsed them
@@ -186,7 +191,7 @@ def _settings(call: inspect.BoundArguments) -> Any:
 
 
 def _prepare(call: inspect.BoundArguments, settings: Any, run: Run, undo: contextlib.ExitStack) -> Progress:
-    """Put the objective into the arguments of pretrain(). The result follows its training loop."""
+    """Put the objective into the arguments of pretrain(). Returns the hooks of its training loop."""
     config = run.config
     validation = MetricAccumulator()
     totals = None if getattr(settings, "hybrid_context_parallel", False) else micro_batches
@@ -195,11 +200,17 @@ def _prepare(call: inspect.BoundArguments, settings: Any, run: Run, undo: contex
     )
     _hook_model(call, functools.partial(_install, run=run), undo)
     _announce(settings, config)
-    return Progress(config.objective, config.detail, validation, run.check_step, run.check_masks)
+    return Progress(
+        config.metric_spec,
+        validation,
+        begin=run.begin_iteration,
+        check_step=run.check_step,
+        check_masks=run.check_masks,
+    )
 
 
 def _install(chunks: list, run: Run) -> list:
-    """Put the loss on the model, and log what happens to its output layer."""
+    """Bind the objective on the model, and log how its output layer is computed."""
     from megatron.training import print_rank_last
 
     run.installations.append(install(chunks, run.config))
@@ -209,7 +220,7 @@ def _install(chunks: list, run: Run) -> list:
 
 
 def _announce(settings: Any, config: DFTConfig) -> None:
-    """Log once what is different from now on; it is too early for Megatron's print_rank_0."""
+    """Log what changes, on rank 0; Megatron's print_rank_0 does not work yet."""
     if settings.rank != 0:
         return
     lines = [
@@ -218,17 +229,17 @@ def _announce(settings: Any, config: DFTConfig) -> None:
     ]
     if not getattr(settings, "calculate_per_token_loss", False):
         lines.append(
-            "the gradient is a mean of the means of micro-batches and ranks, Megatron's default, in which a token "
-            "weighs more where few are valid; --calculate-per-token-loss makes it a mean over all tokens"
+            "the gradient is a mean of means over micro-batches and ranks (Megatron's default): a token weighs more in "
+            "a micro-batch with few valid tokens; --calculate-per-token-loss makes it the mean over all tokens"
         )
     if getattr(settings, "hybrid_context_parallel", False):
-        lines.append("`valid tokens` is not reported under --hybrid-context-parallel")
+        lines.append("dft/valid_tokens is not reported under --hybrid-context-parallel")
     for line in (*lines, *compat.upstream_faults(settings)):
         print(f"> megatron_dft: {line}")
 
 
 def _hook_model(call: inspect.BoundArguments, hook: Callable[[list], Any], undo: contextlib.ExitStack) -> None:
-    """Reach the model chunks before they are wrapped: through the script's provider, or the model's configuration."""
+    """Call `hook` with the model chunks before they are wrapped, by model_provider or the model configuration."""
     provider = call.arguments.get("model_provider")
     model_config: Any = getattr(call.arguments.get("cfg_container"), "model", None)
     if provider is not None:

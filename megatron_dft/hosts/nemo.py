@@ -1,20 +1,20 @@
 """NeMo 2 (nemo-toolkit 2.7): the loss in recipes of `nemo.collections.llm`.
 
-    with_dft     a NeMo-Run recipe -> the same recipe, trained with another objective
+    with_dft     sets the objective of a NeMo-Run recipe
     dft          the same for YAML files and NeMo-Run's command line: "trainer.callbacks+=": "[...nemo.dft(...)]"
-    DFTCallback  what both add: a Lightning callback
+    DFTCallback  the Lightning callback that both add
 
-NeMo's events of a Megatron step are the one place that comes after adapters, DDP and mixed precision, and the one that
-sees each micro-batch. So the callback installs the loss in the first of them; masks the labels of each micro-batch;
-adds up the metrics of its output; logs their means. NeMo's own loss reduction is left alone: `reduced_train_loss` and
+The callback handles NeMo's events of a Megatron step. They come after adapters, DDP and mixed precision, and include
+each micro-batch. In the first step the callback installs the loss. It masks the labels of each micro-batch, sums the
+metrics of its output and logs their means. It does not change NeMo's loss reduction: `reduced_train_loss` and
 `val_loss` stay the NLL.
 
-Nothing of ours is stored in the context of a checkpoint, which then loads where megatron_dft is not installed. Left
-out: what NeMo does not tell its callbacks, such as a captured CUDA graph of the whole iteration. There are no LLMs in
-NeMo 3: Megatron-Bridge has taken them over.
+The context of a checkpoint contains nothing of megatron_dft, so it loads where megatron_dft is not installed. Not
+supported: runs without these events, such as a CUDA graph of the whole iteration. NeMo 3 has no LLMs: use
+Megatron-Bridge.
 """
 
-# NeMo-Run reads annotations as they stand: no `from __future__ import annotations` here.
+# NeMo-Run evaluates annotations at runtime: no `from __future__ import annotations` here.
 import dataclasses
 import inspect
 from importlib import metadata
@@ -23,10 +23,11 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from megatron_dft.config import DFTConfig, load_function
-from megatron_dft.hosts.hook import Installation, install
+from megatron_dft.config import DFTConfig
+from megatron_dft.hosts.binding import Installation, install
 from megatron_dft.hosts.loss_head import LossHead, ignore_masked
 from megatron_dft.metrics import token_metrics
+from megatron_dft.utils import load_function
 
 try:
     import nemo.collections.llm  # noqa: F401
@@ -40,16 +41,16 @@ except ModuleNotFoundError as error:
         found = "none"
     raise ImportError(
         f"expected NeMo 2 with nemo.collections.llm, whose last release is nemo-toolkit 2.7.3, got {found} ({error}); "
-        "for NeMo 3 use Megatron-Bridge: python -m megatron_dft.bridge"
+        "for NeMo 3 use Megatron-Bridge: python -m megatron_dft.launch_bridge"
     ) from error
 
 
 class DFTCallback(Callback, io.IOMixin):
-    """Trains the Megatron model of a NeMo trainer with an objective. The arguments are the fields of DFTConfig.
+    """Train the Megatron model of a NeMo trainer with an objective. The arguments are the fields of DFTConfig.
 
     Raises:
-        ValueError: for a setting that is not possible, at once; for a model or layout with which the objective cannot
-            be computed, before the first step.
+        ValueError: for an invalid setting. Before the first step: for a model or layout that is incompatible with the
+            objective.
     """
 
     def __init__(
@@ -71,64 +72,64 @@ class DFTCallback(Callback, io.IOMixin):
         self.config = DFTConfig(**{f.name: given[f.name] for f in dataclasses.fields(DFTConfig)})
         self.callback = load_function(callback, "callback") if callback else None
         self.installation: Installation | None = None
-        self.sums: dict[str, Tensor] = {}  # of the micro-batches of a step, [sum, count] each
+        self.sums: dict[str, Tensor] = {}  # [sum, count] of each metric over the micro-batches of a step
         self.names: list[str] | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Leave no trace in what the trainer stores of itself."""
+        """Remove this callback from the configuration that the trainer stores in checkpoints."""
         stored: Any = getattr(trainer, "__io__", None)
         callbacks = getattr(stored, "callbacks", None)
         if isinstance(callbacks, list):
-            stored.callbacks = [callback for callback in callbacks if not _makes(callback, type(self))]
+            stored.callbacks = [callback for callback in callbacks if not _is_callback(callback, type(self))]
 
     def on_megatron_step_start(self, step: Any) -> None:
-        """Of a global batch, in training and validation."""
+        """Start a global batch of training or validation; the first one installs the loss."""
         if not self.config.enabled:
             return
         if self.installation is None:
             self.installation = install([_megatron_model(chunk) for chunk in step.pipeline], self.config)
         self.sums = {}
-        self.config.objective.begin(step.trainer.global_step + (0 if step.forward_only else 1))
+        self.installation.begin(step.trainer.global_step + (0 if step.forward_only else 1))
 
     def on_megatron_microbatch_start(self, step: Any, batch: Any, forward_callback: Any) -> None:
-        """Before the model's forward pass. NeMo passes it labels, of masked tokens too, and no mask."""
+        """Mask the labels before the model's forward pass. NeMo passes the model all labels and no loss mask."""
         if self.config.enabled and isinstance(batch, dict):
             batch.update(ignore_masked(batch))
         for head in self._heads():
             head.start()
 
     def on_megatron_microbatch_end(self, step: Any, batch: Any, forward_callback: Any, output: Any) -> None:
-        """After it, with the model's output."""
+        """Add the metrics of the micro-batch, after the model's forward pass."""
         taken = [head.take() for head in self._heads()]
         loss_mask = batch.get("loss_mask") if isinstance(batch, dict) else None
         for micro_batch in taken:
             if micro_batch is None or loss_mask is None or loss_mask.numel() != micro_batch.shape.numel():
-                continue  # of another chunk of the pipeline, or not of these tokens: refused at the end of the step
+                continue  # no per-token loss of this batch on this chunk; the end of the step raises if none was found
             if self.callback is not None:
                 self.callback(micro_batch.tokens(loss_mask, torch.is_grad_enabled()))
-            detail, stats, weights = self.config.detail, micro_batch.stats, micro_batch.pick(loss_mask)
+            spec, stats, weights = self.config.metric_spec, micro_batch.stats, micro_batch.pick(loss_mask)
             channel = micro_batch.inputs.channel
-            pairs = token_metrics(stats, self.config.objective, weights)
-            sums = detail.sums(stats, weights, None if channel is None else micro_batch.pick(channel))
-            pairs |= zip(detail.names, sums, strict=True)
+            pairs = token_metrics(stats, micro_batch.objective, weights)
+            sums = spec.sums(stats, weights, None if channel is None else micro_batch.pick(channel))
+            pairs |= zip(spec.names, sums, strict=True)
             for name, pair in pairs.items():
                 self.sums[name] = self.sums.get(name, 0.0) + pair.double()
 
     def _heads(self) -> list[LossHead]:
-        """The losses on this rank."""
+        """The loss heads on this rank."""
         return [] if self.installation is None else [binding.head for binding in self.installation.bindings]
 
     def on_megatron_step_end(self, step: Any, microbatch_outputs: Any, reduced: Any = None) -> None:
-        """Log means over all tokens of the batch, on the ranks that NeMo logs from."""
+        """Log means over all tokens of the global batch, on the ranks that NeMo logs from."""
         if not self.config.enabled:
             return
         for head in self._heads():
             head.check_trained()
-        prefix = "val " if step.forward_only else ""
-        pairs, detail = self._over_all_ranks(), self.config.detail
-        details = torch.stack([pairs.pop(name) for name in detail.names]) if detail.names else torch.empty(0, 2)
+        prefix = "val_" if step.forward_only else ""
+        pairs, spec = self._over_all_ranks(), self.config.metric_spec
+        configured = torch.stack([pairs.pop(name) for name in spec.names]) if spec.names else torch.empty(0, 2)
         means = {name: total / count for name, (total, count) in pairs.items()}
-        for name, value in (means | detail.values(details)).items():
+        for name, value in (means | spec.values(configured)).items():
             step.pl_module.log(f"{prefix}{name}", value, prog_bar=True, batch_size=1)
 
     def _over_all_ranks(self) -> dict[str, Tensor]:
@@ -141,8 +142,8 @@ class DFTCallback(Callback, io.IOMixin):
         )
         if torch.distributed.get_rank() == last and not self.sums:
             raise ValueError(
-                "DFTCallback: expected a per-token loss [b, s] from the model, and a loss mask of its shape in each "
-                "batch, got neither in this step; use a text model and data set of nemo.collections.llm"
+                "DFTCallback: the model returned no per-token loss [b, s], or the batch has no loss_mask of that "
+                "shape; use a text model and data set of nemo.collections.llm"
             )
         if self.names is None:
             box = [list(self.sums)]
@@ -158,7 +159,7 @@ class DFTCallback(Callback, io.IOMixin):
 
 
 def dft(*args: Any, **settings: Any) -> run.Config[DFTCallback]:
-    """The callback as a part of a recipe; arguments as for DFTCallback."""
+    """The callback as a run.Config for a recipe; arguments as for DFTCallback."""
     return run.Config(DFTCallback, *args, **settings)
 
 
@@ -171,10 +172,10 @@ def with_dft(recipe: Any, **settings: Any) -> Any:
     """Train a recipe with an objective.
 
     Args:
-        recipe: a run.Partial of llm.finetune or llm.pretrain, e.g. llm.llama3_8b.finetune_recipe(). It is changed:
-            the callback is added; Transformer Engine's cross entropy gives way to Megatron's; under context parallelism
-            the loss is divided by the tokens of all ranks. What is changed is printed.
-        settings: fields of DFTConfig; loss_type is "dft" unless given, and "ce" changes nothing.
+        recipe: a run.Partial of llm.finetune or llm.pretrain, e.g. llm.llama3_8b.finetune_recipe(). It is changed in
+            place: the callback is added, and Megatron's cross entropy replaces Transformer Engine's. Under context
+            parallelism the loss is divided by the tokens of all ranks. Changed settings are printed.
+        settings: fields of DFTConfig. The default of loss_type is "dft"; "ce" changes nothing.
 
     Returns:
         The recipe.
@@ -201,13 +202,13 @@ def _set(owner: Any, name: str, value: Any) -> None:
         print(f"> megatron_dft: {name}: {before} -> {value}")
 
 
-def _makes(stored: Any, kind: type) -> bool:
-    """Whether this is the callback, or the configuration of one."""
+def _is_callback(stored: Any, kind: type) -> bool:
+    """Whether `stored` is a callback of this kind, or its configuration."""
     return isinstance(stored, kind) or getattr(stored, "__fn_or_cls__", None) is kind
 
 
 def _megatron_model(chunk: Any) -> Any:
-    """Megatron's own module, below DDP, Float16Module and Lightning, which answer for its attributes."""
+    """Megatron's own module, below DDP, Float16Module and Lightning, which forward its attributes."""
     while "module" in chunk._modules:
         chunk = chunk._modules["module"]
     return chunk

@@ -1,9 +1,9 @@
-"""Every function of Megatron that is replaced, why, and which official seam is missing.
+"""Registry of the Megatron functions that are replaced, with the reason and the missing official interface.
 
-`Patches` applies them and undoes them. Nothing else in this package assigns to an attribute of a module or class of
-Megatron; `cpu.py` changes the default of one argument (`allow_no_cuda`) in place. A function is replaced in every
-module that holds it under any name, because scripts and packages re-export functions (`megatron.training.pretrain` is
-`megatron.training.training.pretrain`).
+`Patches` applies and undoes the replacements. `wrap` replaces a function in every module that imports it, under any
+name, because packages re-export functions (`megatron.training.pretrain` is `megatron.training.training.pretrain`).
+`put` replaces one attribute of one module or class. Two changes are outside of this registry, both in testing/cpu.py:
+the default of `allow_no_cuda`, and the search path of `megatron.core.datasets`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Patch(NamedTuple):
     target: str  # "module:attribute" or "module:Class.attribute"
     when: str
     why: str
-    missing_seam: str
+    missing_hook: str
     versions: str = "0.17 - dev"  # of Megatron
 
 
@@ -42,12 +42,12 @@ REGISTRY = (
         "megatron.training.arguments:add_megatron_arguments",
         OBJECTIVE,
         "adds our flags to Megatron's parser, which logs and checkpoints them",
-        "extra_args_provider belongs to the script",
+        "the script itself uses extra_args_provider",
     ),
     Patch(
         f"{TRAINING}:train_step",
         DURING,
-        "begins the iteration of a scheduled objective, outside of a CUDA graph; counts tokens over iterations",
+        "sets the iteration of a scheduled objective, outside of a CUDA graph; counts tokens over iterations",
         "there is no callback for iterations",
     ),
     Patch(
@@ -59,32 +59,32 @@ REGISTRY = (
     Patch(
         f"{TRAINING}:save_checkpoint",
         DURING,
-        "stores the number of tokens trained on among Megatron's arguments",
-        "checkpoints have no slot for counters of extensions",
+        "stores the number of trained tokens in Megatron's arguments",
+        "checkpoints have no field for counters of extensions",
     ),
     Patch(
         "megatron.training.checkpointing:check_checkpoint_args",
         DURING,
         "restores that number when a run resumes",
-        "checkpoints have no slot for counters of extensions",
+        "checkpoints have no field for counters of extensions",
     ),
     Patch(
         "megatron.core.tensor_parallel.random:_get_cuda_rng_state",
         EMULATION,
         "reads the random state of the CPU",
-        "Megatron reads CUDA generators below torch.cuda",
+        "Megatron reads the CUDA generators directly, not through torch.cuda",
     ),
     Patch(
         "megatron.core.tensor_parallel.random:_set_cuda_rng_state",
         EMULATION,
         "sets the random state of the CPU",
-        "Megatron sets CUDA generators below torch.cuda",
+        "Megatron sets the CUDA generators directly, not through torch.cuda",
     ),
     Patch(
         "megatron.core.transformer.multi_token_prediction:is_inference_column_parallel_linear",
         EMULATION,
         "returns False",
-        "it compares with classes that exist with Transformer Engine only",
+        "it compares with classes that exist only with Transformer Engine",
         "0.19 - dev",
     ),
     Patch(
@@ -96,14 +96,14 @@ REGISTRY = (
     Patch(
         "megatron.training.initialize:_warmup_jit_function",
         EMULATION,
-        "is disabled: it would draw random numbers from the only stream, a number that depends on the layout",
+        "is disabled: it draws from the only random stream, and the number of draws depends on the layout",
         "cannot be turned off",
     ),
     Patch(
         "megatron.training.initialize:initialize_megatron",
         EMULATION,
         "changes the default of allow_no_cuda",
-        "pretrain() does not pass it on",
+        "pretrain() has no argument for it",
     ),
     Patch(
         "megatron.bridge.training.initialize:_warmup_jit_function",
@@ -116,14 +116,14 @@ REGISTRY = (
         "megatron.bridge.training.initialize:initialize_megatron",
         f"{EMULATION}, Bridge",
         "changes the default of allow_no_cuda",
-        "finetune() does not pass it on",
+        "finetune() has no argument for it",
         "Bridge 0.6",
     ),
     Patch(
         "megatron.bridge.peft.utils:HAVE_TE",
         f"{EMULATION}, Bridge",
-        "is False: Transformer Engine is importable and not used",
-        "it follows from the import alone",
+        "is False: Transformer Engine is importable but not used",
+        "its value depends only on the import",
         "Bridge 0.6",
     ),
     Patch(
@@ -136,31 +136,31 @@ REGISTRY = (
         "megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__",
         EMULATION,
         "allows PyTorch's norms under sequence parallelism",
-        "refused there, although their gradients are summed",
+        "Megatron rejects them there, although their gradients are summed",
     ),
     Patch(
         "megatron.core.extensions.transformer_engine:TENorm.__new__",
         EMULATION,
-        "makes PyTorch's norm",
-        "hybrid models end in Transformer Engine's norm, whatever their layers are",
+        "creates PyTorch's norm",
+        "the final norm of hybrid models is Transformer Engine's, for any layer spec",
     ),
     Patch(
         "megatron.core.transformer.dot_product_attention:DotProductAttention.__init__",
         EMULATION,
         "allows context parallelism",
-        "local attention refuses it",
+        "local attention does not support it",
     ),
     Patch(
         "megatron.core.transformer.dot_product_attention:DotProductAttention.forward",
         EMULATION,
-        "attends over context-parallel ranks and packed documents",
-        "local attention refuses both",
+        "computes attention over context-parallel ranks and packed documents",
+        "local attention supports neither",
     ),
     Patch(
         "megatron.core.pipeline_parallel.schedules:deallocate_output_tensor",
         EMULATION,
         "keeps a tensor alive while gloo sends it",
-        "gloo sends in the background, from the tensor itself",
+        "gloo sends asynchronously from the tensor's memory",
     ),
 )
 _BY_TARGET = {patch.target: patch for patch in REGISTRY}
@@ -168,16 +168,16 @@ _MISSING: Any = object()
 
 
 class Patches:
-    """Replacements that are applied one by one and undone together, in reverse; a context manager."""
+    """Context manager for replacements: applied one by one, undone together in reverse order."""
 
     def __init__(self) -> None:
         self._applied: list[tuple[Any, str, Any, Any]] = []  # owner, name, original, replacement
 
     def wrap(self, target: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        """Replace a function by `wrapper(function)`, in every module that holds it.
+        """Replace a function by `wrapper(function)`, in every module that has it as an attribute.
 
         Raises:
-            ValueError: for a Megatron without this function, or one that does not take the replacement.
+            ValueError: for a Megatron without this function, or whose attribute cannot be set.
         """
         owner, name = _owner(target)
         if not hasattr(owner, name):
@@ -190,12 +190,12 @@ class Patches:
             self._set(module, alias, replacement)
 
     def put(self, target: str, replacement: Any) -> None:
-        """Replace an attribute by another object, in its own module or class alone; it may be missing there."""
+        """Replace an attribute of one module or class. The attribute may be missing there."""
         owner, name = _owner(target)
         self._set(owner, name, replacement)
 
     def undo(self) -> None:
-        """Put everything back, but for what somebody else has replaced since."""
+        """Restore the originals, except for attributes that were replaced again since."""
         while self._applied:
             owner, name, original, replacement = self._applied.pop()
             if _own(owner, name) is not replacement:
@@ -215,20 +215,20 @@ class Patches:
         self._applied.append((owner, name, _own(owner, name), replacement))
         setattr(owner, name, replacement)
         if _own(owner, name) is not replacement:
-            raise ValueError(f"{owner.__name__}.{name}: could not be replaced; remove what else replaces it")
+            raise ValueError(f"{owner.__name__}.{name}: assignment had no effect; remove other code that patches it")
 
 
 def table() -> str:
     """The registry as Markdown, for CONTRIBUTING.md."""
-    rows = ["| replaced | when | replacement | missing seam | Megatron |", "|---|---|---|---|---|"]
+    rows = ["| replaced | when | replacement | missing hook | Megatron |", "|---|---|---|---|---|"]
     for patch in REGISTRY:
         name = patch.target.replace(":", ".").replace("__", r"\_\_")
-        rows.append(f"| {name} | {patch.when} | {patch.why} | {patch.missing_seam} | {patch.versions} |")
+        rows.append(f"| {name} | {patch.when} | {patch.why} | {patch.missing_hook} | {patch.versions} |")
     return "\n".join(rows)
 
 
 def _owner(target: str) -> tuple[Any, str]:
-    """Module or class, and the name of the attribute, of a registered target."""
+    """Module or class of a registered target, and the name of the attribute."""
     module, _, path = _BY_TARGET[target].target.partition(":")
     owner = importlib.import_module(module)
     *classes, name = path.split(".")
@@ -238,12 +238,12 @@ def _owner(target: str) -> tuple[Any, str]:
 
 
 def _own(owner: Any, name: str) -> Any:
-    """As it is stored: of a class not what it inherits, and not bound."""
+    """The attribute as stored in `owner`: neither inherited nor bound."""
     return vars(owner).get(name, _MISSING)
 
 
 def _holders(value: Any) -> Iterator[tuple[Any, str]]:
-    """Modules that hold this object, under whatever name."""
+    """Modules that have this object as an attribute, and the attribute's name."""
     for module in list(sys.modules.values()):
         for name, held in list(getattr(module, "__dict__", {}).items()):
             if held is value:

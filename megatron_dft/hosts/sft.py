@@ -1,15 +1,15 @@
-"""The data of Megatron-LM's --sft: token files, and checks of Megatron's own JSONL format.
+"""Data of Megatron-LM's --sft: token files, and checks of Megatron's own JSONL format.
 
-    token files      a data set of ours in place of the script's (`token_data.py`)
-    invalid lines    of JSONL end the run before it trains, with file, line number and reason
-    channels         of JSONL: `channels`, a name for each conversation of a packed line, or `channel`, for the line
+    token files      replace the data set of the script (`token_data.py`)
+    invalid lines    of JSONL end the run before training, with file, line number and reason
+    channels         of JSONL: `channels`, a name per conversation of a packed line, or `channel`, for the line
 
-Megatron alone refuses a line that is no JSON, without its number, fails in the iteration that reads one whose messages
-or contents are missing, and trains on nothing where no assistant speaks. Empty lines hold nothing and are passed over.
-Formats that train on every token (`default`, `identity`) may have templates that read anything: left to Megatron.
+Without these checks Megatron rejects a line of invalid JSON but does not name it, fails in the iteration that reads a
+line without messages or contents, and trains on no token of a line without an assistant message. Empty lines are
+skipped. Formats that train on every token (`default`, `identity`) are not checked: their templates may read any fields.
 
-Lines are checked, and channels put on the labels (`channels.py`), in the data sets that pretrain() is given, through
-its argument for them. Nothing else about those data sets changes.
+The checks and the channels of the labels (`channels.py`) wrap the data set provider that pretrain() receives. The data
+sets are otherwise unchanged.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from typing import Any
 import torch
 
 from megatron_dft.channels import OTHER, with_channels
-from megatron_dft.objectives import nearest
+from megatron_dft.utils import nearest
 
 ROLES = ("system", "user", "assistant", "tool")
-MEGATRON_FORMATS = ("nemotron-nano-v2", "nemotron-h-aligned")  # of which Megatron masks what is not the assistant's
+MEGATRON_FORMATS = ("nemotron-nano-v2", "nemotron-h-aligned")  # Megatron masks all but the assistant's messages
 DATA = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 
 
 def check_settings(settings: Any) -> None:
-    """Refuse, by name, what Megatron's --sft ends with an assertion without a text for."""
+    """Raises ValueError for settings that fail an assertion without a message in Megatron's --sft."""
     if getattr(settings, "sft", False) and getattr(settings, "create_attention_mask_in_dataloader", False):
         raise ValueError(
             "--sft: packed sequences have no attention mask [s, s]; add --no-create-attention-mask-in-dataloader"
@@ -39,13 +39,13 @@ def check_settings(settings: Any) -> None:
 
 
 def data_paths(settings: Any) -> list[str]:
-    """The files in Megatron's lists of paths, or of weights and paths in turn, as Megatron reads them."""
+    """The files in Megatron's data path settings: lists of paths, or of alternating weights and paths."""
     paths: list[str] = []
     for given in _path_lists(settings):
-        words = given.split() if isinstance(given, str) else list(given or ())
-        if len(words) % 2 == 0 and all(map(_is_number, words[::2])):
-            words = words[1::2]
-        paths += words
+        items = given.split() if isinstance(given, str) else list(given or ())
+        if len(items) % 2 == 0 and all(map(_is_number, items[::2])):
+            items = items[1::2]
+        paths += items
     return paths
 
 
@@ -60,9 +60,9 @@ def _path_lists(settings: Any) -> Iterator[Any]:
             yield from json.load(file).values()
 
 
-def _is_number(word: str) -> bool:
+def _is_number(text: str) -> bool:
     try:
-        float(word)
+        float(text)
     except ValueError:
         return False
     return True
@@ -77,34 +77,34 @@ def is_token_file(path: str) -> bool:
 
 
 def token_files(settings: Any) -> list[str]:
-    """The token files among the data paths. Raises ValueError if there are others beside them."""
+    """The token files among the data paths. Raises ValueError for a mixture with other files."""
     paths = data_paths(settings)
     found = [path for path in paths if is_token_file(path)]
     for path in paths:
         if found and path not in found:
             raise ValueError(
-                f"{path}: expected a token file, as {found[0]} is; prepare it with python -m megatron_dft.data"
+                f"{path}: expected a token file like {found[0]}; prepare it with python -m megatron_dft.data"
             )
     return found
 
 
 def dataset_provider(provider: Callable[..., Any], settings: Any, channels: tuple[str, ...]) -> Callable[..., Any]:
-    """The provider of data sets for `pretrain()`: of token files, or the script's own with checks."""
+    """The data set provider for `pretrain()`: token files, or the script's own provider with checks."""
     paths = token_files(settings)
     if not paths:
         return with_checks(provider, settings, channels)
     from megatron_dft.hosts import token_data
 
-    check_channels(channels, token_data.channels_of(paths), "--loss-channels", settings.rank == 0)
+    check_channels(channels, token_data.channels_of(paths), "--dft-channels", settings.rank == 0)
     return token_data.provider(settings, paths, channels)
 
 
 def with_checks(provider: Callable[..., Any], settings: Any, channels: tuple[str, ...]) -> Callable[..., Any]:
-    """A provider of data sets, of which those of --sft are checked and carry channels on their labels.
+    """A data set provider whose --sft data sets are checked and carry channels in their labels.
 
     Args:
-        channels: names by number; empty: labels stay as they are. Data sets that are not Megatron's for --sft put
-            channels on their labels themselves (`with_channels`).
+        channels: names by number; empty: labels are not changed. Other data sets than Megatron's for --sft have to
+            add channels to their labels themselves (`with_channels`).
     """
 
     @functools.wraps(provider)
@@ -113,32 +113,32 @@ def with_checks(provider: Callable[..., Any], settings: Any, channels: tuple[str
         try:
             provided = provider(*args, **kwargs)
         except Exception as error:
-            _refuse_damage(settings, error)
+            _raise_for_invalid_line(settings, error)
             raise
         tables = [low.data for low in map(_table_of, _parts(provided)) if low is not None]
         if masking and not all(map(_whole, tables)):
-            _refuse_damage(settings, None)
+            _raise_for_invalid_line(settings, None)
         if tables:
-            check_channels(channels, _names_in(tables), "--loss-channels", getattr(settings, "rank", 0) == 0)
+            check_channels(channels, _names_in(tables), "--dft-channels", getattr(settings, "rank", 0) == 0)
         return _replaced(provided, functools.partial(_named, names=channels)) if channels else provided
 
     return wrapped
 
 
-def _refuse_damage(settings: Any, error: Exception | None) -> None:
-    """Name the first line that cannot train, if there is one."""
+def _raise_for_invalid_line(settings: Any, error: Exception | None) -> None:
+    """Raises ValueError with the first line that --sft cannot train on, if there is one."""
     if not getattr(settings, "sft", False):
         return
     for path in filter(os.path.isfile, data_paths(settings)):
-        if reason := damage(path):
+        if reason := first_invalid_line(path):
             raise ValueError(
-                f"{reason}. Nothing in this line can be trained on; python -m megatron_dft.data names all such lines "
+                f"{reason}. No token of this line can be trained on; python -m megatron_dft.data lists all such lines "
                 "and prepares the others"
             ) from error
 
 
 def _table_of(dataset: Any) -> Any | None:
-    """The table of JSONL lines below a data set of --sft; None: it is another one."""
+    """The table of JSONL lines below a data set of --sft; None for other data sets."""
     try:
         from megatron.training.datasets.sft_dataset import SFTDataset
     except ModuleNotFoundError:
@@ -147,9 +147,9 @@ def _table_of(dataset: Any) -> Any | None:
 
 
 def _whole(table: Any) -> bool:
-    """Whether all rows of an Arrow table are conversations: by columns, in a small part of the time to load them.
+    """Whether all rows of an Arrow table are valid conversations. Column operations; fast compared with loading.
 
-    False, too, for a column that Arrow stores in another way, as messages with unequal keys; then lines are read.
+    Also False for columns with another Arrow type, such as messages with unequal keys. The lines are then read.
     """
     import pyarrow
     import pyarrow.compute as compute
@@ -166,13 +166,13 @@ def _whole(table: Any) -> bool:
             blank = compute.equal(compute.utf8_trim_whitespace(contents.filter(spoken)), "")
             if len(replies.unique()) < len(rows) or compute.any(blank).as_py():
                 return False
-    except (pyarrow.ArrowException, KeyError, AttributeError):  # another type, no such column
+    except (pyarrow.ArrowException, KeyError, AttributeError):  # another type or a missing column
         return False
     return True
 
 
 def _names_in(tables: list[Any]) -> set[str]:
-    """Channels that lines of JSONL name."""
+    """Channels named in JSONL lines."""
     found: set[str] = set()
     for table in tables:
         for column in {"channel", "channels"} & set(table.column_names):
@@ -182,47 +182,49 @@ def _names_in(tables: list[Any]) -> set[str]:
 
 
 def check_channels(channels: tuple[str, ...], found: set[str], option: str, prints: bool = False) -> None:
-    """Raises ValueError if a name in `option` is no channel of the data. Prints those that count as `other`."""
+    """Raises ValueError for a name in `option` that is no channel of the data. Prints channels reported as `other`."""
     for name in channels:
         if name != OTHER and name not in found:
-            known = f"it has {', '.join(sorted(found)[:20])}{nearest(name, found)}" if found else "it has none"
-            raise ValueError(f"{option}: the data has no channel {name!r}; {known}")
+            present = f"it has {', '.join(sorted(found)[:20])}" if found else "it has none"
+            raise ValueError(f"{option}: the data has no channel {name!r}: {present}{nearest(name, found)}")
     rest = sorted(found - set(channels))
     if channels and rest and prints:
-        print(f"> megatron_dft: channels that are reported as {OTHER!r}: {', '.join(rest[:20])}", flush=True)
+        print(f"> megatron_dft: channels reported as {OTHER!r}: {', '.join(rest[:20])}", flush=True)
 
 
-def damage(path: str) -> str | None:
-    """File, number and fault of the first line on which --sft cannot train; None if there is no such line."""
+def first_invalid_line(path: str) -> str | None:
+    """File, line number and error of the first line that --sft cannot train on; None if there is none."""
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
-            if line.strip() and (reason := _fault(line)):
+            if line.strip() and (reason := _line_error(line)):
                 return f"{path}:{number}: {reason}"
     return None
 
 
-def _fault(line: bytes) -> str | None:
+def _line_error(line: bytes) -> str | None:
     try:
         record = json.loads(line)
     except ValueError as error:
         return f"not JSON: {error}"
     messages = record.get("messages") if isinstance(record, dict) else None
     if not isinstance(messages, list):
-        return f"no messages: expected an object with a list of them, got {line[:60]!r}"
+        return f"no messages: expected an object with a list `messages`, got {line[:60]!r}"
     for i, message in enumerate(messages):
         role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
         if role not in ROLES or not isinstance(content, str):
             return (
-                f"bad message: message {i}: expected content that is text and a role of {', '.join(ROLES)}, "
+                f"bad message: message {i}: expected text as content and one of the roles {', '.join(ROLES)}, "
                 f"got {type(content).__name__} and {role!r}"
             )
         if role == "assistant" and not content.strip():
             return f"empty reply: message {i}: expected text of the assistant"
-    return None if any(x["role"] == "assistant" for x in messages) else "no assistant: nothing in it would train"
+    if any(x["role"] == "assistant" for x in messages):
+        return None
+    return "no assistant message: nothing in this line contributes to the loss"
 
 
 class ChannelDataset(torch.utils.data.Dataset):
-    """Megatron's data set for --sft, with channels on its labels. Delegates all other attributes."""
+    """Megatron's data set for --sft with channels in its labels. Delegates all other attributes."""
 
     def __init__(self, dataset: Any, names: tuple[str, ...]) -> None:
         self.dataset = dataset
@@ -238,7 +240,7 @@ class ChannelDataset(torch.utils.data.Dataset):
         return sample
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "dataset" not in vars(self):  # while it is unpickled
+        if name.startswith("__") or "dataset" not in vars(self):  # during unpickling
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
@@ -248,7 +250,7 @@ def _named(dataset: Any, names: tuple[str, ...]) -> Any:
 
 
 def _parts(provided: Any) -> Iterator[Any]:
-    """Data sets below lists, and below Megatron's blends of several files."""
+    """The data sets in nested lists and in Megatron's blends."""
     if isinstance(provided, (list, tuple)):
         for item in provided:
             yield from _parts(item)
@@ -259,7 +261,7 @@ def _parts(provided: Any) -> Iterator[Any]:
 
 
 def _replaced(provided: Any, replace: Callable[[Any], Any]) -> Any:
-    """The same lists and blends, of replaced data sets."""
+    """The same lists and blends with each data set replaced by `replace(dataset)`."""
     if isinstance(provided, (list, tuple)):
         items = [_replaced(item, replace) for item in provided]
         return provided._make(items) if hasattr(provided, "_make") else type(provided)(items)  # a namedtuple
@@ -270,9 +272,9 @@ def _replaced(provided: Any, replace: Callable[[Any], Any]) -> Any:
 
 
 def _by_token(line: dict[str, Any], sample: dict[str, Any], numbers: dict[str, int]) -> torch.Tensor:
-    """The channel's number of each label of a packed line."""
+    """Channel number of each label of a packed line."""
     names = line.get("channels") or [line.get("channel")]
-    ends = sample["cu_seqlens"][1:]  # of conversations; filled up with the length of the line
+    ends = sample["cu_seqlens"][1:]  # of conversations, padded with the length of the line
     following = torch.arange(1, len(sample["labels"]) + 1, dtype=ends.dtype)  # the label of a token is the next one
     conversation = torch.searchsorted(ends, following, right=True).clamp(max=len(names) - 1)
     return torch.tensor([numbers.get(name, 0) for name in names])[conversation]

@@ -1,7 +1,7 @@
 """Token files (`megatron_dft.data`) as the data of Megatron-LM's `pretrain()`.
 
-The data set is an argument of pretrain(); the script's own provider is not called. Blends, weights, splits and sizes
-are Megatron's, through its builder. Samples are those of `--sft`: packed, padded as Megatron pads them.
+Their data set provider replaces that of the script. Megatron's builder handles blends, weights, splits and sizes.
+Samples have the format of `--sft`: packed, and padded as Megatron pads them.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from megatron.core.datasets.utils import Split
 from megatron_dft.channels import with_channels
 from megatron_dft.data.token_file import Header, Sample, TokenFile, sample_of
 
-UNUSED = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss", "fim_data", "mock_data")  # by token files
-HUGGING_FACE = ("HuggingFaceTokenizer", "SFTTokenizer")  # --tokenizer-type whose --tokenizer-model is a folder
+UNUSED = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss", "fim_data", "mock_data")  # with token files
+HUGGING_FACE = ("HuggingFaceTokenizer", "SFTTokenizer")  # values of --tokenizer-type with a folder as --tokenizer-model
 
 
 @dataclass
 class TokenDatasetConfig(BlendedMegatronDatasetConfig):
-    """Megatron's configuration, and the names of channels by number (`config.channels`)."""
+    """Megatron's data set configuration, and the channel names by number."""
 
     channels: tuple[str, ...] = ()
 
 
 class TokenDataset(MegatronDataset):
-    """Rows of a token file as samples. The training split is shuffled anew in each epoch, by `random_seed`."""
+    """Rows of a token file as samples. The training split is reshuffled in each epoch with `random_seed`."""
 
     @staticmethod
     def build_low_level_dataset(dataset_path: str, config: TokenDatasetConfig) -> TokenFile:
@@ -51,7 +51,7 @@ class TokenDataset(MegatronDataset):
         seed = self.config.random_seed if self.index_split == Split.train else None
         header = self.dataset.header
         sample = sample_of(self.dataset[int(self.indices[row_number(idx, len(self.indices), seed)])], header)
-        cu_seqlens = numpy.full(header.seq_length + 1, header.seq_length, dtype=numpy.int32)  # one size, to be stacked
+        cu_seqlens = numpy.full(header.seq_length + 1, header.seq_length, dtype=numpy.int32)  # fixed size, for collate
         cu_seqlens[: len(sample.cu_seqlens)] = sample.cu_seqlens
         return {
             **tensors_of(sample, header, self.config.channels),
@@ -61,7 +61,7 @@ class TokenDataset(MegatronDataset):
 
 
 def row_number(index: int, rows: int, seed: int | None) -> int:
-    """The row of the `index`-th sample of a run. Rows are shuffled in each epoch; without a seed they stay in order."""
+    """Row of the `index`-th sample of a run. Rows are reshuffled in each epoch; seed None keeps their order."""
     epoch, place = divmod(index, rows)
     return place if seed is None else int(_order(rows, seed, epoch)[place])
 
@@ -72,7 +72,7 @@ def _order(count: int, seed: int, epoch: int) -> numpy.ndarray:
 
 
 def tensors_of(sample: Sample, header: Header, channels: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """What every host reads of a sample: [s] each. Labels carry the channels that have names."""
+    """Tokens, labels, loss mask and position ids of a sample, [s] each. Labels carry the named channels."""
     labels = torch.from_numpy(sample.labels)
     if channels:
         numbers = numpy.array([_number(name, channels) for name in header.channels])
@@ -90,18 +90,19 @@ def _number(name: str, channels: tuple[str, ...]) -> int:
 
 
 def provider(settings: Any, paths: list[str], channels: tuple[str, ...]) -> Callable[..., Any]:
-    """A provider of data sets for `pretrain()`.
+    """The data set provider for `pretrain()`.
 
     Args:
         settings: Megatron's arguments.
-        paths: of the token files, as `settings` name them.
-        channels: names by number; empty: labels carry none.
+        paths: the token files in `settings`.
+        channels: channel names by number; empty: labels have no channels.
 
     Raises:
-        ValueError: a file does not fit the run; both values are named.
+        ValueError: if a file does not fit the run.
     """
     for path in paths:
         check_fit(path, TokenFile(path).header, settings)
+    check_validation(settings)
 
     def provide(sample_counts: list[int], vp_stage: int | None = None) -> Any:
         from megatron.core import mpu
@@ -136,12 +137,13 @@ def provider(settings: Any, paths: list[str], channels: tuple[str, ...]) -> Call
 def check_fit(path: str, header: Header, settings: Any) -> None:
     """Raises ValueError if the file was prepared for another length, layout or tokenizer than Megatron's arguments."""
     if not settings.sft:
-        raise ValueError(f"{path}: a token file requires --sft, by which Megatron reads packed sequences")
+        raise ValueError(f"{path}: a token file requires --sft, which makes Megatron read packed sequences")
     for name in UNUSED:
         if getattr(settings, name, False):
             raise ValueError(f"{path}: {_flag(name)} has no effect on a token file; drop it")
-    if getattr(settings, "hybrid_context_parallel", False) or getattr(settings, "dynamic_context_parallel", False):
-        raise ValueError(f"{path}: a token file has a fixed layout; drop --hybrid-context-parallel")
+    for name in ("hybrid_context_parallel", "dynamic_context_parallel"):
+        if getattr(settings, name, False):
+            raise ValueError(f"{path}: a token file has a fixed layout and does not support {_flag(name)}; drop it")
     layout = Layout(
         settings.seq_length,
         settings.context_parallel_size,
@@ -153,9 +155,21 @@ def check_fit(path: str, header: Header, settings: Any) -> None:
         check_tokenizer(path, header, settings.tokenizer_model, "--tokenizer-model")
 
 
+def check_validation(settings: Any) -> None:
+    """Raises ValueError for evaluation without validation data: Megatron fails only after the last iteration."""
+    given = settings.valid_data_path or settings.per_split_data_args_path
+    if settings.data_path or settings.data_args_path:
+        shares = (settings.split or "969, 30, 1").replace("/", ",").split(",")
+        given = given or (len(shares) > 1 and float(shares[1]) > 0.0)
+    if settings.eval_iters and not settings.full_validation and not given:
+        raise ValueError(
+            f"--eval-iters {settings.eval_iters}: there is no validation data; add --valid-data-path, or --eval-iters 0"
+        )
+
+
 @dataclass(frozen=True)
 class Layout:
-    """Settings of a run that the rows of a token file must fit."""
+    """Length and parallel layout of a run, which the rows of a token file must fit."""
 
     seq_length: int
     context_parallel_size: int = 1
@@ -168,10 +182,10 @@ def _flag(name: str) -> str:
 
 
 def check_layout(path: str, header: Header, layout: Layout, named: Callable[[str], str]) -> None:
-    """Raises ValueError if the rows are of another length, or cannot be split over the ranks.
+    """Raises ValueError if the rows have another length or cannot be split over the ranks.
 
     Args:
-        named: from a field of `Layout` to the setting of the host.
+        named: maps a field of `Layout` to the name of the host's setting.
     """
     again = "; prepare the data again with python -m megatron_dft.data"
     if layout.seq_length != header.seq_length:
@@ -191,17 +205,17 @@ def check_layout(path: str, header: Header, layout: Layout, named: Callable[[str
         raise ValueError(
             f"{path}: rows of {header.seq_length} tokens, prepared for --tensor-model-parallel-size "
             f"{header.tensor_model_parallel_size}, cannot be split for {named('tensor_model_parallel_size')} {tp} with "
-            f"{named('sequence_parallel')} and {named('context_parallel_size')} {cp}, which takes a multiple of "
+            f"{named('sequence_parallel')} and {named('context_parallel_size')} {cp}, which require a multiple of "
             f"{whole}{again}"
         )
 
 
 def check_tokenizer(path: str, header: Header, folder: str, option: str, **kwargs: Any) -> None:
-    """Raises ValueError if the file was prepared with another tokenizer than that of `folder`.
+    """Raises ValueError if the file was prepared with another tokenizer than that in `folder`.
 
     Args:
-        option: where the run names the folder.
-        kwargs: of `AutoTokenizer.from_pretrained`.
+        option: the host's setting with the folder.
+        kwargs: for `AutoTokenizer.from_pretrained`.
     """
     from transformers import AutoTokenizer
 
@@ -220,11 +234,11 @@ def check_vocabulary(path: str, header: Header, padded_vocab_size: int) -> None:
     """Raises ValueError if the model has no embedding for a token of the file."""
     if header.max_id >= padded_vocab_size:
         raise ValueError(
-            f"{path}: holds token id {header.max_id}, the model has a vocabulary of {padded_vocab_size}; prepare "
+            f"{path}: contains token id {header.max_id}, the model has a vocabulary of {padded_vocab_size}; prepare "
             "the data with the tokenizer of the model"
         )
 
 
 def channels_of(paths: list[str]) -> set[str]:
-    """Names of the data sources in token files."""
+    """Channel names in token files."""
     return {name for path in paths for name in TokenFile(path).header.channels}

@@ -1,0 +1,1 @@
+"""Recommendation of a training objective from a data set and a base model."""

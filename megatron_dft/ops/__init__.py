@@ -1,0 +1,1 @@
+"""The loss: objectives, kernels, the vocabulary-parallel autograd function, the fused output layer."""

@@ -1,0 +1,148 @@
+"""Per-token softmax statistics of vocabulary shards, and their merge.
+
+An objective needs, for each token, a few sums over its row of logits x. They are taken relative to the maximum M of
+the row, so nothing overflows:
+
+    s = sum e^(x-M)            a = sum (x-M) e^(x-M)           q = sum e^(2(x-M))            x_y, the target's logit
+
+Everything else follows from them, without the logits:
+
+    log p_y = (x_y - M) - log s          the target's log-probability                         (nats, <= 0)
+    H       = log s - a/s                entropy of the prediction                            (nats, >= 0)
+    C       = q / s^2                    collision probability, the sum of squared probabilities
+
+The vocabulary is split over tensor-parallel ranks, and over chunks of the output layer. Each shard has
+(M, s, x_y[, a][, q]) relative to its own maximum. `merge_shards` rebases them onto the common maximum, as online
+softmax does. Shards are summed in rank order, so all ranks get the same bits.
+
+Elsewhere: kernels of a shard (torch_backend.py, triton_backend.py), the all-gather (vocab_parallel.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+ENTROPY = "entropy"
+COLLISION = "collision"
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """A contiguous slice of the vocabulary: the shard of a rank, or a chunk of it."""
+
+    start: int  # id of the first column in the whole vocabulary
+    columns: int  # columns without padding; padding columns are at the end of the shard
+    vocab_size: int  # size of the whole vocabulary, the range of the softmax
+
+    def chunk(self, columns: slice) -> VocabShard:
+        """The shard of a slice of its columns, padding included."""
+        inside = min(max(self.columns - columns.start, 0), columns.stop - columns.start)
+        return VocabShard(start=self.start + columns.start, columns=inside, vocab_size=self.vocab_size)
+
+
+@dataclass(frozen=True)
+class ShardStats:
+    """Sums over the whole vocabulary, merged from all shards. All [...]."""
+
+    maximum: Tensor
+    log_sum: Tensor
+    target_logit: Tensor
+    shifted_sum: Tensor | None
+    square_sum: Tensor | None
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """Per-token statistics of the whole vocabulary: the input of objectives and metrics.
+
+    Detached, fp32 (fp64 for fp64 logits), 0 at invalid tokens. All tensors have the shape of the target [...].
+
+    Attributes:
+        logprob: log-probability of the target, nats, <= 0.
+        valid: bool, the target is not `ignore_index`.
+        top1: bool, no token has a larger logit than the target.
+        entropy: entropy of the prediction, nats; None: not computed.
+        collision: sum of squared probabilities; None: not computed.
+        vocab_size: size of the vocabulary.
+        loss: loss of the applied objective, nats.
+        gate: gate of the applied objective.
+    """
+
+    logprob: Tensor
+    valid: Tensor
+    top1: Tensor | None = None
+    entropy: Tensor | None = None
+    collision: Tensor | None = None
+    vocab_size: int | None = None
+    loss: Tensor | None = None
+    gate: Tensor | None = None
+
+    @cached_property
+    def nll(self) -> Tensor:
+        """Cross entropy of each token, nats, >= 0."""
+        return -self.logprob
+
+    @cached_property
+    def prob(self) -> Tensor:
+        """Probability of the target, in [0, 1]."""
+        return self.logprob.exp()
+
+    @cached_property
+    def error(self) -> Tensor:
+        """|softmax - onehot|, in [0, sqrt(2)]: the norm of the logit gradient is upstream x gate x error."""
+        assert self.collision is not None
+        return (1.0 - 2.0 * self.prob + self.collision).clamp(min=0.0).sqrt()
+
+
+def row_names(needs: frozenset[str]) -> tuple[str, ...]:
+    """The sums of a shard, in the order in which they are stored and sent."""
+    optional = {ENTROPY: "shifted_sum", COLLISION: "square_sum"}
+    return ("maximum", "sum", "target_logit", *(row for need, row in optional.items() if need in needs))
+
+
+def merge_shards(
+    shards: Tensor,  # [R, K, ...] sums of each shard relative to its own maximum; K as in `row_names`
+    needs: frozenset[str],
+) -> ShardStats:
+    """Rebase the sums of R shards onto their common maximum, and add them in rank order."""
+    row = dict(zip(row_names(needs), shards.unbind(1), strict=True))
+    maximum = row["maximum"].amax(0)
+    shift = row["maximum"] - maximum
+    shift = shift.masked_fill(row["maximum"].isneginf(), 0.0)  # an empty shard, whose sums are 0
+    scale = shift.exp()
+    shifted = square = None
+    if ENTROPY in needs:
+        shifted = ((row["shifted_sum"] + shift * row["sum"]) * scale).sum(0)
+    if COLLISION in needs:
+        square = (row["square_sum"] * scale.square()).sum(0)
+    log_sum = (row["sum"] * scale).sum(0).log()
+    return ShardStats(maximum, log_sum, row["target_logit"].sum(0), shifted, square)
+
+
+def token_stats(merged: ShardStats, valid: Tensor, vocab_size: int) -> TokenStats:
+    """Log-probability, top-1 hit, entropy and collision probability from the merged sums."""
+    distance = merged.target_logit - merged.maximum
+    # Rounding can give +1e-7, and with it p > 1.
+    logprob = (distance - merged.log_sum).clamp(max=0.0)
+    entropy = collision = None
+    if merged.shifted_sum is not None:
+        entropy = (merged.log_sum - merged.shifted_sum * torch.exp(-merged.log_sum)).clamp(min=0.0)
+    if merged.square_sum is not None:
+        collision = (merged.square_sum * torch.exp(-2.0 * merged.log_sum)).clamp(max=1.0)
+    return TokenStats(
+        logprob=logprob.masked_fill(~valid, 0.0),
+        valid=valid,
+        top1=(distance >= 0.0) & valid,
+        entropy=None if entropy is None else entropy.masked_fill(~valid, 0.0),
+        collision=None if collision is None else collision.masked_fill(~valid, 0.0),
+        vocab_size=vocab_size,
+    )
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """fp64 for fp64, fp32 for all other dtypes."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

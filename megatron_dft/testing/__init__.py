@@ -1,0 +1,1 @@
+"""Megatron on CPU ranks over gloo, without a GPU."""

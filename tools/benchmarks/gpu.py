@@ -1,0 +1,114 @@
+"""Run all checks of one GPU within a time budget: tests, benchmarks, a real pretrain().
+
+    python tools/benchmarks/gpu.py [--budget 480] [--out runs/gpu] [--only tests logits ...]
+
+Nothing is downloaded. Each part is a process with a time limit. A failed or stopped part does not stop the others. The
+output of a part goes to OUT/PART.txt and OUT/*.csv, and the tool prints one line per part. The exit status is 1 if a
+part fails or is not run. PYTHONPATH may name a folder of unpacked wheels (megatron-core, liger-kernel, ...).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # the package may not be installed
+from megatron_dft.utils import HelpFormatter  # noqa: E402
+
+PYTEST = ["-m", "pytest", "-p", "no:cacheprovider"]
+KERNELS = ["tests/test_triton.py", "tests/test_compile.py", "tests/test_gpu.py"]
+
+
+class Part(NamedTuple):
+    """Arguments of the Python interpreter, and a time limit in seconds."""
+
+    command: list[str]
+    limit: float
+
+
+def parts(out: Path) -> dict[str, Part]:
+    """Parts in the order in which they run, the most informative first."""
+    spread = ["--numprocesses", "5"] if importlib.util.find_spec("xdist") else []
+    benchmark, layouts = "tools/benchmarks/benchmark_loss.py", "tools/benchmarks/benchmark_layouts.py"
+    return {
+        "tests": Part([*PYTEST, *spread, *KERNELS], 180),
+        "pretrain": Part([*PYTEST, *spread, "tests/test_gpu_host.py"], 150),
+        "logits": Part([benchmark, "--hidden", "--repetitions", "10", "--out", str(out / "logits.csv")], 150),
+        "heads": Part([benchmark, "--vocab", "--repetitions", "5", "--out", str(out / "heads.csv")], 150),
+        "layouts": Part(
+            [
+                *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", layouts),
+                *("--hidden", "1024", "--vocab", "128256", "--seq-length", "1024", "--micro-batch", "4"),
+                *("--global-batch", "16", "--out", str(out / "layouts.csv")),
+            ],
+            90,
+        ),
+        "doctor": Part(["-m", "megatron_dft.doctor"], 60),
+    }
+
+
+def run(name: str, part: Part, out: Path, limit: float) -> tuple[bool, str]:
+    """Run a part; return whether it passed, and its line of the report."""
+    begin = time.monotonic()
+    paths = [str(ROOT), str(ROOT / "examples"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    log = out / f"{name}.txt"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, *part.command], cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
+        )
+        code: int | str = f"stopped after {limit:.0f} s"
+        try:
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:  # also after Ctrl-C
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    seconds, last_line = time.monotonic() - begin, lines[-1][:110] if lines else ""
+    if code == 0 and "pytest" in part.command and " passed" not in last_line:
+        code = "nothing was tested"
+    return code == 0, f"{'ok' if code == 0 else f'FAILED ({code})'}, {seconds:.0f} s: {last_line}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--budget", type=float, default=480.0, help="time limit of all parts together, seconds")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu", metavar="FOLDER", help="output")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="parts to run (default: all)")
+    args = parser.parse_args(arguments)
+    args.out.mkdir(parents=True, exist_ok=True)
+    known = parts(args.out.resolve())
+    if unknown := set(args.only or ()) - set(known):
+        parser.error(f"--only: expected some of {', '.join(known)}, got {', '.join(sorted(unknown))}")
+    if not torch.cuda.is_available():
+        print("expected a GPU, got none: torch.cuda.is_available() is False")
+        return 1
+    deadline, passed = time.monotonic() + args.budget, True
+    report: list[str] = []
+    for name in args.only or known:
+        left = deadline - time.monotonic()
+        good, line = False, "not run: no time left"
+        if left > 10.0:
+            good, line = run(name, known[name], args.out, min(known[name].limit, left))
+        passed &= good
+        report.append(f"{name:9} {line}")
+        print(report[-1], flush=True)
+    (args.out / "report.txt").write_text("\n".join(report) + "\n")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
