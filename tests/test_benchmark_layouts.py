@@ -133,7 +133,7 @@ def test_benchmark_layouts_counts_collectives_outside_loss(files):
 def test_report_table_has_every_layout_and_variant(files):
     rows, _ = files
     text = report.layouts_part(rows, report.RESULTS / "some-layouts.csv")
-    assert "| layout | Megatron, ms | loss stage | ours | ours, masked tokens dropped |" in text
+    assert "| layout | Megatron, ms | loss stage | ours | ours, masked tokens removed |" in text
     for name in ("TP 2", "TP, SP 2", "PP 2", "CP 2", "DP 2"):
         assert f"\n| {name} | " in text
     stock, ours = (next(row for row in rows if row["implementation"] == variant) for variant in VARIANTS[:2])

@@ -21,7 +21,7 @@ INTERPRETER = importlib.util.find_spec("triton") is not None and "TRITON_INTERPR
 SEQUENCE, BATCH, HIDDEN, VOCAB = 8, 3, 8, 48
 TOLERANCE = {"rtol": 0.0, "atol": 1e-12}
 SIZES = [None, 35, 10]  # 35 empties the last of 4 shards, 10 all but the first
-# Chunks of one column, of an odd size, larger than the shard; masked tokens dropped or not; sequence parallel or not.
+# Chunks of one column, of an odd size, larger than the shard; masked tokens removed or not; sequence parallel or not.
 VARIANTS = {
     "columns": {"vocab_chunk": 1, "compact_masked_tokens": False},
     "odd": {"vocab_chunk": 5, "sequence_parallel": True},

@@ -156,7 +156,7 @@ def test_loss_time_is_within_limit_of_megatron_cross_entropy(ratios, dtype, limi
 def time_ratios_from_hidden():
     """Time ratios of output layer and loss: medians of 5 interleaved runs.
 
-    dropped, both    70% masked, masked tokens dropped, full logits or in chunks, over Megatron's loss
+    dropped, both    70% masked, masked tokens removed, full logits or in chunks, over Megatron's loss
     chunks           nothing masked, in chunks, over full logits
     """
     group, cross_entropy = torch.distributed.group.WORLD, megatron_cross_entropy()

@@ -54,14 +54,14 @@ def test_soak_reports_hang_with_stacks_and_leaves_no_process(argv, tmp_path):
     run = soak.watch([*argv, "20"], tmp_path, 15.0, math.inf, iter(()))
     found = violations(run, tmp_path)
     assert run.hang and "expected an iteration within" in found and 'counting.py", line 6 in <module>' in found
-    assert all_exited([run.agent, *itertools.chain(*run.lives)])
+    assert all_exited([run.agent, *itertools.chain(*run.attempts)])
 
 
 @pytest.mark.nightly
 def test_soak_reports_unnamed_kill_and_unexplained_restart(argv, tmp_path):
     end = time.monotonic() + 40.0
     run = soak.watch([*argv, "1000"], tmp_path, 60.0, end, iter([(0.3, "kill")]))
-    assert len(run.lives) == 2 and (len(run.faults), run.restarts) == (1, 1)
+    assert len(run.attempts) == 2 and (len(run.faults), run.restarts) == (1, 1)
     run.iterations.clear()  # then only the log contains them
     assert not violations(run, tmp_path)
     log = tmp_path / "log.txt"
@@ -70,15 +70,15 @@ def test_soak_reports_unnamed_kill_and_unexplained_restart(argv, tmp_path):
     assert "expected the log to name process" in violations(run, tmp_path)
     log.write_text(text)
     run.faults.clear()
-    assert "expected at most 1 lives that train" in violations(run, tmp_path)
-    assert all_exited([run.agent, *itertools.chain(*run.lives)])
+    assert "expected at most 1 attempts that train" in violations(run, tmp_path)
+    assert all_exited([run.agent, *itertools.chain(*run.attempts)])
 
 
 def run_with_growth(kib_per_iteration, mib=800.0):
     """A process of 20 minutes: memory grows to its size for 10, then trains at five iterations per second for 10."""
     young = [(t, mib * t / 600) for t in range(0, 600, 2)]
     grown = [(600 + t, mib + kib_per_iteration * 5 * t / 1024 + 0.2 * (t % 3)) for t in range(0, 600, 2)]
-    return soak.Run(agent=1, lives={(7,): [600 + 0.2 * i for i in range(3000)]}, memory={7: young + grown})
+    return soak.Run(agent=1, attempts={(7,): [600 + 0.2 * i for i in range(3000)]}, memory={7: young + grown})
 
 
 @pytest.mark.parametrize(("kib", "leaks"), [(0.0, False), (1.0, False), (3.0, True)])
@@ -122,7 +122,7 @@ def test_soak_run_killed_during_save_matches_reference(tmp_path, capsys):
     code = soak.main([*flags.split(), "--damage", "15", "--ranks", "2", "--judged", "1000", *folders])
     result = json.loads((tmp_path / "soak.json").read_text())
     assert code == 0 and not result["violations"], capsys.readouterr().out
-    assert result["faults"] == {soak.IN_SAVE: 1} and result["lives"] == 3
+    assert result["faults"] == {soak.IN_SAVE: 1} and result["attempts"] == 3
     assert result["iterations_of_the_rounds"] >= 45 and result["of_which_done_again"] >= 5
     assert result["compared_to_the_last_bit"] >= 40 and sum(result["damaged_lines_named"].values()) == 15
     folder = tmp_path / "soak" / "round1"

@@ -4,7 +4,7 @@ import torch
 
 SEQUENCE, BATCH, VOCAB = 8, 3, 64  # s != b, so that swapping [s, b] and [b, s] fails
 
-# Settings with equal results: masked tokens dropped before the output layer (the default) or not, the output layer in
+# Settings with equal results: masked tokens removed before the output layer (the default) or not, the output layer in
 # chunks or not.
 VARIANTS = {
     "dropped": {},

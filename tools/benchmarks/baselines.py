@@ -144,7 +144,7 @@ def megatron_linear(hidden: Tensor, weight: Tensor, group: ProcessGroup) -> Tens
 
 
 def ours_from_hidden(compact: bool, chunks: bool) -> Callable[[], Head]:
-    """Our output layer with loss as a Megatron host calls it: all logits or in chunks, masked tokens dropped or not."""
+    """Our output layer with loss as a Megatron host calls it: all logits or in chunks, masked tokens removed or not."""
 
     def head(hidden: Tensor, weight: Tensor, target: Tensor, group: ProcessGroup) -> Tensor:
         options = LossOptions(objective=parse_objective("dft"), tp_group=group, return_nll=True, inplace_backward=True)
@@ -262,10 +262,10 @@ IMPLEMENTATIONS: dict[str, Callable[[], Loss]] = {
 }
 STOCK = "Megatron: output layer, unfused"
 HEADS: dict[str, Callable[[], Head]] = {
-    "ours: masked tokens dropped": ours_from_hidden(compact=True, chunks=False),
-    "ours: masked tokens dropped, in chunks": ours_from_hidden(compact=True, chunks=True),
-    "ours: in chunks": ours_from_hidden(compact=False, chunks=True),
-    "ours: all the logits": ours_from_hidden(compact=False, chunks=False),
+    "ours: masked tokens removed": ours_from_hidden(compact=True, chunks=False),
+    "ours: masked tokens removed, linear-fused": ours_from_hidden(compact=True, chunks=True),
+    "ours: linear-fused": ours_from_hidden(compact=False, chunks=True),
+    "ours: materialized logits": ours_from_hidden(compact=False, chunks=False),
     STOCK: megatron_from_hidden(megatron_unfused),
     "Liger fused linear": liger_from_hidden,
     "cut cross entropy": cut_cross_entropy,

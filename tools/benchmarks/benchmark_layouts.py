@@ -51,8 +51,8 @@ from megatron_dft.utils import HelpFormatter
 WAYS = {
     "Megatron": DFTConfig(),
     "ours": DFTConfig("dft", compact_masked_tokens=False),
-    "ours, masked tokens dropped": DFTConfig("dft", compact_masked_tokens=True),
-    "ours, in chunks": DFTConfig("dft", compact_masked_tokens=True, linear_fused=True),
+    "ours, masked tokens removed": DFTConfig("dft", compact_masked_tokens=True),
+    "ours, linear-fused": DFTConfig("dft", compact_masked_tokens=True, linear_fused=True),
     "ours, full metrics": DFTConfig("dft", compact_masked_tokens=True, metrics="full", channels="a,b,c"),
 }
 IMPLEMENTATIONS = WAYS | {f"ours: {name}": DFTConfig(name) for name in OBJECTIVES if name != "dft"}

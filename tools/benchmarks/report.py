@@ -25,7 +25,7 @@ PAGES = {ROOT / "docs" / "benchmarks.md": True, ROOT / "docs" / "benchmarks-cpu.
 BEGIN, END = "<!-- benchmark: written by tools/benchmarks/report.py -->\n", "<!-- end of benchmark -->\n"
 # One node of eight H200: latency of a collective, and bandwidth per direction (400 GB/s).
 LATENCY_US, BYTES_PER_US = 20.0, 400e3
-DROPPED = "ours, masked tokens dropped"
+DROPPED = "ours, masked tokens removed"
 Rows = list[dict[str, str]]
 
 
@@ -127,7 +127,7 @@ def layouts_part(rows: Rows, path: Path) -> str:
     steps = " or ".join(sorted({row["steps"] for row in rows if row["implementation"] in variants}, key=int))
     spread = median(float(row["spread_ms"]) / float(row["step_ms"]) for row in rows)
     shared = "" if "NVIDIA" in first["device"] else " CPU ranks with one thread each; 4 and 8 ranks share two cores."
-    head = ["layout", f"{variants[0]}, ms", "loss stage", *variants[1:], "loss stage, masked tokens dropped"]
+    head = ["layout", f"{variants[0]}, ms", "loss stage", *variants[1:], "loss stage, masked tokens removed"]
     return (
         f"**{first['device']}:** Training steps of a GPT (hidden size {first['hidden']}, {first['layers']} layers, "
         f"vocabulary {first['vocab']}, {first['dtype']}). Every layout trains on the same batch: "

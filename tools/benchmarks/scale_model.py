@@ -4,12 +4,12 @@ Nothing here is measured. `scale_report.py` is the command line: it prints the t
 
 The loss stage is the work of the last pipeline stage beyond its layers: output layer and loss, forward and backward. A
 micro-batch has n tokens on a context-parallel rank. r of them pass through the output layer: all n, or n (1 - f) if
-masked tokens are dropped. With c = V / tp vocabulary columns and hidden size H, per rank:
+masked tokens are removed. With c = V / tp vocabulary columns and hidden size H, per rank:
 
     products      6 r H c FLOP: forward, gradient of the hidden states, gradient of the weight. In chunks 8 r H c:
                   forward is recomputed
     loss          b r c bytes. b = 52 for Megatron's loss, 51 for its fused loss, 6 for ours, and 2 for ours on tokens
-                  that are masked but not dropped (README, "How it compares")
+                  that are masked but not removed (docs/benchmarks.md)
     weight        12 H c bytes, independent of r: read twice in bf16, fp32 gradient read and written. In chunks 14 H c
     hidden        8 r H + 2 n H bytes if r < n: rows gathered and scattered (compaction.py). In chunks 10 r H more for
                   each chunk of 8192 columns: the fp32 sum of the hidden gradient (linear_fused.py)
@@ -133,8 +133,8 @@ class Variant:
 STOCK = Variant("Megatron", 52, 52, 6, (("all_reduce", 1),) * 3)
 FUSED = Variant("Megatron, fused", 51, 51, 10, (("all_reduce", 1), ("all_reduce", 2)))
 OURS = Variant("ours", 6, 2, 0, (("all_gather", 3),))
-DROPPED = replace(OURS, name="ours, masked tokens dropped", drops=True)
-CHUNKS = replace(DROPPED, name="ours, in chunks", chunk=VOCAB_CHUNK)
+DROPPED = replace(OURS, name="ours, masked tokens removed", drops=True)
+CHUNKS = replace(DROPPED, name="ours, linear-fused", chunk=VOCAB_CHUNK)
 FULL_METRICS = replace(DROPPED, name="ours, full metrics", reductions=(("all_gather", 5),))
 VARIANTS = (STOCK, FUSED, OURS, DROPPED, CHUNKS)
 

@@ -10,7 +10,7 @@
                   one rank and with two tensor-parallel ranks. All other rows are predicted and shown with their errors
     collectives   of the loss stage, from the -wire.csv file beside it. Calls and bytes must match exactly
 
-With dropped tokens, each data-parallel and context-parallel rank has its own number of valid tokens. The masks of the
+With removed tokens, each data-parallel and context-parallel rank has its own number of valid tokens. The masks of the
 measured batch are therefore regenerated (megatron_step.py). CPU ranks share the cores: times are multiplied by ranks /
 CORES.
 """
@@ -309,7 +309,7 @@ def consequences(every: list[Plans]) -> str:
         "few micro-batches, the pipeline bubble hides part of it. Data parallelism has no effect: without a pipeline "
         "the share is the same on 8 and on 4096 GPUs.",
         f"**Layers on the last stage.** Megatron's loss stage takes as long as {worth[0]} layers. With masked tokens "
-        f"dropped: {worth[1]}. Above 1, move a layer to another stage. Below 1, that would make the other stage the "
+        f"removed: {worth[1]}. Above 1, move a layer to another stage. Below 1, that would make the other stage the "
         "slowest. If the layers do not divide evenly, give the last stage one layer less, as Meta did for the 405B "
         "(arXiv:2407.21783, section 3.3.2).",
         f"**Without masked tokens**, only the loss itself is cheaper. Ours takes {ratio(small, OURS, 0.0):.2f} of "
@@ -323,7 +323,7 @@ def consequences(every: list[Plans]) -> str:
         f"At TP 8 ({large.model.name}) they reduce it from {gb[STOCK]} to {gb[CHUNKS]} GB; dropping alone reduces it "
         f"to {gb[DROPPED]} GB. " + fits_smaller(every),
         f"**Collectives** take {exchange[0]} of {large.loss_ms(STOCK):.1f} ms at TP 8 ({large.model.name}), mostly "
-        f"for hidden states. Ours: {exchange[1]} ms; with masked tokens dropped: {exchange[2]} ms. With TP across two "
+        f"for hidden states. Ours: {exchange[1]} ms; with masked tokens removed: {exchange[2]} ms. With TP across two "
         f"nodes: {exchange[3]}, {exchange[4]} and {exchange[5]} ms.",
     ]
     return "## Conclusions\n\n" + "\n".join(f"- {line}" for line in lines) + "\n"

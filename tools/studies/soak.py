@@ -6,24 +6,24 @@ The conversations are written once. The reference is one undisturbed run of --it
 follow until the time is up. Each round inserts invalid lines at random places (truncated copies, random bytes, missing
 characters, wrong types), prepares the file with megatron_dft.data and trains on the result from scratch. Faults hit a
 random rank in a cycle of five: SIGKILL during a save, at any time, before training begins, at any time, then SIGSTOP,
-which only the timeout detects. torchrun restarts all ranks, and they resume from the last checkpoint. A "life" is the
-time between two restarts. The checks:
+which only the timeout detects. torchrun restarts all ranks, and they resume from the last checkpoint. An "attempt" is
+the time between two restarts. The checks:
 
     data       each invalid line is reported with number and reason; kept + rejected = read; the token file equals that
                of the clean lines, row by row; --sft rejects the unprepared file with file and line
     tokens     the reference trains on each token once per epoch
     curves     the TensorBoard scalars of each iteration, repeated ones included, equal those of the reference bit by
-               bit (the console is not compared: Megatron prints the second iteration of a life as a mean of two)
+               bit (the console is not compared: Megatron prints the second iteration of an attempt as a mean of two)
     no hang    the next iteration comes within --distributed-timeout-minutes (1) plus --allowance seconds
-    named      the log contains the process ID of each killed or stopped rank; no other life that trained ends
-    memory     of a rank and of torchrun: constant over each life of --judged seconds, and from life to life
+    named      the log contains the process ID of each killed or stopped rank; no other attempt that trained ends
+    memory     of a rank and of torchrun: constant over each attempt of --judged seconds, and from attempt to attempt
 
 A killed rank leaves behind Megatron's checkpoint writer process (0.6 GiB), which never exits. These processes are
-counted, and killed when the next life begins.
+counted, and killed when the next attempt begins.
 
-Memory growth is measured over the second half of a life, after the allocator has settled in the first saves. A leak of
-one number per token (128 tokens, 4 bytes) in each iteration is 0.5 KiB; the limit is --leak, 2 KiB per iteration. Lives
-that a fault cuts short are compared with each other, 5 to 15 seconds after they begin.
+Memory growth is measured over the second half of an attempt, after the allocator has settled in the first saves. A leak
+of one number per token (128 tokens, 4 bytes) in each iteration is 0.5 KiB; the limit is --leak, 2 KiB per iteration.
+Lives that a fault cuts short are compared with each other, 5 to 15 seconds after they begin.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ FLAGS = f"""
 ITERATION = re.compile(rb"iteration +(\d+)/ *\d+ \|")
 UNTIMED = re.compile("lm loss|dft/(?!valid_tokens_per)|grad-norm|learning-rate")
 TICK_S, SAMPLE_S = 0.05, 2.0
-Life = tuple[int, ...]  # process IDs of its ranks, in order
+Attempt = tuple[int, ...]  # process IDs of its ranks, in order
 Plan = Iterator[tuple[float, str]]  # seconds to wait, and the fault
 NEVER, IN_SAVE, AT_START, FREEZE = (math.inf, ""), "kill in a save", "kill at the start", "freeze"
 Scalars = dict[tuple[str, int], float]  # by tag and iteration
@@ -85,7 +85,7 @@ class Run:
     code: int | None = None  # exit code; None: stopped at the deadline
     seconds: float = 0.0
     iterations: list[int] = field(default_factory=list)  # in the order of the log
-    lives: dict[Life, list[float]] = field(default_factory=dict)  # times of their iterations
+    attempts: dict[Attempt, list[float]] = field(default_factory=dict)  # times of their iterations
     faults: list[tuple[str, int]] = field(default_factory=list)  # fault and process ID
     memory: dict[int, list[tuple[float, float]]] = field(default_factory=dict)  # by process ID: seconds, MiB
     restarts: int = 0
@@ -193,34 +193,34 @@ def watch(command: list[str], folder: Path, limit_s: float, deadline: float, pla
     run, log = Run(), folder / "log.txt"
     with log.open("wb") as output:
         agent = subprocess.Popen(command, stdout=output, stderr=output, env=environment(folder), start_new_session=True)
-    run.agent, read, life, hit, since = agent.pid, 0, (), (), 0.0
+    run.agent, read, attempt, hit, since = agent.pid, 0, (), (), 0.0
     start = progress = sampled = time.monotonic()
     wait_s, kind = next(plan, NEVER)
     try:
         while agent.poll() is None and (now := time.monotonic()) < deadline and not run.hang:
             ranks = ranks_of(agent.pid)
-            if len(ranks) == int(command[command.index("--nproc-per-node") + 1]) and ranks != life:
-                run.orphans += kill(life)
-                life = ranks
+            if len(ranks) == int(command[command.index("--nproc-per-node") + 1]) and ranks != attempt:
+                run.orphans += kill(attempt)
+                attempt = ranks
             fresh, read = new_iterations(log, read)
             if fresh:
                 run.stall_s, progress = max(run.stall_s, now - progress), now
                 run.iterations += fresh
-                run.lives.setdefault(life, []).extend([now - start] * len(fresh))
+                run.attempts.setdefault(attempt, []).extend([now - start] * len(fresh))
             if now - progress > limit_s:
                 run.hang = f"no iteration for {now - progress:.0f} s\n{stacks(ranks, log)}"
             if now - sampled > SAMPLE_S:
                 sampled = now
                 sample(run.memory, (agent.pid, *ranks), now - start)
-            if life and life == ranks != hit and (life in run.lives or kind == AT_START):
+            if attempt and attempt == ranks != hit and (attempt in run.attempts or kind == AT_START):
                 since = since or now
                 if now - since > wait_s and (kind != IN_SAVE or being_written(folder / "checkpoint")):
-                    run.faults.append((kind, strike(kind, life)))
-                    hit, since, (wait_s, kind) = life, 0.0, next(plan, NEVER)
+                    run.faults.append((kind, strike(kind, attempt)))
+                    hit, since, (wait_s, kind) = attempt, 0.0, next(plan, NEVER)
             time.sleep(TICK_S)
         run.code = agent.poll()
     finally:
-        kill([agent.pid, *descendants(agent.pid), *life])
+        kill([agent.pid, *descendants(agent.pid), *attempt])
         agent.wait()
     run.seconds = time.monotonic() - start
     run.stall_s = max(run.stall_s, time.monotonic() - progress)
@@ -247,7 +247,7 @@ def descendants(pid: int) -> list[int]:
     return []
 
 
-def ranks_of(agent: int) -> Life:
+def ranks_of(agent: int) -> Attempt:
     """Process IDs of the ranks that torchrun has started so far, in order of rank."""
     found = {}
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -277,7 +277,7 @@ def kill(pids: Iterable[int]) -> int:
     return groups
 
 
-def stacks(ranks: Life, log: Path) -> str:
+def stacks(ranks: Attempt, log: Path) -> str:
     """Make each rank write its stacks to the log; return the end of the log."""
     for pid in ranks:
         with contextlib.suppress(ProcessLookupError):
@@ -290,7 +290,7 @@ def stacks(ranks: Life, log: Path) -> str:
 
 
 def planned(rng: random.Random, mean_s: float, limit: int) -> Plan:
-    """Faults, and the seconds to wait after the first iteration of a life (at the start: after its start)."""
+    """Faults, and the seconds to wait after the first iteration of an attempt (at the start: after its start)."""
     for kind in itertools.islice(itertools.cycle((IN_SAVE, "kill", AT_START, "kill", FREEZE)), limit):
         yield min(rng.expovariate(1.0 / mean_s), 5.0 if kind == AT_START else math.inf), kind
 
@@ -305,7 +305,7 @@ def being_written(checkpoint: Path) -> bool:
     return False
 
 
-def strike(kind: str, ranks: Life) -> int:
+def strike(kind: str, ranks: Attempt) -> int:
     """Kill or stop a random rank; return its process ID."""
     pid = random.choice(ranks)
     with contextlib.suppress(ProcessLookupError):
@@ -323,28 +323,28 @@ def run_violations(run: Run, folder: Path, scalars: Scalars, limit_s: float) -> 
         yield f"{name}: expected an iteration within {limit_s:.0f} s, got none for {run.stall_s:.0f} s {run.hang}"
     if run.code:
         yield f"{name}: expected exit code 0, got {run.code}\n{log[-3000:]}"
-    lives = scalars_of(folder)
-    for place, value in itertools.chain(*(life.items() for life in lives)):
+    attempts = scalars_of(folder)
+    for place, value in itertools.chain(*(attempt.items() for attempt in attempts)):
         if value != scalars.get(place):
             yield f"{name}: {place}: expected {scalars.get(place)!r}, got {value!r}"
-    if 2 * compared(lives) < len(run.iterations):
-        yield f"{name}: expected {len(run.iterations)} iterations in {folder}/logs, got {compared(lives)}"
+    if 2 * compared(attempts) < len(run.iterations):
+        yield f"{name}: expected {len(run.iterations)} iterations in {folder}/logs, got {compared(attempts)}"
     cut = run.code is None and run.restarts < len(run.faults)  # the run ended before torchrun's restart
     for kind, pid in run.faults[: len(run.faults) - cut]:
         if not re.search(rf"\(pid: {pid}\)|process {pid} ", log):
             yield f"{name}: {kind}: expected the log to name process {pid}, {folder}/log.txt does not"
     ended = sum(kind != AT_START for kind, _ in run.faults)
-    if len(run.lives) > ended + 1:
-        yield f"{name}: expected at most {ended + 1} lives that train, faults + 1, got {len(run.lives)}"
+    if len(run.attempts) > ended + 1:
+        yield f"{name}: expected at most {ended + 1} attempts that train, faults + 1, got {len(run.attempts)}"
 
 
-def compared(lives: list[Scalars]) -> int:
+def compared(attempts: list[Scalars]) -> int:
     """Number of iterations in TensorBoard; repeated ones count twice."""
-    return sum(tag == "lm loss" for life in lives for tag, _ in life)
+    return sum(tag == "lm loss" for attempt in attempts for tag, _ in attempt)
 
 
 def scalars_of(folder: Path) -> list[Scalars]:
-    """TensorBoard scalars of each life, without timings; a killed life may lack its last iterations."""
+    """TensorBoard scalars of each attempt, without timings; a killed attempt may lack its last iterations."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     found = []
@@ -355,29 +355,29 @@ def scalars_of(folder: Path) -> list[Scalars]:
     return found
 
 
-def growth(run: Run, min_life_s: float) -> Iterator[dict[str, float | str]]:
-    """Memory growth of each process with a life of at least `min_life_s`, over the second half of the life."""
-    ranks = [(pid, f"rank {n}", times[0]) for life, times in run.lives.items() for n, pid in enumerate(life)]
+def growth(run: Run, min_attempt_s: float) -> Iterator[dict[str, float | str]]:
+    """Memory growth over the second half of each attempt of at least `min_attempt_s`, per process."""
+    ranks = [(pid, f"rank {n}", times[0]) for attempt, times in run.attempts.items() for n, pid in enumerate(attempt)]
     first = min((start for *_, start in ranks), default=0.0)
     for pid, name, start in [(run.agent, "torchrun", first), *ranks]:
         points = [point for point in run.memory.get(pid, []) if point[0] >= start]  # without imports
         seconds = points[-1][0] - points[0][0] if points else 0.0
-        if seconds < min_life_s:
+        if seconds < min_attempt_s:
             continue
         late = [point for point in points if point[0] > points[0][0] + seconds / 2]
         slope = statistics.linear_regression(*zip(*late, strict=True)).slope
-        times = [x for life in run.lives.values() for x in life if late[0][0] <= x <= late[-1][0]]
+        times = [x for attempt in run.attempts.values() for x in attempt if late[0][0] <= x <= late[-1][0]]
         kib = 1024 * slope * (late[-1][0] - late[0][0]) / max(len(times), 1)
         numbers = {"life_s": round(seconds), "mib": round(late[-1][1], 1), "mib_per_hour": round(3600 * slope, 2)}
         yield {"process": name, **numbers, "kib_per_iteration": round(kib, 3)}
 
 
 def sizes_when_young(runs: list[Run]) -> list[float]:
-    """Mean MiB per rank 5 to 15 seconds after the first iteration, for each life."""
+    """Mean MiB per rank 5 to 15 seconds after the first iteration, for each attempt."""
     sizes = []
     for run in runs:
-        for life, times in run.lives.items():
-            points = [m for pid in life for t, m in run.memory.get(pid, []) if 5 < t - times[0] < 15]
+        for attempt, times in run.attempts.items():
+            points = [m for pid in attempt for t, m in run.memory.get(pid, []) if 5 < t - times[0] < 15]
             sizes += [round(statistics.mean(points), 1)] if times[-1] - times[0] > 15 and points else []
     return sizes
 
@@ -388,7 +388,7 @@ def memory_violations(grown: list[dict], young: list[float], leak_kib: float, li
             yield f"{row['process']}: expected at most {leak_kib} KiB more per iteration, got {row}"
     half = len(young) // 2
     if half and (more := statistics.median(young[-half:]) - statistics.median(young[:half])) > limit_mib:
-        yield f"memory of ranks: expected at most {limit_mib} MiB more in late lives than in early ones, got {more:.1f}"
+        yield f"memory of ranks: expected at most {limit_mib} MiB more in late than in early attempts, got {more:.1f}"
 
 
 # --- soak
@@ -449,21 +449,21 @@ def refusal_violations(run: Run, folder: Path, file: Path, bad: dict[int, bytes]
 
 def summary(runs: list[Run], folder: Path, reasons: Counter[str], grown: list[dict], young: list[float]) -> dict:
     """The numbers for the console and the JSON file."""
-    lives = [life for number in range(1, len(runs)) for life in scalars_of(folder / f"round{number}")]
+    attempts = [attempt for number in range(1, len(runs)) for attempt in scalars_of(folder / f"round{number}")]
     return {
         "seconds": round(sum(run.seconds for run in runs)),
         "rounds": len(runs) - 1,
-        "lives": sum(len(run.lives) for run in runs),
+        "attempts": sum(len(run.attempts) for run in runs),
         "starts_that_failed": sum(max(run.restarts - len(run.faults), 0) for run in runs[1:]),
         "faults": dict(Counter(kind for run in runs for kind, _ in run.faults)),
         "writers_left_behind": sum(run.orphans for run in runs),
         "iterations_of_the_reference": len(runs[0].iterations),
         "iterations_of_the_rounds": sum(len(run.iterations) for run in runs[1:]),
         "of_which_done_again": sum(len(run.iterations) - len(set(run.iterations)) for run in runs[1:]),
-        "compared_to_the_last_bit": compared(lives),
+        "compared_to_the_last_bit": compared(attempts),
         "damaged_lines_named": dict(reasons),
         "longest_stall_s": round(max(run.stall_s for run in runs), 1),
-        "longest_life_s": round(max((x[-1] - x[0] for run in runs for x in run.lives.values()), default=0)),
+        "longest_attempt_s": round(max((x[-1] - x[0] for run in runs for x in run.attempts.values()), default=0)),
         "memory": grown,
         "mib_of_young_lives": young,
     }
@@ -482,9 +482,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--conversations", type=int, default=400, help="valid lines of the data")
     parser.add_argument("--damage", type=int, default=80, help="invalid lines inserted in each round")
     parser.add_argument("--allowance", type=float, default=300.0, help="seconds to start all ranks on a busy machine")
-    parser.add_argument("--judged", type=float, default=600.0, help="seconds; memory is checked in longer lives")
+    parser.add_argument("--judged", type=float, default=600.0, help="seconds; memory is checked in longer attempts")
     parser.add_argument("--leak", type=float, default=2.0, help="limit of memory growth, KiB per iteration")
-    parser.add_argument("--growth", type=float, default=16.0, help="limit of growth from early to late lives, MiB")
+    parser.add_argument("--growth", type=float, default=16.0, help="limit of growth from early to late attempts, MiB")
     parser.add_argument("--seed", type=int, default=1, help="random seed of data and faults")
     parser.add_argument("--folder", type=Path, default=Path("runs/soak"), help="logs and data; deleted first")
     parser.add_argument("--out", type=Path, help="JSON file (default: tools/studies/results/DEVICE-DATE-soak.json)")
@@ -504,7 +504,7 @@ def main(argv: list[str] | None = None) -> int:
         for row in rows:
             print(f"{key.replace('_', ' '):<28} {row}")
     if not result["memory"]:
-        print(f"memory within a life: not checked, no life lasted {options.judged:.0f} s")
+        print(f"memory within an attempt: not checked, no attempt lasted {options.judged:.0f} s")
     print(out)
     return 1 if result["violations"] else 0
 
