@@ -141,4 +141,4 @@ format: .venv/installed
 	@touch $@
 
 clean:
-	rm -rf .venv .venv311 .venv-bridge .venv-nemo .torch-* .versions .wheels runs build dist *.egg-info
+	rm -rf .venv .venv311 .venv-bridge .venv-nemo .torch-* .versions .wheels runs site build dist *.egg-info
