@@ -26,8 +26,6 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from tqdm import tqdm
-
 from megatron_dft.utils import HelpFormatter
 
 EXAMPLES = Path(__file__).resolve().parent
@@ -86,6 +84,8 @@ def tokenize(file: Path, tokenizer: Path) -> None:
 
 def show(command: list[str], log: Path, name: str, steps: int) -> None:
     """Run a command, write its output to a file, show a progress bar with elapsed and remaining time."""
+    from tqdm import tqdm
+
     with log.open("w") as file, tqdm(total=steps, desc=f"  {name:<8}", ncols=100) as bar:
         process = subprocess.Popen(
             command,

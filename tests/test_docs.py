@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from megatron_dft import DFTConfig, launch, launch_bridge
-from megatron_dft.data import __main__ as data
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -77,6 +76,7 @@ def flags_of_megatron():
 @pytest.mark.host
 @pytest.mark.parametrize("name", [name for name, text in PAGES.items() if any(commands(text))])
 def test_docs_commands_have_existing_flags(name):
+    data = pytest.importorskip("megatron_dft.data.__main__")
     ours = launch.parser()._option_string_actions.keys() | launch_bridge._parser()._option_string_actions.keys()
     ours |= {"--world-size", "--timeout", "--advise-out", "--advise-batches", "--advise-objectives", "--version"}
     known = ours | flags_of_megatron() | data._parser()._option_string_actions.keys()
