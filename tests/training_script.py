@@ -60,7 +60,7 @@ def forward_step(data_iterator, model) -> tuple[torch.Tensor, partial]:
         loss_mask=batch["loss_mask"] if needs_labels else None,
     )
     if model.training and os.environ.get("KILL_IN_ITERATION") == str(get_args().curr_iteration + 1):
-        os.kill(os.getpid(), signal.SIGKILL)  # a crash between forward and backward
+        os.killpg(os.getpid(), signal.SIGKILL)  # a crash between forward and backward, with the async writer
     return output, partial(loss_func, batch["loss_mask"])
 
 

@@ -2,10 +2,10 @@
 
     model        `install` binds LanguageModule.compute_language_model_loss(labels, logits) -> per-token loss on the
                  model instances. All Megatron language models call it, except with the fused linear cross entropy
-                 of the dev branch, which is refused. Forward
-                 returns the NLL, backward sends the gradient of the objective, so `lm loss`, perplexity and NaN checks
-                 keep their meaning. A loss from hidden states uses the `output_processor` argument of
-                 GPTModel.forward. For a model without it (HybridModel) the output layer is bypassed for one call.
+                 of the dev branch, which is refused. Forward returns the NLL, backward sends the gradient of the
+                 objective, so `lm loss`, perplexity and NaN checks keep their meaning. A loss from hidden states uses
+                 the `output_processor` argument of GPTModel.forward. For a model without it (HybridModel) the output
+                 layer is bypassed for one call.
     loss_func    `with_metrics` wraps the loss_func that forward_step returns. Its report gets the metrics, and the
                  user's `callback` gets the tokens.
 

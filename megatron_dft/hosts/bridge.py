@@ -98,11 +98,7 @@ def prepare(cfg: Any, config: DFTConfig) -> list[str]:
     if getattr(cfg.dist, "use_decentralized_pg", False):
         raise ValueError("dist.use_decentralized_pg=true is not supported; set it to false")
     lines = list(_set_required(cfg))
-    for section in (
-        cfg.model,
-        cfg.ddp,
-        cfg.dist,
-    ):  # compat reads attributes by name, from three sections
+    for section in (cfg.model, cfg.ddp, cfg.dist):  # compat reads attributes by name
         compat.check_settings(section, config)
     return lines
 

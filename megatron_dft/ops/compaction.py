@@ -25,7 +25,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_dft.ops.stats import TokenStats
 
-LossAndStats = Callable[[Tensor, Tensor], tuple[Tensor, TokenStats]]  # hidden [n, H], target [n] -> [n], of [n]
+LossAndStats = Callable[[Tensor, Tensor], tuple[Tensor, TokenStats]]  # (hidden [n, H], target [n]) -> loss [n]
 
 
 def loss_valid_tokens(
