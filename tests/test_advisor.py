@@ -70,6 +70,8 @@ def test_advise_under_tp_and_pp_matches_one_rank(chat, checkpoint, one_rank):
     ("argv", "expected"),
     [
         (["nowhere.py"], "no script at 'nowhere.py'"),
+        (["--advise-batches", "3"], "expected --model FOLDER --data FILE, or SCRIPT"),
+        (["tests"], "tests: a folder, not a script; write --model tests --data FILE"),
         (["x.py", "--advise-objectives", "dtf"], "unknown objective 'dtf': .*did you mean 'dft'"),
         (["x.py", "--advise-batches", "0"], "--advise-batches: expected 1 or more, got 0"),
         (["x.py", "--full-validation"], "--full-validation conflicts with --advise-batches"),

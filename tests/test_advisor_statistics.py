@@ -73,7 +73,7 @@ def test_dataset_statistics_without_tokens_have_zero_totals_and_raise():
     nothing = statistics.totals(torch.device("cpu"))
     statistics.add(make_batch()[2])
     assert nothing.shape == statistics.totals(torch.device("cpu")).shape and not nothing.any()
-    with pytest.raises(ValueError, match="expected tokens that contribute to the loss, got none"):
+    with pytest.raises(ValueError, match="no token of the data is in the loss"):
         statistics.result(nothing)
 
 
@@ -86,32 +86,55 @@ def test_dataset_statistics_exclude_masked_tokens():
     assert statistics_of(["nll"], no_channels, channels=())["channels"]["all"]["tokens"] == expected["tokens"]
 
 
-def numbers(mean_p, gate=0.5):
-    every = {"mean_p": mean_p, "histogram": [1.0 - mean_p, *[0.0] * 9]}
+def numbers(accuracy, mean_p, tokens=10_000):
+    every = {"tokens": tokens, "accuracy": accuracy, "mean_p": mean_p, "histogram": [1.0 - mean_p, *[0.0] * 9]}
     nll = {"gate_mass": 1.0, "gradient_by_p": [0.9, *[0.0] * 9]}
-    return every, {"nll": nll, "dft": {"gate_mass": gate}, "deft": {"gate_mass": gate}}
+    return every, {"nll": nll}
 
 
-@pytest.mark.parametrize(("mean_p", "expected"), [(0.05, "nll"), (0.3, "deft"), (0.7, "dft")])
-def test_advice_objective_depends_on_mean_p(mean_p, expected):
-    every, objectives = numbers(mean_p)
-    found = recommend(every, {}, objectives)
+@pytest.mark.parametrize(
+    ("accuracy", "mean_p", "expected"),
+    [
+        *((0.99, 0.97, "dft"), (0.94, 0.7, "dft")),
+        *((0.8, 0.7, "dft:start=10,ramp=10"), (0.3, 0.2, "dft:start=10,ramp=10")),
+        *((0.0, 0.05, "nll"), (0.95, 0.05, "nll")),
+    ],
+)
+def test_advice_depends_on_top1_accuracy_and_mean_p(accuracy, mean_p, expected):
+    every, objectives = numbers(accuracy, mean_p)
+    found = recommend(every, {}, objectives, steps=32)
     assert found["objective"] == expected
-    assert f"mean p is {mean_p:.2f}" in found["reasons"][0] and "90% of nll's gradient" in found["reasons"][0]
-    assert found["learning_rate_ratio"] == objectives[expected]["gate_mass"]
-    assert ("up to 2.0 times" in found["reasons"][-1]) == (expected != "nll")
+    parse_objective(expected)
+    assert f"top-1 accuracy is {accuracy:.2f}, mean p {mean_p:.2f}" in found["reasons"][0]
+    assert "90% of nll's gradient" in found["reasons"][0]
+    assert any(reason.startswith("optimized: exact match of sampled replies") for reason in found["reasons"])
+    assert not any("thin evidence" in reason or "close to a limit" in reason for reason in found["reasons"])
+
+
+def test_advice_without_number_of_steps_says_how_to_give_it():
+    every, objectives = numbers(0.7, 0.6)
+    found = recommend(every, {}, objectives)
+    assert found["objective"] == "dft:start=N/3,ramp=N/3"
+    assert "repeat with --train-iters STEPS" in found["reasons"][0]
+
+
+@pytest.mark.parametrize(("accuracy", "mean_p"), [(0.89, 0.8), (0.91, 0.8), (0.4, 0.11), (0.4, 0.09)])
+def test_advice_near_a_limit_says_so(accuracy, mean_p):
+    every, objectives = numbers(accuracy, mean_p)
+    assert any("close to a limit" in reason for reason in recommend(every, {}, objectives)["reasons"])
+
+
+def test_advice_from_few_tokens_says_so():
+    every, objectives = numbers(0.99, 0.9, tokens=1999)
+    assert any("thin evidence: 1999 tokens in the loss" in r for r in recommend(every, {}, objectives)["reasons"])
 
 
 def test_advice_names_channels_that_suit_another_objective():
-    every, objectives = numbers(0.7)
-    reasons = recommend(every, {"maths": {"mean_p": 0.8}, "law": {"mean_p": 0.02}}, objectives)["reasons"]
-    assert any("channel law (mean p 0.02)" in reason for reason in reasons) and not any("maths" in r for r in reasons)
-    every, objectives = numbers(0.05)
-    reasons = recommend(every, {"maths": {"mean_p": 0.8}}, objectives)["reasons"]
-    assert any("channel maths (mean p 0.80) differs: dft would suit it" in reason for reason in reasons)
-
-
-def test_advice_uses_tsallis_without_deft():
-    every, objectives = numbers(0.3)
-    del objectives["deft"]
-    assert recommend(every, {}, objectives)["objective"] == "tsallis:q=0.5"
+    every, objectives = numbers(0.95, 0.9)
+    channels = {"maths": {"accuracy": 0.97, "mean_p": 0.9}, "law": {"accuracy": 0.1, "mean_p": 0.02}}
+    reasons = recommend(every, channels, objectives)["reasons"]
+    assert "channel law (top-1 accuracy 0.10, mean p 0.02) differs: for it alone the rules give nll" in reasons
+    assert not any("maths" in reason for reason in reasons)
+    every, objectives = numbers(0.7, 0.5)
+    reasons = recommend(every, {"maths": channels["maths"]}, objectives)["reasons"]
+    assert any("channel maths" in reason and "rules give dft" in reason for reason in reasons)

@@ -1,4 +1,4 @@
-"""examples/demo.py with fewer steps: its output files, and a repeated run."""
+"""examples/demo.py with a tiny model: every part, its files, and its verdicts."""
 
 import json
 import sys
@@ -6,42 +6,60 @@ import sys
 import pytest
 
 pytest.importorskip("megatron.training")
+pytest.importorskip("transformers")
+pytest.importorskip("pyarrow")
 pytest.importorskip("matplotlib")
 
 import demo
+import smollm2
+from tiny_chat_model import write_tiny_llama
 
-STEPS = 12
+STEPS = 3
 
 
 @pytest.mark.slow
 @pytest.mark.host
-def test_demo_writes_summary_and_repeats_exactly(tmp_path, monkeypatch, capsys):
+def test_demo_runs_every_part_and_writes_its_files(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(tmp_path)])
-    for name, value in {"BASE_STEPS": 24, "TUNE_STEPS": STEPS, "EVAL_STEPS": STEPS, "PARITY_STEPS": 2}.items():
+    monkeypatch.setattr(smollm2, "write_folder", write_tiny_llama)
+    changes = {"STEPS": STEPS, "BATCH": 2, "HELD_OUT": 4, "SAMPLES": 1, "SEQ_LENGTH": 512, "REPLY_TOKENS": 4}
+    training = demo.TRAINING.replace("--seq-length 768", "--seq-length 512").replace(
+        "--train-iters 30", "--train-iters 3"
+    )
+    for name, value in {**changes, "TRAINING": training}.items():
         monkeypatch.setattr(demo, name, value)
-    monkeypatch.setattr(demo, "TRAINING", demo.TRAINING.replace("--eval-iters 11", "--eval-iters 1"))
-
-    runs = []  # arguments and curves of each run
-    train = demo.Demo.train
-
-    def recorded(self, name, **settings):
-        runs.append((self, name, settings, train(self, name, **settings)))
-        return runs[-1][-1]
-
-    monkeypatch.setattr(demo.Demo, "train", recorded)
     demo.main()
-    first = json.loads((tmp_path / "summary.json").read_text())
-    for name, run in first["objectives"].items():
-        assert run["steps"] == len(run["train_lm_loss"]) == STEPS
-        assert 0.0 < run["valid_prob"] < 1.0 and 0.0 < run["valid_accuracy"] < 1.0 and run["valid_lm_loss"] > 0.0
-        assert ("train_dft_loss" in run) == (name == "dft")
-    nll, dft = (first["objectives"][name] for name in ("nll", "dft"))
-    assert nll["train_lm_loss"][0] == dft["train_lm_loss"][0]  # from the same checkpoint
-    assert nll["valid_lm_loss"] != dft["valid_lm_loss"]
-    assert all(value < 1e-4 for key, value in first["tp_parity"].items() if key != "steps")
-    assert {"torch", "megatron-core"} <= set(first["versions"])
-    assert (tmp_path / "curves.png").stat().st_size > 10_000
-    assert "fine-tuned, dft" in capsys.readouterr().out
-    again, name, settings, curves = runs[-1]
-    repeated = train(again, name, **settings)  # in the folder of the first run
-    assert all(repeated[tag] == curves[tag] for tag in ("lm loss", "dft/loss", "grad-norm"))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["advised"] == "nll"  # the tiny model knows nothing
+    assert set(summary["models"]) == {"the model as it comes", "fine-tuned, nll"}
+    for row in summary["models"].values():
+        assert len(row["greedy"]) == len(row["sampled"]) == len(row["replies"]) == 4 and row["nll"] > 0.0
+    assert len(summary["curves"]["nll"]["lm loss"]) == STEPS
+    assert all(value < 1e-4 for value in summary["tp_parity"].values()) and len(summary["tp_parity"]) == 3
+    assert len(summary["seconds"]) == 7
+    assert (tmp_path / "comparison.png").stat().st_size > 10_000
+    assert (tmp_path / "hf" / "nll" / "config.json").is_file()
+    shown = capsys.readouterr().out
+    assert (tmp_path / "summary.txt").read_text() in shown and "7. Evaluation" in shown and " s in all" in shown
+
+
+def results(**sampled):
+    """Exact match of 40 problems of each model, after the start."""
+    names = {"start": 0.0, **sampled}
+    return {
+        name: {"nll": 1.0 - share, "greedy": [0.0] * 40, "sampled": [float(i < 40 * share) for i in range(40)]}
+        for name, share in names.items()
+    }
+
+
+def test_verdicts_name_a_winner_only_beyond_two_standard_errors():
+    lines = demo.verdicts(results(nll=0.3, dft=0.8))
+    assert lines[0].startswith("greedy exact match: no winner")
+    assert lines[1].startswith("exact match of sampled replies: dft leads nll (+0.50")
+    assert lines[2] == "NLL of the correct replies: lowest with dft"
+    assert "nll leads dft" in demo.verdicts(results(nll=0.8, dft=0.3))[1]
+    assert "no winner between" in demo.verdicts(results(nll=0.5, dft=0.55))[1]
+
+
+def test_largest_difference_is_relative_and_of_the_common_steps():
+    assert demo.largest_difference([2.0, 3.0], [2.0, 4.0, 9.0]) == 0.25

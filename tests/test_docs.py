@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dft import DFTConfig, launch, launch_bridge
+from megatron_dft.advisor import __main__ as advise
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -78,10 +79,12 @@ def flags_of_megatron():
 def test_docs_commands_have_existing_flags(name):
     data = pytest.importorskip("megatron_dft.data.__main__")
     ours = launch.parser()._option_string_actions.keys() | launch_bridge._parser()._option_string_actions.keys()
-    ours |= {"--world-size", "--timeout", "--advise-out", "--advise-batches", "--advise-objectives", "--version"}
+    ours |= {"--world-size", "--timeout", "--version"} | advise._parser(script=True)._option_string_actions.keys()
     known = ours | flags_of_megatron() | data._parser()._option_string_actions.keys()
     for command in commands(PAGES[name]):
         only = data._parser()._option_string_actions.keys() if re.match(r"\S* ?\S*data\b", command) else known
+        if "advise --model" in command:
+            only = advise._parser(model=True)._option_string_actions.keys()
         for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", command):
             assert flag in only, command
 

@@ -28,7 +28,7 @@ HOST_PACKAGES = {"megatron", "nemo", "transformers", "transformer_engine", "data
 ALLOWED = {
     "hosts": HOST_PACKAGES,
     "testing": {"megatron"},
-    "advisor": {"megatron"},
+    "advisor": {"megatron", "transformers"},
     "doctor": {"megatron"},
     "data": {"transformers"},
 }

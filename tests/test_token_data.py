@@ -3,6 +3,8 @@
 import contextlib
 import json
 import pickle
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -188,10 +190,35 @@ def test_token_dataset_can_be_pickled(host):
         ({"data_path": ["a"], "split": "100,0,0"}, False),
         ({"data_path": ["a"], "split": "1"}, False),
         ({"per_split_data_args_path": "a.json"}, True),
+        ({"train_data_path": ["a"], "skip_train": True}, True),
     ],
 )
 def test_token_file_requires_validation_data_for_evaluation(settings, valid):
     names = ("valid_data_path", "per_split_data_args_path", "data_path", "data_args_path", "split", "full_validation")
-    given = SimpleNamespace(**{**dict.fromkeys(names), "eval_iters": 2, **settings})
+    given = SimpleNamespace(
+        **{**dict.fromkeys((*names, "skip_train")), "eval_iters": 2, "eval_interval": 9, **settings}
+    )
     with contextlib.nullcontext() if valid else pytest.raises(ValueError, match="--eval-iters 2: there is no"):
         token_data.check_validation(given)
+
+
+def test_evaluation_requires_an_interval():
+    given = SimpleNamespace(skip_train=False, eval_iters=2, eval_interval=None)
+    with pytest.raises(ValueError, match="--eval-iters 2 requires --eval-interval"):
+        token_data.check_validation(given)
+
+
+@pytest.mark.slow
+def test_training_without_evaluation_needs_no_interval(host):
+    flags = host.flags.replace(f"--valid-data-path {host.file} ", "").replace("--eval-iters 1 --eval-interval 100", "")
+    curves = host.curves(flags + "--eval-iters 0", script=EXAMPLE)
+    agree(curves, {tag: values for tag, values in host.curves(host.flags, script=EXAMPLE).items() if tag in curves})
+
+
+@pytest.mark.slow
+def test_advisor_needs_no_validation_data(host):
+    flags = host.flags.replace(f"--valid-data-path {host.file} ", "") + f"--eval-iters 0 --advise-out {host.folder}"
+    command = [sys.executable, "-m", "megatron_dft.advisor", str(EXAMPLE), "--device", "cpu", *flags.split()]
+    done = subprocess.run([*command, "--advise-batches", "1"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((host.folder / "advice.json").read_text())["tokens"] > 0

@@ -25,7 +25,7 @@ def arguments(batches: int) -> list[str]:
 
 
 def collect(batch: TokenBatch) -> None:
-    """The --dft-callback of that run: add a micro-batch to the statistics."""
+    """The --dft-callback of the evaluation: add a micro-batch to the statistics."""
     _statistics[-1].add(batch)
 
 
@@ -61,4 +61,5 @@ def _over_all_ranks(statistics: DatasetStatistics) -> dict[str, Any]:
 
     totals = statistics.totals(torch.device("cuda", torch.cuda.current_device()))
     torch.distributed.all_reduce(totals)
-    return statistics.result(totals / get_args().tensor_model_parallel_size)
+    args = get_args()
+    return statistics.result(totals / args.tensor_model_parallel_size, args.train_iters)

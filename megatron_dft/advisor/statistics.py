@@ -7,9 +7,15 @@
     effective tokens    sum of the gates
     gradient            sum over tokens of gate |softmax - onehot|, relative to nll: share of the gradient norm
 
-`recommend` follows "Beyond Log-Likelihood" (arXiv:2510.00526): objectives that weight tokens by p (dft) are best if
-mean p is above 0.5, nll if it is below 0.1, and objectives between dft and nll otherwise. This is a rule of thumb; the
-report states it and prints the numbers. Not covered: changes during training. See docs/learning-dynamics.md.
+`recommend` decides by whether the model can do the task already:
+
+    top-1 accuracy above 0.9    the model predicts nearly every token; what it does not predict is more often noise: dft
+    mean p below 0.1            the content is new: nll ("Beyond Log-Likelihood", arXiv:2510.00526)
+    between                     a schedule: nll first, to learn the task, then dft
+
+It optimizes the exact match of sampled replies on correct held-out data. docs/real-model.md compares it with what won
+in two studies. Mean p alone is not sufficient: most tokens of a reply are easy, so a chat model has a mean p above 0.5
+on tasks that it cannot do. Not covered: changes during training.
 """
 
 from __future__ import annotations
@@ -24,7 +30,10 @@ from torch import Tensor
 from megatron_dft.metrics import BINS, TokenBatch, bin_of
 from megatron_dft.ops.objectives import Objective, loss_and_gate
 
-STRONG, WEAK = 0.5, 0.1  # mean p
+KNOWN = 0.9  # top-1 accuracy
+WEAK = 0.1  # mean p
+MARGIN = 0.02  # of both limits: the advice may be different for other samples of the data
+FEW_TOKENS = 2000
 TOKEN_SUMS = ("tokens", "mean_p", "nll", "accuracy")
 OBJECTIVE_SUMS = ("loss", "gate_mass", "gradient")
 
@@ -67,8 +76,11 @@ class DatasetStatistics:
             return torch.zeros(sum(self._sizes()), dtype=torch.float64, device=device)
         return torch.cat([x.flatten() for x in self._sums])
 
-    def result(self, totals: Tensor) -> dict[str, Any]:
+    def result(self, totals: Tensor, steps: int | None = None) -> dict[str, Any]:
         """Means, shares and the recommendation, from the totals of all ranks.
+
+        Args:
+            steps: number of training steps, for a schedule; None: unknown.
 
         Raises:
             ValueError: if no token contributes to the loss.
@@ -78,7 +90,7 @@ class DatasetStatistics:
         tokens = next(parts).view(count, len(TOKEN_SUMS))
         bins = next(parts).view(count, BINS)
         if not tokens[:, 0].sum():
-            raise ValueError("expected tokens that contribute to the loss, got none; check the loss mask of the data")
+            raise ValueError("no token of the data is in the loss; check its loss mask")
         every = _of_tokens(tokens.sum(0), bins.sum(0))
         named = {name: _of_tokens(t, b) for name, t, b in zip(self.channels, tokens, bins, strict=True) if t[0]}
         objectives: dict[str, dict[str, Any]] = {}
@@ -95,7 +107,12 @@ class DatasetStatistics:
         scale = objectives["nll"]["gradient"] or 1.0
         for numbers in objectives.values():
             numbers["gradient"] /= scale
-        return {**every, "channels": named, "objectives": objectives, "advice": recommend(every, named, objectives)}
+        return {
+            **every,
+            "channels": named,
+            "objectives": objectives,
+            "advice": recommend(every, named, objectives, steps),
+        }
 
     def _sizes(self) -> list[int]:
         count = len(self.channels)
@@ -109,47 +126,55 @@ def _of_tokens(sums: Tensor, bins: Tensor) -> dict[str, Any]:
     return {"tokens": tokens, **means, "histogram": (bins / tokens).tolist()}
 
 
-def recommend(every: dict[str, Any], channels: dict[str, Any], objectives: dict[str, Any]) -> dict[str, Any]:
-    """The recommended objective, its gate mass (`learning_rate_ratio`; None if not evaluated), and the reasons."""
-    mean, rare = every["mean_p"], every["histogram"][0]
-    share = objectives["nll"]["gradient_by_p"][0]
+def recommend(
+    every: dict[str, Any], channels: dict[str, Any], objectives: dict[str, Any], steps: int | None = None
+) -> dict[str, Any]:
+    """The recommended objective and the reasons.
+
+    The start and ramp of a schedule are a third of `steps` each; N/3 if `steps` is unknown.
+    """
+    accuracy, mean = every["accuracy"], every["mean_p"]
+    chosen = _choice(accuracy, mean)
     reasons = [
-        f"mean p is {mean:.2f}; {rare:.0%} of the tokens have p below 0.1 and cause {share:.0%} of nll's gradient",
+        f"top-1 accuracy is {accuracy:.2f}, mean p {mean:.2f}; {every['histogram'][0]:.0%} of the tokens have p below "
+        f"0.1 and cause {objectives['nll']['gradient_by_p'][0]:.0%} of nll's gradient",
+        REASONS[chosen],
     ]
-    if mean > STRONG:
-        chosen = "dft"
-        reasons.append(f"above {STRONG} the model predicts most tokens: those with low p are more often noise")
-    elif mean < WEAK:
-        chosen = "nll"
-        reasons.append(f"below {WEAK} the model predicts few tokens; the mean gate of dft would be {mean:.2f}")
-    else:
-        chosen = "deft" if "deft" in objectives else "tsallis:q=0.5"
+    if chosen == SCHEDULE and steps is None:
+        reasons.insert(0, "replace N/3 by a third of your training steps, or repeat with --train-iters STEPS")
+    if min(abs(accuracy - KNOWN), abs(mean - WEAK)) < MARGIN:
+        reasons.append(f"close to a limit (top-1 accuracy {KNOWN}, mean p {WEAK}): compare with nll on held-out data")
+    if every["tokens"] < FEW_TOKENS:
         reasons.append(
-            f"between {WEAK} and {STRONG} neither dft nor nll is clearly better: deft interpolates per token by the "
-            "model's confidence, tsallis:q=0.5 equally for every token"
+            f"thin evidence: {every['tokens']:.0f} tokens in the loss, fewer than {FEW_TOKENS}; evaluate more data "
+            "(--advise-tokens, --advise-batches)"
         )
     reasons += [
-        f"channel {name} (mean p {numbers['mean_p']:.2f}) differs: {difference}"
+        f"channel {name} (top-1 accuracy {numbers['accuracy']:.2f}, mean p {numbers['mean_p']:.2f}) differs: "
+        f"for it alone the rules give {_choice(numbers['accuracy'], numbers['mean_p'])}"
         for name, numbers in channels.items()
-        if (difference := _channel_differs(mean, numbers["mean_p"]))
+        if _choice(numbers["accuracy"], numbers["mean_p"]) != chosen
     ]
-    ratio = objectives[chosen]["gate_mass"] if chosen in objectives else None
-    return {"objective": chosen, "learning_rate_ratio": ratio, "reasons": [*reasons, *_learning_rate(chosen, ratio)]}
+    reasons.append(
+        "optimized: exact match of sampled replies on correct held-out data; not greedy decoding, where nll is often "
+        "as good, and not held-out NLL"
+    )
+    third = "N/3" if steps is None else max(1, steps // 3)
+    named = {"nll": "nll", "dft": "dft", SCHEDULE: f"dft:start={third},ramp={third}"}[chosen]
+    return {"objective": named, "reasons": [*reasons, LEARNING_RATE]}
 
 
-def _channel_differs(mean: float, of_channel: float) -> str | None:
-    """Advice for a channel whose mean p suggests another objective than that of all tokens."""
-    if mean > WEAK >= of_channel:
-        return "its gradient under dft would be small; train it separately, or start with nll (start=, ramp=)"
-    if mean <= STRONG < of_channel:
-        return "dft would suit it"
-    return None
+SCHEDULE = "a schedule from nll to dft"
+LEARNING_RATE = "learning rate: that of your nll run, and a lower one; if it is too high, dft loses more than nll"
+REASONS = {
+    "dft": f"above a top-1 accuracy of {KNOWN} the model can do the task: tokens with low p are more often noise",
+    "nll": f"below a mean p of {WEAK} the content is new to the model: dft would give it a small gradient",
+    SCHEDULE: "the model cannot do the whole task yet: dft alone does not learn improbable tokens, nll alone also "
+    "learns wrong ones",
+}
 
 
-def _learning_rate(chosen: str, ratio: float | None) -> list[str]:
-    if chosen == "nll" or not ratio:
-        return []
-    return [
-        f"learning rate: the mean gate is {ratio:.2f}, that of nll 1. Adam normalizes this factor: start with the rate "
-        f"of your nll run, and try up to {1 / ratio:.1f} times it; plain SGD does not normalize it"
-    ]
+def _choice(accuracy: float, mean_p: float) -> str:
+    if mean_p < WEAK:
+        return "nll"
+    return "dft" if accuracy > KNOWN else SCHEDULE

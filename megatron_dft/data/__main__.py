@@ -14,7 +14,6 @@ or prompt and completion. See docs/data.md.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import sys
@@ -22,10 +21,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from megatron_dft.data import preview, sources
-from megatron_dft.data.conversations import RESERVED
+from megatron_dft.data import options, preview, sources
+from megatron_dft.data.options import positive
 from megatron_dft.data.prepare import Plan, prepare, side_files
-from megatron_dft.data.tokens import FORMATS, ConversationTokenizer
+from megatron_dft.data.tokens import ConversationTokenizer
 from megatron_dft.utils import HelpFormatter
 
 
@@ -62,31 +61,7 @@ def main(argv: list[str]) -> None:
 
 def _tokenizer(args: argparse.Namespace) -> ConversationTokenizer:
     os.environ["TOKENIZERS_PARALLELISM"] = "false" if args.workers > 1 else "true"
-    try:
-        from transformers import AutoTokenizer
-    except ModuleNotFoundError as error:
-        raise ValueError(f"transformers is missing ({error}); pip install 'megatron_dft[data]'") from None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    except Exception as error:  # transformers raises many types for an invalid folder
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"--tokenizer {args.tokenizer}: no tokenizer found ({reason}); check the path") from None
-    for flag, value in (("--chat-template", args.chat_template), ("--chat-template-kwargs", args.chat_template_kwargs)):
-        if value and args.format != "chat":
-            raise ValueError(f"{flag}: --format {args.format} uses no chat template; drop one of them")
-    for name in args.chat_template_kwargs:
-        if name in RESERVED:
-            raise ValueError(f"--chat-template-kwargs: {name!r} is reserved; remove it")
-    template = None
-    if args.chat_template is not None:
-        try:
-            template = args.chat_template.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--chat-template {args.chat_template}: expected a Jinja file ({error})") from None
-    try:
-        return ConversationTokenizer(tokenizer, args.format, template, args.chat_template_kwargs)
-    except ValueError as error:
-        raise ValueError(f"{args.chat_template or args.tokenizer}: {error}") from None
+    return options.load_tokenizer(args, args.tokenizer)
 
 
 def _preview(args: argparse.Namespace, files: list[str], tokenizer: ConversationTokenizer) -> None:
@@ -145,30 +120,9 @@ def _parser() -> argparse.ArgumentParser:
         help="folder or Hub name of a model with a fast tokenizer",
     )
     add("--out", type=Path, metavar="FILE", help="token file to write")
-    add("--seq-length", type=_positive, metavar="N", help="tokens per row, as in the training run")
-    add(
-        "--format",
-        choices=FORMATS,
-        default="chat",
-        help="chat: the chat template, the loss covers assistant turns; completion: contents without a template, the "
-        "loss covers assistant turns and the end of the text",
-    )
-    add("--chat-template", type=Path, metavar="FILE", help="Jinja template to use instead of the tokenizer's")
-    add(
-        "--chat-template-kwargs",
-        type=_json_object,
-        default={},
-        metavar="JSON",
-        help='variables of the chat template, e.g. {"enable_thinking": false}',
-    )
-    add("--channel", type=_name, metavar="NAME", help="channel of records without one (default: their file's name)")
+    add("--seq-length", type=positive, metavar="N", help="tokens per row, as in the training run")
+    options.add_arguments(parser)
     add("--packing", choices=("best-fit", "none"), default="best-fit", help="none: one sequence per row")
-    add(
-        "--too-long",
-        choices=("drop", "truncate"),
-        default="drop",
-        help="action for sequences that are longer than a row (default: %(default)s, counted as rejected)",
-    )
     add(
         "--max-rejected",
         type=_share,
@@ -177,12 +131,12 @@ def _parser() -> argparse.ArgumentParser:
         help="largest share of rejected records; above it nothing is written, and the exit code is 1 "
         "(default: %(default)s)",
     )
-    add("--context-parallel-size", type=_positive, default=1, metavar="N", help="as in the training run")
-    add("--tensor-model-parallel-size", type=_positive, default=1, metavar="N", help="as in the training run")
+    add("--context-parallel-size", type=positive, default=1, metavar="N", help="as in the training run")
+    add("--tensor-model-parallel-size", type=positive, default=1, metavar="N", help="as in the training run")
     add("--sequence-parallel", action="store_true", help="as in the training run")
     add(
         "--preview",
-        type=_positive,
+        type=positive,
         default=0,
         metavar="N",
         help="print the first N records with trained tokens marked; write no token file",
@@ -190,18 +144,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--preview-html", type=Path, metavar="FILE", help="write the preview (100 records, or --preview N) as HTML")
     add(
         "--workers",
-        type=_positive,
+        type=positive,
         default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         metavar="N",
         help="processes",
     )
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of 1 or more, got {text!r}")
-    return int(text)
 
 
 def _share(text: str) -> float:
@@ -212,22 +160,6 @@ def _share(text: str) -> float:
     if not 0 <= number <= 1:
         raise argparse.ArgumentTypeError(f"expected a share from 0 to 1, e.g. 0.01, got {text!r}")
     return number
-
-
-def _name(text: str) -> str:
-    if not text or "," in text:
-        raise argparse.ArgumentTypeError(f"expected a name without a comma, got {text!r}")
-    return text
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected a JSON object ({error})") from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text}")
-    return value
 
 
 if __name__ == "__main__":

@@ -134,6 +134,21 @@ def tokenizer_fingerprint(tokenizer: Any) -> dict[str, Any]:
     }
 
 
+def check_fingerprint(path: str, stored: dict[str, Any], tokenizer: Any, option: str) -> None:
+    """Raises ValueError if a token file was prepared with another tokenizer.
+
+    Args:
+        stored: fingerprint of the file.
+        option: the setting with the tokenizer and its folder, for the error message.
+    """
+    for name, value in tokenizer_fingerprint(tokenizer).items():
+        if stored[name] != value:
+            raise ValueError(
+                f"{path}: prepared with another tokenizer: {name} {stored[name]!r}, {option} has {value!r}; prepare "
+                "the data again with this tokenizer"
+            )
+
+
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 

@@ -156,7 +156,20 @@ def check_fit(path: str, header: Header, settings: Any) -> None:
 
 
 def check_validation(settings: Any) -> None:
-    """Raises ValueError for evaluation without validation data: Megatron fails only after the last iteration."""
+    """Check the settings of evaluation; set --eval-interval if there is none, because Megatron always divides by it.
+
+    Raises:
+        ValueError: for evaluation without validation data, where Megatron fails only after the last iteration, or
+            without an interval.
+    """
+    if settings.skip_train:  # the advisor evaluates the training data
+        return
+    if settings.eval_interval is None:
+        if settings.eval_iters:
+            raise ValueError(
+                f"--eval-iters {settings.eval_iters} requires --eval-interval; add it, or use --eval-iters 0"
+            )
+        settings.eval_interval = 1
     given = settings.valid_data_path or settings.per_split_data_args_path
     if settings.data_path or settings.data_args_path:
         shares = (settings.split or "969, 30, 1").replace("/", ",").split(",")
@@ -219,15 +232,10 @@ def check_tokenizer(path: str, header: Header, folder: str, option: str, **kwarg
     """
     from transformers import AutoTokenizer
 
-    from megatron_dft.data.tokens import tokenizer_fingerprint
+    from megatron_dft.data.tokens import check_fingerprint
 
-    of_run = tokenizer_fingerprint(AutoTokenizer.from_pretrained(folder, **kwargs))
-    for name, value in of_run.items():
-        if header.fingerprint[name] != value:
-            raise ValueError(
-                f"{path}: prepared with another tokenizer: {name} {header.fingerprint[name]!r}, {option} "
-                f"{folder} has {value!r}; prepare the data again with this tokenizer"
-            )
+    tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
+    check_fingerprint(path, header.fingerprint, tokenizer, f"{option} {folder}")
 
 
 def check_vocabulary(path: str, header: Header, padded_vocab_size: int) -> None:

@@ -87,7 +87,7 @@ from measure import conditions
 class Settings:
     """All settings of a run; the results also depend on versions and device."""
 
-    objectives: tuple[str, ...] = ("nll", "dft", "prob", "tsallis:q=0.5", "deft")
+    objectives: tuple[str, ...] = ("nll", "dft", "prob", "tsallis:q=0.5", "deft", "dft:start=66,ramp=66")
     seeds: int = 8
     words: int = 32  # number of subjects, of phrasings, and of answers
     relations: int = 4
@@ -133,7 +133,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
         "--objectives",
-        help="comma-separated objectives (default: nll,dft,prob,tsallis:q=0.5,deft; with --quick without tsallis)",
+        help="comma-separated (default: nll,dft,prob,tsallis:q=0.5,deft, a schedule; with --quick nll,dft,prob,deft)",
     )
     parser.add_argument("--seeds", type=int, help="number of seeds, at least 2 (default: 8; with --quick 2)")
     parser.add_argument("--quick", action="store_true", help="few facts and steps, to test the tool")

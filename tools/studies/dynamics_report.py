@@ -286,9 +286,9 @@ def gradient_part(results: Json, places: Places) -> list[str]:
     ]
 
 
-def picture(places: Places, name: str, text: str) -> str:
+def picture(places: Places, name: str, text: str, study: str = "learning-dynamics") -> str:
     folder = os.path.relpath(places.figures, places.page.parent)
-    return f"![{text}]({folder}/learning-dynamics-{name}.png)\n"
+    return f"![{text}]({folder}/{study}-{name}.png)\n"
 
 
 def table(head: list[str], body: list[list[str]]) -> str:
