@@ -19,6 +19,7 @@ STEPS = 3
 
 @pytest.mark.slow
 @pytest.mark.host
+@pytest.mark.timeout(900)
 def test_demo_runs_every_part_and_writes_its_files(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(tmp_path)])
     monkeypatch.setattr(smollm2, "write_folder", write_tiny_llama)

