@@ -1,6 +1,6 @@
 """Fine-tune SmolLM2-135M-Instruct on word problems with wrong replies, with NLL and with the advised objective.
 
-    make demo                   two CPU cores, under 10 minutes, no network
+    make demo                   two CPU cores, about 10 minutes, no network
     make demo FULL=1            every candidate: nll, dft, and the schedule from nll to dft
     make demo DEVICE=cuda       on a GPU with Transformer Engine
 
@@ -230,8 +230,8 @@ def verdicts(results: dict[str, dict[str, Any]]) -> list[str]:
 EXPLANATION = """\
 Background: a wrong reply has improbable numbers. nll learns them at full weight. Sampling then returns wrong numbers,
 but the most probable number often stays right. dft weights each token by its probability. Wrong replies therefore have
-little effect, and so have tokens that the model does not know yet: if the model cannot do the task, dft alone learns
-little. A schedule learns the task with nll first."""
+little effect. Tokens that the model does not know yet have little effect, too: dft alone learns a new task more slowly,
+or not at all if the learning rate is too high. A schedule learns the task with nll first."""
 
 
 def text(summary: dict[str, Any], held_out: list[Problem], results: dict[str, dict[str, Any]]) -> str:
