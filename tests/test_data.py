@@ -1,6 +1,7 @@
 """python -m megatron_dft.data: token files, their reports, errors, and atomic replacement of the output."""
 
 import contextlib
+import functools
 import gzip
 import io
 import json
@@ -267,7 +268,8 @@ def test_interrupted_run_leaves_nothing_behind(folder, tmp_path, kind):
     (tmp_path / "x.jsonl").write_text((folder / "long.jsonl").read_text() * 60)
     argv = [sys.executable, "-m", "megatron_dft.data", str(tmp_path / "x.jsonl"), "--tokenizer"]
     argv += [str(folder / "tokenizer"), "--seq-length", "104", "--out", str(tmp_path / "x.arrow"), "--workers", "1"]
-    run = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
+    heeds_sigint = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job ignores it
+    run = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, preexec_fn=heeds_sigint)
     deadline = time.monotonic() + 60
     while not any("unfinished" in path.name for path in tmp_path.iterdir()) and time.monotonic() < deadline:
         time.sleep(0.01)
