@@ -169,8 +169,8 @@ LEARNING_RATE = "learning rate: that of your nll run, and a lower one; if it is 
 REASONS = {
     "dft": f"above a top-1 accuracy of {KNOWN} the model can do the task: tokens with low p are more often noise",
     "nll": f"below a mean p of {WEAK} the content is new to the model: dft would give it a small gradient",
-    SCHEDULE: "the model cannot do the whole task yet: dft alone does not learn improbable tokens, nll alone also "
-    "learns wrong ones",
+    SCHEDULE: "the model cannot do the whole task yet: dft alone learns improbable tokens slowly, nll alone "
+    "also learns wrong ones",
 }
 
 

@@ -91,7 +91,6 @@ class Settings:
     """All settings of the study; the results also depend on model, versions and device."""
 
     reduced: bool = False
-
     seeds: dict[str, int] = field(  # of each task and start
         default_factory=lambda: {
             "problems pretrained": 3,
