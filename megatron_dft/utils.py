@@ -1,10 +1,12 @@
-"""Shared helpers: name suggestions, import of module:function, argparse."""
+"""Shared helpers: name suggestions, import of module:function, argparse, the end of a rank."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
 import importlib
+import os
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
@@ -58,3 +60,14 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
+
+
+def exit_rank(code: int) -> NoReturn:
+    """End this process without running destructors.
+
+    The destructor of a gloo process group can deadlock (torch 2.6): it holds the GIL while it waits for a thread that
+    needs the GIL to free the tensor of the last collective.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -26,6 +26,8 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_dft.utils import exit_rank
+
 ROOT = Path(__file__).resolve().parent.parent
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["rank_preload"])
@@ -122,7 +124,7 @@ def _rank(
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
         torch.save(function(*args), folder / f"{rank}.result")
         dist.barrier()  # keep connections open until every rank is done
-        dist.destroy_process_group()
+        exit_rank(0)
 
 
 def megatron_cross_entropy() -> Callable[[Tensor, Tensor], Tensor]:

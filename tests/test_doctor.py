@@ -441,6 +441,12 @@ def test_doctor_runs_under_torchrun(tmp_path):
     assert output.count("megatron_dft.doctor: ") == 1 and "ranks 0 to 1 of 2" in output and "no errors" in output
 
 
+def test_exit_rank_prints_buffered_output_and_runs_no_exit_handlers():
+    code = "import atexit; from megatron_dft.utils import exit_rank; atexit.register(print, 'handler'); print('report')"
+    run = subprocess.run([sys.executable, "-c", f"{code}; exit_rank(3)"], capture_output=True, check=False)
+    assert (run.returncode, run.stdout, run.stderr) == (3, b"report\n", b"")
+
+
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [

@@ -43,7 +43,7 @@ from megatron_dft import launch
 from megatron_dft.doctor import preflight
 from megatron_dft.doctor.preflight import Finding, failure
 from megatron_dft.testing import cpu
-from megatron_dft.utils import HelpFormatter
+from megatron_dft.utils import HelpFormatter, exit_rank
 from megatron_dft.version import __version__
 
 HOST_S = 240.0  # time limit for importing Megatron and reading files, on a slow file system
@@ -86,7 +86,7 @@ def main(argv: list[str]) -> None:
     if dist.is_initialized():
         run_check(run, 2.0 * run.timeout_s, all_reduce, run)
         run_check(run, run.timeout_s, compare_nodes, run)
-    sys.exit(finish(run))
+    exit_rank(finish(run))
 
 
 def read(argv: list[str]) -> Run:
@@ -391,7 +391,6 @@ def finish(run: Run) -> int:
     if connected:
         with contextlib.suppress(RuntimeError):  # a rank with errors has exited
             dist.monitored_barrier(timeout=timedelta(seconds=run.timeout_s))
-        dist.destroy_process_group()
     elif run.local_rank != 0:
         time.sleep(2.0)  # torchrun ends the ranks of a node when one exits; rank 0 may still be printing
     return int(errors > 0 or bool(run.elsewhere))

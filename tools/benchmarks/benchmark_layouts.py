@@ -34,7 +34,6 @@ import csv
 import itertools
 import os
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,7 +45,7 @@ from measure import conditions
 from megatron_step import Layout, Task, Training, model_parallel, start
 
 from megatron_dft import OBJECTIVES, DFTConfig
-from megatron_dft.utils import HelpFormatter
+from megatron_dft.utils import HelpFormatter, exit_rank
 
 WAYS = {
     "Megatron": DFTConfig(),
@@ -91,7 +90,6 @@ def main(argv: list[str] | None = None) -> int:
     wrong = disagreements(rows)
     if first:
         print(*wrong, path, sep="\n")
-    dist.destroy_process_group()
     return int(bool(wrong))
 
 
@@ -241,4 +239,4 @@ def disagreements(rows: list[Row]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_rank(main())
