@@ -109,11 +109,12 @@ class DFTConfig:
         """The configured metrics beyond those of every run."""
         return MetricSpec(self.metrics == "full", channel_names(self.channels))
 
-    def options(self, tp_group: ProcessGroup | None = None) -> LossOptions:
+    def options(self, tp_group: ProcessGroup | None = None, batch_group: ProcessGroup | None = None) -> LossOptions:
         """Options of a host: forward returns the NLL, backward the gradient of the objective."""
         return LossOptions(
             objective=self.objective,
             tp_group=tp_group,
+            batch_group=batch_group,
             return_nll=True,
             true_vocab_size=self.true_vocab_size,
             backend=self.backend,

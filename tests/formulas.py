@@ -31,6 +31,12 @@ class Token:
         return self.softmax.square().sum(-1)
 
 
+def top_k_entropy(t: Token, k: int) -> Tensor:
+    q = t.softmax.topk(k, -1).values
+    q = q / q.sum(-1, keepdim=True)
+    return -torch.special.xlogy(q, q).sum(-1)
+
+
 def sg(x: Tensor) -> Tensor:
     """Stop-gradient."""
     return x.detach()
@@ -68,6 +74,12 @@ FORMULAS: dict[str, Callable[[Token], Tensor]] = {
     "chord": lambda t: sg(t.p * (1 - t.p)) * t.l,
     "luffy:gamma=0.1": lambda t: 1 - t.p / (t.p + 0.1),
     "luffy:gamma=1.0": lambda t: 1 - t.p / (t.p + 1.0),
+    "eaft:alpha=1.0,k=0": lambda t: sg((t.H / math.log(20)).clamp(max=1)) * t.l,
+    "eaft:alpha=0.5,k=0": lambda t: sg((t.H / math.log(20)).clamp(max=1) ** 0.5) * t.l,
+    "eaft:alpha=1.0,k=4": lambda t: sg(top_k_entropy(t, 4) / math.log(4)) * t.l,
+    "trsft:alpha=0.1": lambda t: torch.where(t.p > 0.1, t.l, 1 - t.p / 0.1 - math.log(0.1)),
+    "trsft:alpha=0.7": lambda t: torch.where(t.p > 0.7, t.l, 1 - t.p / 0.7 - math.log(0.7)),
+    "talr": lambda t: sg(t.p ** (1 / t.l[t.valid].sort().values[(t.valid.sum() - 1) // 2])) * t.l,
 }
 
 

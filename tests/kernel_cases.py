@@ -4,17 +4,17 @@ import math
 
 import torch
 import torch.nn.functional as F
-from formulas import loss_and_gradient, token
+from formulas import loss_and_gradient, token, top_k_entropy
 from torch.utils.checkpoint import checkpoint
 
 from megatron_dft import vocab_parallel_dft_loss
 from megatron_dft.ops.objectives import DFT, Blended, Scheduled, parse_objective
-from megatron_dft.ops.stats import COLLISION, ENTROPY, VocabShard
+from megatron_dft.ops.stats import COLLISION, ENTROPY, VocabShard, top_k_need
 
 INF, NAN = math.inf, math.nan
 EXACT = {"rtol": 0.0, "atol": 0.0, "equal_nan": True}
 TOLERANCE = {"rtol": 0.0, "atol": 1e-12}
-ALL = frozenset({ENTROPY, COLLISION})
+ALL = frozenset({ENTROPY, COLLISION, top_k_need(3)})
 LAYOUTS = {
     "row stride": lambda x: F.pad(x, (0, 5))[..., :-5],
     "token stride": lambda x: torch.stack([x, x], 1)[:, 1],
@@ -60,8 +60,8 @@ def assert_any_split_merges(kernels, case, width, empty, apart, tolerance):
     sums = [kernels.shard_stats(x, target, -100, s, ALL) for x, s in zip(parts, shards, strict=True)]
     loss, saved, stats = kernels.merge(torch.stack(sums), target, -100, 9, DFT(), ALL, return_nll=False)
     t = token(logits[:, :9].double(), target)
-    actual = [x.double() for x in (stats.nll, stats.entropy, stats.collision, loss)]
-    assert_same(actual, (t.l, t.H, t.C, t.p * t.l), {"rtol": tolerance, "atol": tolerance})
+    actual = [x.double() for x in (stats.nll, stats.entropy, stats.collision, stats.top_k_entropy, loss)]
+    assert_same(actual, (t.l, t.H, t.C, top_k_entropy(t, 3), t.p * t.l), {"rtol": tolerance, "atol": tolerance})
 
     _, expected = loss_and_gradient("dft", logits, target, upstream, 9)
     gradient = torch.full_like(logits, NAN)

@@ -30,7 +30,10 @@ def statistics_of(names, *batches, channels=("other", "maths")):
     return statistics.result(statistics.totals(torch.device("cpu")))
 
 
-@pytest.mark.parametrize("name", [name for name in FORMULAS if not name.startswith("cayley")])
+OF_ONE_TOKEN = [name for name in FORMULAS if not name.startswith(("cayley", "talr")) and ",k=4" not in name]
+
+
+@pytest.mark.parametrize("name", OF_ONE_TOKEN)
 def test_dataset_statistics_of_objective_match_formula(name):
     logits, target, batch = make_batch()
     result = statistics_of(["nll", name], batch)

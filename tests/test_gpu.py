@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 EXACT = {"rtol": 0.0, "atol": 0.0, "equal_nan": True}
 MIB = 1 << 20
-SPECIFICATIONS = ["dft", "nll", "deft", "entropy", "threshold", "luffy", "cayley"]
+SPECIFICATIONS = ["dft", "nll", "deft", "entropy", "threshold", "luffy", "cayley", "eaft", "eaft:k=20", "trsft", "talr"]
 
 
 def make_case(tokens, vocab, dtype=torch.bfloat16, seed=0):

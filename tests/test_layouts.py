@@ -89,6 +89,23 @@ def test_parallel_layout_matches_one_rank(host, flags, name):
     agree(host.curves(common + layout, ranks=ranks), host.curves(common))
 
 
+@pytest.mark.parametrize(
+    ("objective", "layout", "ranks", "batch"),
+    [
+        ("eaft:k=5", TP2 + SP, 2, 1),
+        ("eaft:k=5", PP2 + "--dft-linear-fused --dft-vocab-chunk 5 ", 2, 1),
+        ("trsft", TP2 + CP2, 4, 1),
+        ("talr", TP2 + SP, 2, 1),
+        ("talr", CP2, 2, 1),
+        ("talr", DP, 2, 2),
+    ],
+)
+def test_objective_matches_one_rank(host, flags, objective, layout, ranks, batch):
+    """`batch`: the micro-batch size of one rank. The median of talr covers the micro-batches of all DP ranks."""
+    common = f"{flags('dense')} {PER_TOKEN} --loss-type {objective} --micro-batch-size "
+    agree(host.curves(f"{common} 1 {layout}", ranks=ranks), host.curves(f"{common} {batch}"))
+
+
 HAS_PROCESSOR = importlib.util.find_spec("megatron.core.models.hybrid") is not None  # both exist from 0.18 on
 PASS = "--no-dft-compact-masked-tokens "
 CHUNKS = "--dft-linear-fused --dft-vocab-chunk 5 "

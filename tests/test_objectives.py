@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from formulas import FORMULAS, example, loss_and_gradient, token
+from formulas import FORMULAS, example, loss_and_gradient, token, top_k_entropy
 from kernel_cases import at_iteration
 
 from megatron_dft import OBJECTIVES, Objective, TokenStats, parse_objective, token_loss, vocab_parallel_dft_loss
@@ -19,7 +19,7 @@ INF, NAN = math.inf, math.nan
 def stats_of(logits, target):
     """TokenStats, computed without the library."""
     t = token(logits, target)
-    zeroed = (x.masked_fill(~t.valid, 0.0) for x in (t.H, t.C))
+    zeroed = (x.masked_fill(~t.valid, 0.0) for x in (t.H, t.C, top_k_entropy(t, 4)))
     return TokenStats((-t.l).masked_fill(~t.valid, 0.0), t.valid, None, *zeroed, vocab_size=logits.shape[-1])
 
 
@@ -29,7 +29,10 @@ def stats_at(*p):
     rest = (1 - p) / 7
     entropy = -torch.special.xlogy(p, p) - 7 * torch.special.xlogy(rest, rest)
     collision = p.square() + 7 * rest.square()
-    return TokenStats(p.log(), torch.ones_like(p, dtype=torch.bool), None, entropy, collision, vocab_size=8)
+    four = torch.stack([torch.maximum(p, rest), rest, rest, rest])
+    four = four / four.sum(0)
+    top = -torch.special.xlogy(four, four).sum(0)
+    return TokenStats(p.log(), torch.ones_like(p, dtype=torch.bool), None, entropy, collision, top, vocab_size=8)
 
 
 def gradient(specification, logits, target, upstream):
@@ -68,7 +71,7 @@ def test_gate_is_derivative_or_detached_weight(specification):
     loss, gate = objective(stats)
     if isinstance(objective, Reweighted):
         torch.testing.assert_close(loss, gate * stats.nll, **TOLERANCE)
-    if isinstance(objective, Power) or objective.name in ("nll", "threshold", "luffy"):
+    if isinstance(objective, Power) or objective.name in ("nll", "threshold", "luffy", "trsft"):
         (derivative,) = torch.autograd.grad(loss.sum(), leaf)
         torch.testing.assert_close(gate, -derivative, **TOLERANCE)
 
@@ -117,6 +120,11 @@ def test_deft_gradient_matches_detached_weight():
     torch.testing.assert_close(gradient("deft", logits, target, upstream), leaf.grad, **TOLERANCE)
 
 
+def test_eaft_gate_is_1_above_ln_20():
+    loss = vocab_parallel_dft_loss(torch.zeros(1, 48), torch.tensor([0]), objective="eaft:alpha=2")
+    assert loss.item() == pytest.approx(math.log(48))
+
+
 def test_dft_loss_peaks_at_one_over_e():
     grid = torch.linspace(0.001, 1.0, 1000, dtype=torch.float64)
     loss, _ = OBJECTIVES["dft"]()(stats_at(*grid.tolist(), 1 / math.e))
@@ -162,6 +170,11 @@ def test_dft_gradient_raises_low_probability_targets(p):
         ("focal", (INF, 1), (0, 0)),
         ("chord", (0, 0), (0, 0)),
         ("luffy", (1, 0), (0.1 / 1.1, 0.1 / 1.21)),
+        ("eaft", (INF, math.log(7) / math.log(20)), (0, 0)),
+        ("eaft:alpha=2,k=4", (INF, 1), (0, 0)),
+        ("eaft:alpha=0", (INF, 1), (0, 1)),
+        ("trsft", (1 + math.log(10), 0), (0, 1)),
+        ("talr", (0, 0), (0, 1)),
     ],
 )
 def test_loss_and_gate_at_p_0_p_1_and_nan(specification, at_0, at_1):
@@ -223,6 +236,9 @@ def test_omitted_parameters_keep_defaults():
         ("mix:alpha=1.1", "'mix': expected 0 <= alpha <= 1, got"),
         ("focal:gamma=-1", "'focal': expected 0 <= gamma <= 3e38, got"),
         ("luffy:gamma=0", "'luffy': expected 1e-9 <= gamma <= 1e9, got"),
+        ("eaft:k=1", "'eaft': expected k=0, or 2 <= k <= 1024, got"),
+        ("eaft:alpha=-1", "'eaft': expected 0 <= alpha <= 3e38, got"),
+        ("trsft:alpha=0", "'trsft': expected 1e-38 <= alpha <= 1, got"),
         ("dft:start=-1", "'dft': expected start >= 0 and ramp >= 0, got 'dft:start=-1,ramp=0'"),
         ("dft:ramp=-1", "'dft': expected start >= 0 and ramp >= 0"),
         ("dft:start=1.5", "'dft': expected an integer for start=, got '1.5'"),

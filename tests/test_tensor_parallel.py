@@ -13,7 +13,7 @@ from formulas import FORMULAS, example, loss_and_gradient, token
 from ranks import Collectives, megatron_cross_entropy, needs_megatron, run_ranks
 
 from megatron_dft import parse_objective, vocab_parallel_dft_loss, vocab_stats
-from megatron_dft.ops.stats import row_names
+from megatron_dft.ops.stats import COLLISION, ENTROPY, lower_median, row_names
 
 pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
 
@@ -66,12 +66,29 @@ def on_one_rank():
     target[1, 1], target[1, 2], target[3] = VOCAB, -1, -100
     logits[0, 1, VOCAB - 1] = torch.nan
     results["broken"] = loss_gradient_and_collectives(inplace, logits, target, upstream)[:2]
+    batch = batch_of(dist.get_rank())
+    loss = partial(vocab_parallel_dft_loss, objective="talr", batch_group=group)
+    leaf = batch[0].requires_grad_()
+    value = loss(leaf, batch[1])
+    value.backward(batch[2])
+    results["batch"] = value.detach(), leaf.grad
+    results["medians"] = [lower_median(x, x < 5.0, group) for x in medians_of(dist.get_rank())]
     for pair in ([0, 2], [1, 3]) if dist.get_world_size() == 4 else ():  # TP = 2 beside DP = 2
         group = dist.new_group(pair)
         if dist.get_rank() in pair:
             loss = partial(vocab_parallel_dft_loss, objective="deft", tp_group=group)
             results["pair"] = loss_gradient_and_collectives(loss, *example(seed=pair[0], vocab=VOCAB), group)[:2]
     return results
+
+
+def batch_of(rank):
+    return example((6, 1, 7, 3)[rank], vocab=VOCAB, seed=rank)  # the only token of rank 1 is ignored
+
+
+def medians_of(rank):
+    generator = torch.Generator().manual_seed(rank)
+    sizes = ((rank, torch.float32), (7, torch.float64), (rank % 2, torch.float64))
+    return [6.0 * torch.rand(size, generator=generator, dtype=dtype) for size, dtype in sizes]
 
 
 @pytest.fixture(scope="module", params=[1, 2, 4])
@@ -109,11 +126,27 @@ def test_forward_has_one_all_gather_and_backward_no_collective(ranks):
 
     for rank in ranks:
         for specification in FORMULAS:
-            rows = 3 + len(parse_objective(specification).needs)
-            assert len(row_names(parse_objective(specification).needs)) == rows
+            needs = parse_objective(specification).needs
+            rows = 3 + (ENTROPY in needs) + (COLLISION in needs) + (4 if ",k=4" in specification else 0)
+            assert len(row_names(needs)) == rows
             assert [rank[specification, None][0][i] for i in (2, 3)] == [expected(rows), []], specification
         assert rank["stats collectives"] == expected(5)
         assert rank["host"][2:] == (expected(3), [])
+
+
+def test_talr_uses_median_of_all_ranks_of_batch_group(ranks):
+    batches = [torch.cat(parts) for parts in zip(*(batch_of(rank) for rank in range(len(ranks))), strict=True)]
+    loss, gradient = loss_and_gradient("talr", *batches)
+    torch.testing.assert_close(torch.cat([rank["batch"][0] for rank in ranks]), loss, **TOLERANCE)
+    torch.testing.assert_close(torch.cat([rank["batch"][1] for rank in ranks]), gradient, **TOLERANCE)
+
+
+def test_lower_median_is_that_of_all_ranks(ranks):
+    for i, parts in enumerate(zip(*(medians_of(rank) for rank in range(len(ranks))), strict=True)):
+        values = torch.cat(parts)
+        values = values[values < 5.0]
+        expected = values.median() if len(values) else torch.zeros((), dtype=values.dtype)
+        assert all(torch.equal(rank["medians"][i], expected) for rank in ranks)
 
 
 def test_vocab_stats_match_full_vocabulary(ranks):

@@ -102,6 +102,12 @@ def test_loss_and_gradient_match_formula(specification):
     assert_true(example(12), torch.float32, specification)
 
 
+def test_eaft_gate_is_1_above_ln_20():
+    case = torch.zeros(1, 48, device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    loss = vocab_parallel_dft_loss(*case, objective="eaft:alpha=2", backend="triton")
+    assert loss.item() == pytest.approx(math.log(48))
+
+
 @pytest.mark.parametrize("specification", ["tsallis:q=0.001", "tsallis:q=0.01"])
 def test_tsallis_with_small_q_keeps_precision(specification):
     """(1 - p^q) / q, where 1 - p^q is small."""

@@ -19,7 +19,7 @@ pytest.importorskip("triton", minversion="3.6")  # 3.4 takes 77 registers for a 
 CAPABILITIES = [90, 100]
 DTYPES = {"bf16": 8, "fp32": 4}  # logits per 16 bytes; fp16 is like bf16
 FORMS = ["mix", "power", "collision power", "luffy", "nll between", "prob between", "focal", "chord", "entropy"]
-FORMS += ["exponential entropy", "schedule", ""]
+FORMS += ["exponential entropy", "eaft", "trsft", "schedule", ""]
 POINTERS = {"TARGET": "*i64", "FLAGS": "*i1", "BLEND": "*fp64"}
 DIVISIBLE = ("row_stride", "out_stride_difference", "columns", "width", "start", "n")
 
@@ -46,7 +46,8 @@ def variants():
     yield "stats of one", "stats_kernel", {**shape, **ones}, {**types, "OUT": "*fp32"}, (), 4
     for form in FORMS:
         flags = {"NLL": True, "BLENDED": form == "schedule", "TOKENS": 128}
-        flags |= {"ENTROPY": "entropy" in form, "COLLISION": "collision" in form}
+        flags |= {"ENTROPY": "entropy" in form or form == "eaft", "COLLISION": "collision" in form}
+        flags["K"] = 3 + flags["ENTROPY"] + flags["COLLISION"]
         blend = {} if form == "schedule" else {"BLEND": None}
         for ranks in ({}, {"ranks": 1}, {"ranks": 1, "n": 1}) if form == "mix" else ({},):
             constants = {"FORM": form.replace("schedule", "mix"), **flags, **blend, **ranks}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_dft import OBJECTIVES, DFTConfig, TokenStats
-from megatron_dft.ops.objectives import Cayley, Entropy, Objective, Prob
+from megatron_dft.ops.objectives import TALR, Cayley, Entropy, Objective, Prob
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "docs" / "figures"
@@ -96,7 +96,7 @@ def draw_gates(path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 5), layout="constrained", sharey=True)
     for ax, objectives, title in zip(axes, (of_p, of_more), ("of p alone", "one other token has 1 - p"), strict=True):
         for name, gate in gates(objectives, prob).items():
-            label = "dft, prob" if name == "dft" else name
+            label = {"dft": "dft, prob", str(TALR()): "talr, tau = ln 2"}.get(name, name)
             ax.plot(
                 prob, gate, label=label, color="black" if name == "dft" else None, linewidth=3 if name == "dft" else 1.5
             )

@@ -7,6 +7,8 @@
     effective tokens    sum of the gates
     gradient            sum over tokens of gate |softmax - onehot|, relative to nll: share of the gradient norm
 
+The mean of `cayley` and the median of `talr` are those of the evaluated micro-batch, not of a training batch.
+
 `recommend` decides by whether the model can do the task already:
 
     top-1 accuracy above 0.9    the model predicts nearly every token; what it does not predict is more often noise: dft
@@ -29,6 +31,7 @@ from torch import Tensor
 
 from megatron_dft.metrics import BINS, TokenBatch, bin_of
 from megatron_dft.ops.objectives import Objective, loss_and_gate
+from megatron_dft.ops.stats import top_k
 
 KNOWN = 0.9  # top-1 accuracy
 WEAK = 0.1  # mean p
@@ -39,9 +42,17 @@ OBJECTIVE_SUMS = ("loss", "gate_mass", "gradient")
 
 
 class DatasetStatistics:
-    """Sums over the tokens of a data set, accumulated on their device."""
+    """Sums over the tokens of a data set, accumulated on their device.
+
+    Raises ValueError for an objective whose statistics are not evaluated, `eaft:k=20`.
+    """
 
     def __init__(self, objectives: Sequence[Objective], channels: Sequence[str]) -> None:
+        for objective in objectives:
+            if top_k(objective.needs):
+                raise ValueError(
+                    f"--advise-objectives {objective}: the k largest logits are not evaluated; use eaft without k="
+                )
         self.objectives, self.channels = objectives, channels or ("all",)
         self._sums: list[Tensor] = []
 

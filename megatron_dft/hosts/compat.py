@@ -273,6 +273,14 @@ def tp_group(model: Any) -> ProcessGroup:
     return model.tp_group if hasattr(model, "tp_group") else model.pg_collection.tp
 
 
+def batch_group(model: Any) -> ProcessGroup:
+    """Data- and context-parallel ranks of a model: of its `pg_collection`, or those of Megatron's parallel state."""
+    from megatron.core import parallel_state
+
+    group = getattr(getattr(model, "pg_collection", None), "dp_cp", None)
+    return parallel_state.get_data_parallel_group(with_context_parallel=True) if group is None else group
+
+
 def has_mtp(settings: Any) -> bool:
     """Whether the model has multi-token-prediction heads."""
     return bool(getattr(settings, "mtp_num_layers", None))

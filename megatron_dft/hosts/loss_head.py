@@ -34,7 +34,7 @@ from megatron_dft.metrics import TokenBatch
 from megatron_dft.ops.compaction import gather_sequence, loss_all_tokens, loss_valid_tokens
 from megatron_dft.ops.linear_fused import Split, WeightGradient, linear_loss_and_stats
 from megatron_dft.ops.objectives import Blended, Objective, Scheduled
-from megatron_dft.ops.stats import TokenStats
+from megatron_dft.ops.stats import MEDIAN, TokenStats
 from megatron_dft.ops.vocab_parallel import LossOptions, loss_and_stats
 
 IGNORE_INDEX = -100
@@ -118,7 +118,8 @@ class LossHead:
 
     def __init__(self, model: Any, config: DFTConfig, schedule: Schedule) -> None:
         self.model, self.schedule = model, schedule
-        self.options = config.options(compat.tp_group(model))
+        groups = {"batch_group": compat.batch_group(model)} if MEDIAN in config.objective.needs else {}
+        self.options = config.options(compat.tp_group(model), **groups)
         self.compact = compat.compacts(model, config)
         self.split = config.split() if config.linear_fused else None
         self.channels = len(config.metric_spec.channels)

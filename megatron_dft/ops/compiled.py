@@ -28,11 +28,12 @@ def compiled_loss(
     return_nll: bool,
     true_vocab_size: int | None,
     backend: str,
+    batch_group: ProcessGroup | None,
 ) -> Tensor:
     """`vocab_parallel_dft_loss` in a graph that is being compiled."""
     name = objective if isinstance(objective, str) else _objective_name(objective)
-    group = None if tp_group is None else _group_name(tp_group)
-    return _loss(logits, target, name, group, ignore_index, return_nll, true_vocab_size, backend)[0]
+    group, batch = (None if x is None else _group_name(x) for x in (tp_group, batch_group))
+    return _loss(logits, target, name, group, ignore_index, return_nll, true_vocab_size, backend, batch)[0]
 
 
 @torch.library.custom_op("megatron_dft::loss", mutates_args=())
@@ -45,6 +46,7 @@ def _loss(
     return_nll: bool,
     true_vocab_size: int | None,
     backend: str,
+    batch_group: str | None,
 ) -> tuple[Tensor, Tensor]:
     """Loss [...], and what is saved for backward [3, ...]."""
     options = LossOptions(
@@ -54,6 +56,7 @@ def _loss(
         return_nll=return_nll,
         true_vocab_size=true_vocab_size,
         backend=backend,
+        batch_group=_group(batch_group),
     )
     return loss_forward(logits, target, options)[:2]
 
@@ -91,14 +94,14 @@ def _(logits: Tensor, *others) -> Tensor:
 
 
 def _save_for_backward(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    logits, target, _, tp_group, _, _, true_vocab_size, backend = inputs
+    logits, target, _, tp_group, _, _, true_vocab_size, backend, _ = inputs
     ctx.save_for_backward(logits, target, output[1])
     ctx.options = (tp_group, true_vocab_size, backend)
 
 
 def _backward(ctx, upstream: Tensor, _) -> tuple:
     logits, target, saved = ctx.saved_tensors
-    return _loss_backward(logits, target, saved, upstream, *ctx.options), *[None] * 7
+    return _loss_backward(logits, target, saved, upstream, *ctx.options), *[None] * 8
 
 
 _loss.register_autograd(_backward, setup_context=_save_for_backward)

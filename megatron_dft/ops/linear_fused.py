@@ -84,6 +84,7 @@ def linear_dft_loss(
     vocab_chunk: int = VOCAB_CHUNK,
     keep_chunks: int = 0,
     compact_masked_tokens: bool = True,
+    batch_group: ProcessGroup | None = None,
 ) -> Tensor:  # [...]
     """Output layer and per-token loss fused: `vocab_parallel_dft_loss(hidden @ weight.t(), target)` in less memory.
 
@@ -109,6 +110,7 @@ def linear_dft_loss(
         return_nll=return_nll,
         true_vocab_size=true_vocab_size,
         backend=backend,
+        batch_group=batch_group,
     )
     split = Split(vocab_chunk=vocab_chunk, keep_chunks=keep_chunks)
     if sequence_parallel:

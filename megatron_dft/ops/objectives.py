@@ -7,7 +7,7 @@ For a token with target probability p and cross entropy l = -log p, every loss L
 An objective is a stateless function of per-token statistics [tokens] that returns (loss, gate w). It is independent of
 kernels and ranks. Two forms cover nearly all objectives:
 
-    Reweighted   L = sg(w) l                 cross entropy with a detached weight: dft, mix, focal, chord, entropy
+    Reweighted   L = sg(w) l                 cross entropy with a detached weight: dft, mix, focal, chord, entropy, eaft
     Power        L = (1 - p^a) / a, w = p^a  Box-Cox from nll (a -> 0) to prob (a = 1): tsallis, deft, cayley
 
 A `Scheduled` objective starts as nll and is blended into another one during training: "dft:start=1000,ramp=500".
@@ -16,7 +16,8 @@ Values are in nats and defined everywhere: at p = 0 (a target logit of -inf) a w
 the statistics stays with its token. Label smoothing is not supported: a smoothed target has no single probability.
 
 Sources: DFT arXiv:2508.05629; DEFT arXiv:2602.11424; BLL, "Beyond Log-Likelihood", arXiv:2510.00526; CHORD
-arXiv:2508.11408; LUFFY arXiv:2504.14945; focal loss arXiv:1708.02002.
+arXiv:2508.11408; LUFFY arXiv:2504.14945; focal loss arXiv:1708.02002; EAFT arXiv:2601.02151; TrSFT arXiv:2512.17636;
+TALR arXiv:2509.20758.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from megatron_dft.ops.stats import COLLISION, ENTROPY, TokenStats
+from megatron_dft.ops.stats import COLLISION, ENTROPY, MEDIAN, TokenStats, top_k_need
 from megatron_dft.utils import nearest
 
 FP32 = torch.finfo(torch.float32)  # kernels compute in fp32, where a parameter beyond its range is 0 or inf
@@ -314,6 +315,72 @@ class Luffy(Objective):
 
 
 @dataclass(frozen=True)
+class EAFT(Reweighted):
+    """L = sg(u^alpha) l, gate u^alpha, with the uncertainty u = min(1, H / ln 20) of the prediction. arXiv:2601.02151.
+
+    Confident predictions, of wrong targets in particular, get a small gradient.
+
+    k=0: H is the entropy of the whole vocabulary. The paper reports a correlation of 0.999 with the form below.
+    k=20: u = H_k / ln k with the entropy H_k of the k most probable entries, renormalized: the paper's form, exact over
+    tensor-parallel ranks. It sends k more values per token and reads the logits once more.
+    """
+
+    name = "eaft"
+    formula = ("sg(u^alpha) l, u = min(1, H / ln 20), or H_k / ln k", "u^alpha")
+    alpha: float = 1.0
+    k: int = 0
+
+    def __post_init__(self) -> None:
+        self._require(0.0 <= self.alpha <= FP32.max, "0 <= alpha <= 3e38")
+        self._require(self.k == 0 or 2 <= self.k <= 1024, "k=0, or 2 <= k <= 1024")
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({top_k_need(self.k) if self.k else ENTROPY})
+
+    def weight(self, stats: TokenStats) -> Tensor:
+        entropy = stats.top_k_entropy if self.k else stats.entropy
+        assert entropy is not None
+        return (entropy / math.log(self.k or 20)).clamp(max=1.0) ** self.alpha
+
+
+@dataclass(frozen=True)
+class TrSFT(Objective):
+    """Trust-region SFT: L = l for p > alpha, (1 - p/alpha) + ln(1/alpha) below; gate min(1, p/alpha). TRAPO's.
+
+    nll for targets that the model finds possible, prob for all others. The value is continuous. arXiv:2512.17636.
+    """
+
+    name = "trsft"
+    formula = ("l if p > alpha, else 1 - p/alpha + ln(1/alpha)", "min(1, p/alpha)")
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        self._require(FP32.tiny <= self.alpha <= 1.0, "1e-38 <= alpha <= 1")
+
+    def __call__(self, stats: TokenStats) -> tuple[Tensor, Tensor]:
+        relative = stats.prob / self.alpha
+        below = (1.0 - relative) + math.log(1.0 / self.alpha)
+        return torch.where(relative > 1.0, stats.nll, below), relative.clamp(max=1.0)
+
+
+@dataclass(frozen=True)
+class TALR(Reweighted):
+    """Token-adaptive loss reweighting: L = sg(p^(1/tau)) l, gate p^(1/tau). arXiv:2509.20758.
+
+    tau is the median NLL of the valid tokens of a micro-batch, on all data- and context-parallel ranks. Half of the
+    tokens have a gate of at least 1/e. The gates are not normalized.
+    """
+
+    name = "talr"
+    formula = ("sg(p^(1/tau)) l, tau: median of l", "p^(1/tau)")
+    needs = frozenset({MEDIAN})
+
+    def weight(self, stats: TokenStats) -> Tensor:
+        return torch.exp(stats.logprob / stats.median_nll.clamp(min=FP32.tiny))
+
+
+@dataclass(frozen=True)
 class Scheduled(Objective):
     """nll for `start` iterations, then a linear blend into `base` over `ramp` iterations, then `base`.
 
@@ -398,10 +465,8 @@ def _share(part: Tensor, x: Tensor) -> Tensor:
     return torch.where(part == 0.0, 0.0, part * x)
 
 
-OBJECTIVES: dict[str, type[Objective]] = {
-    objective.name: objective
-    for objective in (NLL, DFT, Prob, Tsallis, Threshold, Cayley, DEFT, Entropy, Mix, Focal, Chord, Luffy)
-}
+_ALL = (NLL, DFT, Prob, Tsallis, Threshold, Cayley, DEFT, Entropy, Mix, Focal, Chord, Luffy, EAFT, TrSFT, TALR)
+OBJECTIVES: dict[str, type[Objective]] = {objective.name: objective for objective in _ALL}
 
 
 def loss_and_gate(objective: Objective, stats: TokenStats) -> tuple[Tensor, Tensor]:

@@ -11,9 +11,11 @@ Everything else follows from them, without the logits:
     H       = log s - a/s                entropy of the prediction                            (nats, >= 0)
     C       = q / s^2                    collision probability, the sum of squared probabilities
 
+The k largest logits of a row, relative to M, give the entropy of the k most probable entries (`top_k_entropy`).
+
 The vocabulary is split over tensor-parallel ranks, and over chunks of the output layer. Each shard has
-(M, s, x_y[, a][, q]) relative to its own maximum. `merge_shards` rebases them onto the common maximum, as online
-softmax does. Shards are summed in rank order, so all ranks get the same bits.
+(M, s, x_y[, a][, q][, k largest logits]) relative to its own maximum. `merge_shards` rebases them onto the common
+maximum, as online softmax does. Shards are summed in rank order, so all ranks get the same bits.
 
 Elsewhere: kernels of a shard (torch_backend.py, triton_backend.py), the all-gather (vocab_parallel.py).
 """
@@ -25,9 +27,13 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 ENTROPY = "entropy"
 COLLISION = "collision"
+MEDIAN = "median NLL"
+TOP = "top "  # of `top_k_need`
+UNDERFLOW = -1e4  # e^-1e4 is 0 in every dtype, and 0 * -1e4 is 0 where 0 * -inf is NaN
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ class ShardStats:
     target_logit: Tensor
     shifted_sum: Tensor | None
     square_sum: Tensor | None
+    top_k_entropy: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,9 @@ class TokenStats:
         top1: bool, no token has a larger logit than the target.
         entropy: entropy of the prediction, nats; None: not computed.
         collision: sum of squared probabilities; None: not computed.
+        top_k_entropy: entropy of the k most probable entries, renormalized, nats; None: not computed.
         vocab_size: size of the vocabulary.
+        batch_group: ranks whose tokens `median_nll` covers; None: the tokens of this rank.
         loss: loss of the applied objective, nats.
         gate: gate of the applied objective.
     """
@@ -77,7 +86,9 @@ class TokenStats:
     top1: Tensor | None = None
     entropy: Tensor | None = None
     collision: Tensor | None = None
+    top_k_entropy: Tensor | None = None
     vocab_size: int | None = None
+    batch_group: ProcessGroup | None = None
     loss: Tensor | None = None
     gate: Tensor | None = None
 
@@ -92,6 +103,14 @@ class TokenStats:
         return self.logprob.exp()
 
     @cached_property
+    def median_nll(self) -> Tensor:
+        """Lower median [] of the NLL over the valid tokens of all ranks of `batch_group`, without NaN.
+
+        0 without tokens. Collective: an all-reduce of 16 KiB for each 11 bits of the NLL. No host-device sync.
+        """
+        return lower_median(self.nll, self.valid & ~self.logprob.isnan(), self.batch_group)
+
+    @cached_property
     def error(self) -> Tensor:
         """|softmax - onehot|, in [0, sqrt(2)]: the norm of the logit gradient is upstream x gate x error."""
         assert self.collision is not None
@@ -101,7 +120,18 @@ class TokenStats:
 def row_names(needs: frozenset[str]) -> tuple[str, ...]:
     """The sums of a shard, in the order in which they are stored and sent."""
     optional = {ENTROPY: "shifted_sum", COLLISION: "square_sum"}
-    return ("maximum", "sum", "target_logit", *(row for need, row in optional.items() if need in needs))
+    largest = (f"largest {i}" for i in range(top_k(needs)))
+    return ("maximum", "sum", "target_logit", *(row for need, row in optional.items() if need in needs), *largest)
+
+
+def top_k_need(k: int) -> str:
+    """The need of an objective for the entropy of the k most probable entries."""
+    return f"{TOP}{k}"
+
+
+def top_k(needs: frozenset[str]) -> int:
+    """The k of `top_k_need`, or 0."""
+    return max((int(need.removeprefix(TOP)) for need in needs if need.startswith(TOP)), default=0)
 
 
 def merge_shards(
@@ -120,10 +150,25 @@ def merge_shards(
     if COLLISION in needs:
         square = (row["square_sum"] * scale.square()).sum(0)
     log_sum = (row["sum"] * scale).sum(0).log()
-    return ShardStats(maximum, log_sum, row["target_logit"].sum(0), shifted, square)
+    top = top_k_entropy(shards, top_k(needs)) if top_k(needs) else None
+    return ShardStats(maximum, log_sum, row["target_logit"].sum(0), shifted, square, top)
 
 
-def token_stats(merged: ShardStats, valid: Tensor, vocab_size: int) -> TokenStats:
+def top_k_entropy(
+    shards: Tensor,  # [R, K, ...] sums of each shard; the first is its maximum, the last k are its largest logits
+    k: int,
+) -> Tensor:  # [...]
+    """Entropy of the k most probable entries of the whole vocabulary, renormalized; nats."""
+    largest = (shards[:, :1] + shards[:, -k:]).flatten(0, 1).topk(k, 0).values
+    x = largest - largest[0].masked_fill(largest[0].isneginf(), 0.0)
+    e = x.exp()
+    total = e.sum(0)
+    return (total.log() - (x.clamp(min=UNDERFLOW) * e).sum(0) / total).clamp(min=0.0)
+
+
+def token_stats(
+    merged: ShardStats, valid: Tensor, vocab_size: int, batch_group: ProcessGroup | None = None
+) -> TokenStats:
     """Log-probability, top-1 hit, entropy and collision probability from the merged sums."""
     distance = merged.target_logit - merged.maximum
     # Rounding can give +1e-7, and with it p > 1.
@@ -133,16 +178,50 @@ def token_stats(merged: ShardStats, valid: Tensor, vocab_size: int) -> TokenStat
         entropy = (merged.log_sum - merged.shifted_sum * torch.exp(-merged.log_sum)).clamp(min=0.0)
     if merged.square_sum is not None:
         collision = (merged.square_sum * torch.exp(-2.0 * merged.log_sum)).clamp(max=1.0)
+    top = merged.top_k_entropy
     return TokenStats(
         logprob=logprob.masked_fill(~valid, 0.0),
         valid=valid,
         top1=(distance >= 0.0) & valid,
         entropy=None if entropy is None else entropy.masked_fill(~valid, 0.0),
         collision=None if collision is None else collision.masked_fill(~valid, 0.0),
+        top_k_entropy=None if top is None else top.masked_fill(~valid, 0.0),
         vocab_size=vocab_size,
+        batch_group=batch_group,
     )
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
     """fp64 for fp64, fp32 for all other dtypes."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def lower_median(
+    x: Tensor,  # [...] >= 0
+    counted: Tensor,  # [...] bool
+    group: ProcessGroup | None,
+) -> Tensor:  # []
+    """Lower median of the counted elements on all ranks of `group`: exact, and the same bits on all of them.
+
+    Radix selection: numbers >= 0 are ordered as their bits are. Each step counts the candidates by their next 11 bits,
+    and adds the counts up over the ranks. 0 without elements.
+    """
+    step, size = 11, 1 << 11
+    bits, kind = (64, torch.int64) if x.dtype == torch.float64 else (32, torch.int32)
+    keys = x.abs().flatten().view(kind).to(torch.int64)  # abs: -0.0 would be the smallest integer
+    candidates = counted.flatten()
+    found = keys.new_zeros(1)
+    rank: Tensor | None = None  # [1], of the median among the candidates
+    for low in reversed(range(0, bits, step)):
+        digit = (keys >> low) & (size - 1)
+        counts = keys.new_zeros(size).index_add_(0, digit, candidates.to(torch.int64))
+        if group is not None and group.size() > 1:
+            torch.distributed.all_reduce(counts, group=group)
+        until = counts.cumsum(0)
+        if rank is None:
+            rank = (until[-1:] - 1) // 2  # -1 without elements: all digits are 0
+        chosen = (until <= rank).sum(0, keepdim=True)
+        rank = rank - (until - counts).gather(0, chosen)
+        candidates = candidates & (digit == chosen)
+        found = found | (chosen << low)
+    return found.to(kind).view(x.dtype).squeeze(0)

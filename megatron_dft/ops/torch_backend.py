@@ -16,23 +16,25 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_dft.ops.objectives import Objective, loss_and_gate
 from megatron_dft.ops.stats import (
     COLLISION,
     ENTROPY,
+    UNDERFLOW,
     TokenStats,
     VocabShard,
     accumulation_dtype,
     merge_shards,
     row_names,
     token_stats,
+    top_k,
 )
 
 NAME = "torch"
 CHUNK_ELEMENTS = 1 << 19  # 2 MiB of fp32 scratch
 LOG2_E = 1.0 / math.log(2.0)
-UNDERFLOW = -1e4  # e^-1e4 is 0 in every dtype, and 0 * -1e4 is 0 where 0 * -inf is NaN
 
 
 def shard_stats(
@@ -47,12 +49,16 @@ def shard_stats(
     names = row_names(needs)
     out = logits.new_zeros(len(names), len(logits), dtype=accumulation_dtype(logits))
     row = dict(zip(names, out, strict=True))
+    k = min(top_k(needs), shard.columns)
+    out[len(out) - top_k(needs) + k :] = -torch.inf
     spare: Tensor | None = None
     for rows, x in _chunks(logits, valid, shard):
         maximum = x.amax(1) if shard.columns else x.new_full((len(x),), -torch.inf)
         row["maximum"][rows] = maximum
         # A row of -inf: exponentials of 0 instead of NaN.
         x.sub_(maximum.masked_fill(maximum.isneginf(), 0.0)[:, None])
+        for i, largest in enumerate(x.topk(k, 1).values.unbind(1) if k else ()):
+            row[f"largest {i}"][rows] = largest
         if ENTROPY in needs:
             spare = torch.empty_like(x) if spare is None else spare  # the first chunk is the largest
             shifted = torch.clamp(x, min=UNDERFLOW, out=spare[: len(x)])
@@ -74,10 +80,11 @@ def merge(
     objective: Objective,
     needs: frozenset[str],
     return_nll: bool,
+    batch_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor, TokenStats]:
     """Loss [...], saved for backward [3, ...] (maximum, log-sum, gate), merged statistics [...]."""
     merged = merge_shards(shards.view(*shards.shape[:2], *target.shape), needs)
-    stats = token_stats(merged, target != ignore_index, vocab_size)
+    stats = token_stats(merged, target != ignore_index, vocab_size, batch_group)
     loss, gate = loss_and_gate(objective, stats)
     saved = torch.stack([merged.maximum, merged.log_sum, gate])
     return (-stats.logprob if return_nll else loss.clone()), saved, replace(stats, loss=loss, gate=saved[2])

@@ -17,8 +17,9 @@ loads are 16 bytes wide for every width and row stride. The few logits before th
 edge, are masked one by one. Tiles have the shape [LANES, VEC], because then every Triton version keeps a vector within
 one thread. Row offsets are int64: there may be more than 2^31 logits.
 
-Not supported: fp64. Objectives without a branch in `_objective` (`cayley`, which averages over tokens, and those of
-users) run as PyTorch operations after `merge`. With TRITON_INTERPRET=1, set before triton is imported, the kernels run
+Not supported: fp64. Objectives without a branch in `_objective` run as PyTorch operations after `merge`: `cayley` and
+`talr`, which depend on all tokens of a batch, `eaft:k=20`, and those of users. The k largest logits of `eaft:k=20` come
+from torch.topk, which reads the logits again. With TRITON_INTERPRET=1, set before triton is imported, the kernels run
 on CPU tensors, slowly, for tests.
 """
 
@@ -32,10 +33,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_dft.ops.objectives import (
     DEFT,
     DFT,
+    EAFT,
     FP32,
     NLL,
     Blended,
@@ -47,18 +50,21 @@ from megatron_dft.ops.objectives import (
     Objective,
     Prob,
     Threshold,
+    TrSFT,
     Tsallis,
     loss_and_gate,
 )
-from megatron_dft.ops.stats import COLLISION, ENTROPY, TokenStats, VocabShard, row_names
+from megatron_dft.ops.stats import COLLISION, ENTROPY, TokenStats, VocabShard, row_names, top_k, top_k_entropy
 
 NAME = "triton"
 LOG2_E = tl.constexpr(1.4426950408889634)
+LOG_20_INVERSE = tl.constexpr(1.0 / math.log(20.0))
 INF = tl.constexpr(float("inf"))
 UNDERFLOW = tl.constexpr(-1e4)  # e^-1e4 is 0, and 0 * -1e4 is 0 where 0 * -inf is NaN
 UNROLL = 4  # vectors per thread
 TOKENS = 128  # tokens per program of `merge`
 
+PYTORCH = "", 0.0, 0.0  # no branch: PyTorch operations after `merge`
 # The branch of `_objective` for each objective, and its two parameters.
 FORMS: dict[type[Objective], Callable[[Any], tuple[str, float, float]]] = {
     NLL: lambda o: ("mix", 0.0, 1.0),
@@ -76,6 +82,8 @@ FORMS: dict[type[Objective], Callable[[Any], tuple[str, float, float]]] = {
     Focal: lambda o: ("focal", o.gamma, 0.0),
     Chord: lambda o: ("chord", 0.0, 0.0),
     Luffy: lambda o: ("luffy", o.gamma, 0.0),
+    EAFT: lambda o: ("eaft", o.alpha, 0.0) if o.k == 0 else PYTORCH,
+    TrSFT: lambda o: ("trsft", o.alpha, math.log(1.0 / o.alpha)),
 }
 
 
@@ -117,6 +125,9 @@ def shard_stats(
                 VEC=vector,
                 num_warps=warps,
             )
+    if k := top_k(needs):
+        largest = logits[:, : shard.columns].topk(min(k, shard.columns), 1).values.t().float()
+        out[-k:].fill_(-torch.inf)[: len(largest)] = largest - out[0].masked_fill(out[0].isneginf(), 0.0)
     return out
 
 
@@ -128,14 +139,16 @@ def merge(
     objective: Objective,
     needs: frozenset[str],
     return_nll: bool,
+    batch_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor, TokenStats]:
     """Loss [...], saved for backward [3, ...] (maximum, log-sum, gate), merged statistics [...]."""
     shape, n = target.shape, target.numel()
     result = torch.empty(shape, dtype=torch.float32, device=target.device)
-    columns = torch.empty(5 + len(needs), *shape, dtype=torch.float32, device=target.device)
+    rows = 5 + (ENTROPY in needs) + (COLLISION in needs)
+    columns = torch.empty(rows, *shape, dtype=torch.float32, device=target.device)
     flags = torch.empty(2, *shape, dtype=torch.bool, device=target.device)
     base, blend = (objective.base, objective.blend) if isinstance(objective, Blended) else (objective, None)
-    form, first, second = FORMS.get(type(base), lambda o: ("", 0.0, 0.0))(base)
+    form, first, second = FORMS.get(type(base), lambda o: PYTORCH)(base)
     if n:
         with torch.cuda.device_of(target):
             merge_kernel[(triton.cdiv(n, TOKENS),)](
@@ -156,6 +169,7 @@ def merge(
                 BLENDED=blend is not None,
                 ENTROPY=ENTROPY in needs,
                 COLLISION=COLLISION in needs,
+                K=shards.shape[1],
                 TOKENS=TOKENS,
                 num_warps=TOKENS // 32,
             )
@@ -166,15 +180,21 @@ def merge(
         top1=flags[1],
         entropy=extra.pop(0) if ENTROPY in needs else None,
         collision=extra.pop(0) if COLLISION in needs else None,
+        top_k_entropy=_top_k_entropy(shards, top_k(needs), flags[0]) if top_k(needs) else None,
         vocab_size=vocab_size,
+        batch_group=batch_group,
         loss=loss,
         gate=saved[2],
     )
-    if not form:  # cayley, or an objective of the user
+    if not form:
         for place, computed in zip((loss, saved[2]), loss_and_gate(objective, stats), strict=True):
             place.copy_(computed)
         result.copy_(-logprob if return_nll else loss)
     return result, saved, stats
+
+
+def _top_k_entropy(shards: Tensor, k: int, valid: Tensor) -> Tensor:
+    return top_k_entropy(shards, k).view(valid.shape).masked_fill(~valid, 0.0)
 
 
 def shard_gradient(
@@ -337,6 +357,7 @@ def merge_kernel(
     BLENDED: tl.constexpr,
     ENTROPY: tl.constexpr,
     COLLISION: tl.constexpr,
+    K: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
     """`merge` of TOKENS tokens."""
@@ -345,7 +366,6 @@ def merge_kernel(
     valid = (tl.load(TARGET + token, real, ignore_index) != ignore_index) & real
     COLUMNS += token
     FLAGS += token
-    K: tl.constexpr = 3 + ENTROPY + COLLISION
 
     maximum = tl.full((TOKENS,), -INF, tl.float32)
     for r in range(ranks):
@@ -409,6 +429,9 @@ def _objective(logprob, uncertainty, entropy, collision, first, second, FORM: tl
         outside = (prob < first) | (prob > second)
         gate = tl.where(outside, 0.0, 1.0 if FORM == "nll between" else prob)
         loss = tl.where(outside, 0.0, -logprob if FORM == "nll between" else -_expm1(logprob))
+    elif FORM == "trsft":
+        gate = tl.where(prob > first, 1.0, prob / first)
+        loss = tl.where(prob > first, -logprob, (1.0 - prob / first) + second)
     elif FORM == "luffy":
         gate = first * prob / ((prob + first) * (prob + first))
         loss = first / (prob + first)
@@ -421,6 +444,9 @@ def _objective(logprob, uncertainty, entropy, collision, first, second, FORM: tl
             gate = prob * -_expm1(logprob)
         elif FORM == "entropy":
             gate = first * tl.where(uncertainty > 1.0, 1.0, uncertainty) + second
+        elif FORM == "eaft":
+            uncertainty = entropy * LOG_20_INVERSE
+            gate = _pow(tl.where(uncertainty > 1.0, 1.0, uncertainty), first)
         else:
             tl.static_assert(FORM == "exponential entropy")
             gate = tl.exp(-entropy)

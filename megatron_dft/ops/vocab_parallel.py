@@ -1,7 +1,7 @@
 """The vocabulary-parallel loss: kernel interface, autograd function, public functions.
 
     forward     statistics of this rank's vocabulary shard
-                all-gather of [3..5, tokens] over the tensor-parallel group      the only collective
+                all-gather of [3..5, tokens] over the tensor-parallel group      the only collective of most objectives
                 merge of the shards, loss and gate of the objective
     backward    upstream x gate x (softmax - onehot)                             no collective
 
@@ -9,7 +9,8 @@ Memory: three numbers per token are saved for backward, the maximum, the log of 
 The gradient is computed from the logits, which stay alive until then. The gate is detached, so
 dL/dlogits = gate x (softmax - onehot) is exact for every objective.
 
-Communication: 3 values per token, one more each for entropy and collision probability if they are needed.
+Communication: 3 values per token, one more each for entropy and collision probability if they are needed, k more for
+`eaft:k=20`. `talr` has collectives of its own, over `batch_group` (`stats.lower_median`).
 
 Megatron's unfused cross entropy makes three all-reduces, overwrites fp32 logits in forward and saves the softmax.
 Not here: the output layer (linear_fused.py), torch.compile (compiled.py), Megatron (hosts/).
@@ -28,7 +29,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_dft.ops import torch_backend
 from megatron_dft.ops.objectives import NLL, Objective, loss_and_gate, parse_objective
-from megatron_dft.ops.stats import COLLISION, ENTROPY, TokenStats, VocabShard, accumulation_dtype
+from megatron_dft.ops.stats import COLLISION, ENTROPY, MEDIAN, TokenStats, VocabShard, accumulation_dtype
 
 BACKENDS = ("auto", "torch", "triton")
 
@@ -60,6 +61,7 @@ class Kernels(Protocol):
         objective: Objective,
         needs: frozenset[str],
         return_nll: bool,
+        batch_group: ProcessGroup | None = None,
     ) -> tuple[Tensor, Tensor, TokenStats]:
         """Loss [...], saved for backward [3, ...] (maximum, log-sum, gate), merged statistics [...]."""
 
@@ -86,6 +88,7 @@ class LossOptions:
     true_vocab_size: int | None = None
     backend: str = "auto"
     inplace_backward: bool = False
+    batch_group: ProcessGroup | None = None  # ranks that share the statistics of a batch
     statistics: frozenset[str] = frozenset()  # for metrics, beyond what the objective needs
 
     def __post_init__(self) -> None:
@@ -184,6 +187,7 @@ def gather_and_merge(
         objective=options.objective,
         needs=options.needs,
         return_nll=options.return_nll,
+        batch_group=options.batch_group,
     )
 
 
@@ -284,6 +288,7 @@ def vocab_parallel_dft_loss(
     true_vocab_size: int | None = None,
     backend: str = "auto",
     inplace_backward: bool = False,
+    batch_group: ProcessGroup | None = None,
 ) -> Tensor:  # [...]
     """Per-token loss of an objective, exact for a vocabulary split over `tp_group`.
 
@@ -303,6 +308,7 @@ def vocab_parallel_dft_loss(
         inplace_backward: write the gradient over the logits, which saves a buffer of their size. The logits must not
             be a leaf. Autograd raises its version error if they are used again in a later backward. Under torch.compile
             the compiler places the gradient.
+        batch_group: the data- and context-parallel ranks whose tokens share the median of `talr`; None: this rank.
 
     Returns:
         [...], the loss in nats, fp32 (fp64 for fp64 logits).
@@ -322,6 +328,7 @@ def vocab_parallel_dft_loss(
             return_nll=return_nll,
             true_vocab_size=true_vocab_size,
             backend=backend,
+            batch_group=batch_group,
         )
     options = LossOptions(
         objective=parse_objective(objective),
@@ -331,6 +338,7 @@ def vocab_parallel_dft_loss(
         true_vocab_size=true_vocab_size,
         backend=backend,
         inplace_backward=inplace_backward,
+        batch_group=batch_group,
     )
     return loss_and_stats(vocab_parallel_logits, target, options)[0]
 
@@ -387,7 +395,7 @@ def token_loss(
         ValueError: for an unknown objective, one that needs entropy or collision, or a scheduled one without a blend.
     """
     chosen = parse_objective(objective)
-    if chosen.needs:
+    if chosen.needs - {MEDIAN}:
         raise ValueError(
             f"token_loss: objective {str(chosen)!r} requires {', '.join(sorted(chosen.needs))}, which the NLL does not "
             "contain; call vocab_parallel_dft_loss with the logits"
