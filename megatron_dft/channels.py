@@ -4,7 +4,8 @@
 
 Megatron scripts pass known tensors to the model and drop all others. Labels reach every place: they are broadcast to
 tensor-parallel ranks, split for context parallelism, flattened for packed sequences, and read on the last pipeline
-stage. A label has 64 bits, of which a token id needs 20. The channel uses the upper half. If channels are configured
+stage. A label has 64 bits, of which a token id needs 20. The channel has the bits 32 to 47, a reference
+log-probability those above (ops/reference.py). If channels are configured
 (`--dft-channels`), `install` removes it before the model receives the labels. No other tensor is sent.
 """
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 OTHER = "other"  # channel 0
 SHIFT = 32
+MASK = 0xFFFF << SHIFT
 
 
 def with_channels(
@@ -37,9 +39,9 @@ def split_channels(
     A label whose channel is not in range(channels) keeps all its bits. It is no token id then, and its loss is NaN, as
     for every label that is out of range.
     """
-    channel = labels >> SHIFT
-    carries = (channel >= 0) & (channel < channels)
-    return torch.where(carries, labels & ((1 << SHIFT) - 1), labels), torch.where(carries, channel, 0)
+    channel = (labels & MASK) >> SHIFT
+    carries = (labels >= 0) & (channel < channels)
+    return torch.where(carries, labels & ~MASK, labels), torch.where(carries, channel, 0)
 
 
 def channel_names(specification: str | None) -> tuple[str, ...]:

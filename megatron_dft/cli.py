@@ -1,4 +1,4 @@
-"""The command megatron-dft: train, bridge, data, advise, doctor.
+"""The command megatron-dft: train, bridge, data, reference, advise, doctor.
 
 Each command is the main() of a module, which torchrun starts with `-m`: see `COMMANDS`.
 """
@@ -15,6 +15,7 @@ COMMANDS = {
     "train": ("megatron_dft.launch", "run a Megatron-LM script with another training objective"),
     "bridge": ("megatron_dft.launch_bridge", "fine-tune a Megatron-Bridge recipe with another training objective"),
     "data": ("megatron_dft.data", "tokenize and pack chat data"),
+    "reference": ("megatron_dft.advisor.reference", "add the log-probabilities of a reference model to a token file"),
     "advise": ("megatron_dft.advisor", "recommend an objective for a data set"),
     "doctor": ("megatron_dft.doctor", "check a run before it starts"),
 }

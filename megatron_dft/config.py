@@ -19,6 +19,7 @@ from megatron_dft.channels import channel_names
 from megatron_dft.metrics import LEVELS, MetricSpec
 from megatron_dft.ops.linear_fused import VOCAB_CHUNK, Split
 from megatron_dft.ops.objectives import OBJECTIVES, Objective, parse_objective
+from megatron_dft.ops.stats import REFERENCE
 from megatron_dft.ops.vocab_parallel import BACKENDS, LossOptions
 from megatron_dft.utils import nearest
 
@@ -93,6 +94,11 @@ class DFTConfig:
             self.options()
             self.split()
             channel_names(self.channels)
+            if self.mtp == "same" and self.of_reference:
+                raise ValueError(
+                    f"mtp (--dft-mtp same): multi-token prediction has no reference log-probabilities for "
+                    f"{self.loss_type}; use --dft-mtp nll"
+                )
 
     @property
     def enabled(self) -> bool:
@@ -103,6 +109,11 @@ class DFTConfig:
     def objective(self) -> Objective:
         """The parsed `loss_type`."""
         return parse_objective(self.loss_type)
+
+    @property
+    def of_reference(self) -> bool:
+        """Whether the objective needs reference log-probabilities, which labels carry."""
+        return self.enabled and REFERENCE in self.objective.needs
 
     @cached_property
     def metric_spec(self) -> MetricSpec:

@@ -7,6 +7,9 @@
     dft/gate      mean gate: the factor on the cross entropy's gradient, per token; 1 for nll
     dft/accuracy  share of targets that are the top-1 prediction
     dft/entropy   mean entropy of the prediction, nats, if the objective computes it
+    dft/kl        mean of 1/r - 1 + ln r, the k3 estimate of the KL divergence to the reference, nats; r = p / p_ref
+    dft/ratio     mean of r, for objectives with a reference, like dft/kl
+    dft/clipped   share of tokens with r outside the limits of the objective (iw, psft)
     dft/blend     b of a scheduled objective: 0 is nll, 1 the objective
 
 `MetricSpec`, as configured with `metrics` and `channels`:
@@ -92,6 +95,10 @@ def token_metrics(
         columns["dft/accuracy"] = stats.top1.to(stats.loss.dtype)
     if stats.entropy is not None and ENTROPY in objective.needs:
         columns["dft/entropy"] = stats.entropy
+    if stats.reference is not None:
+        columns |= {"dft/kl": stats.kl, "dft/ratio": stats.ratio}
+        if (clipped := objective.clipped(stats)) is not None:
+            columns["dft/clipped"] = clipped.to(stats.loss.dtype)
     if isinstance(objective, Blended):
         columns["dft/blend"] = objective.blend.to(stats.loss.dtype).expand_as(stats.loss)
     weight = loss_mask.float() * stats.valid

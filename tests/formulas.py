@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -21,10 +22,16 @@ class Token:
     p: Tensor  # [...] probability of the target
     softmax: Tensor  # [..., V]
     valid: Tensor  # [...]
+    q: Tensor | None = None  # [...] probability of the target under the reference model
 
     @property
     def H(self) -> Tensor:
         return -torch.special.xlogy(self.softmax, self.softmax).sum(-1)
+
+    @property
+    def r(self) -> Tensor:
+        assert self.q is not None
+        return self.p / self.q
 
     @property
     def C(self) -> Tensor:
@@ -83,12 +90,36 @@ FORMULAS: dict[str, Callable[[Token], Tensor]] = {
 }
 
 
+# Objectives with a reference. Their targets come from `referenced`.
+REFERENCE_FORMULAS: dict[str, Callable[[Token], Tensor]] = {
+    "asft:lambda=0.03,clamp=0": lambda t: sg(t.p) * t.l + 0.03 * (1 / t.r - 1 + torch.log(t.r)),
+    "asft:lambda=0.5,clamp=0": lambda t: sg(t.p) * t.l + 0.5 * (1 / t.r - 1 + torch.log(t.r)),
+    "iw:lo=0.2,hi=1.8": lambda t: sg(t.r.clamp(0.2, 1.8)) * t.l,
+    "iw:lo=0.0,hi=3.0": lambda t: sg(t.r.clamp(0, 3)) * t.l,
+    "psft:eps=0.28": lambda t: sg(torch.where(t.r <= 1.28, t.r, 0)) * t.l,
+    "psft:eps=1.0": lambda t: sg(torch.where(t.r <= 2, t.r, 0)) * t.l,
+}
+
+
+def referenced(logits: Tensor, target: Tensor, seed: int = 0) -> Tensor:
+    """Targets with the NLL of a reference model whose logits are near the given ones."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(target.shape, generator=generator, dtype=torch.float64)
+    nll = (token(logits.double(), target).l + noise).abs().numpy().astype(numpy.float16)
+    bits = torch.from_numpy(nll.view(numpy.int16).astype(numpy.int64))
+    return torch.where(target < 0, target, target + bits * 2**48)
+
+
 def token(logits: Tensor, target: Tensor, ignore_index: int = -100) -> Token:
     """The quantities of each token, differentiable with respect to the logits [..., V]."""
-    valid = target != ignore_index
+    valid, q = target != ignore_index, None
+    if (target >= 2**48).any():
+        bits = (target.clamp(min=0) // 2**48).numpy().astype(numpy.int16)
+        q = torch.exp(-torch.from_numpy(bits.view(numpy.float16).astype(numpy.float64)))
+        target = torch.where(target < 0, target, target % 2**48)
     logprobs = torch.log_softmax(logits, -1)
     l = -logprobs.gather(-1, target.masked_fill(~valid, 0)[..., None])[..., 0]  # noqa: E741
-    return Token(l, torch.exp(-l), logprobs.exp(), valid)
+    return Token(l, torch.exp(-l), logprobs.exp(), valid, q)
 
 
 def example(*shape: int, vocab: int = 11, seed: int = 0, spread: float = 3.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,6 +148,6 @@ def loss_and_gradient(
     """Per-token loss [...] and gradient [..., V] of (upstream x loss).sum(), in fp64."""
     leaf = logits.detach().double().requires_grad_()
     t = token(leaf[..., :true_vocab_size], target)
-    loss = torch.where(t.valid, FORMULAS[specification](t), 0.0)
+    loss = torch.where(t.valid, (FORMULAS | REFERENCE_FORMULAS)[specification](t), 0.0)
     (gradient,) = torch.autograd.grad(loss, leaf, upstream.double())
     return loss.detach(), gradient

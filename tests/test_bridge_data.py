@@ -16,6 +16,7 @@ from host_runs import BRIDGE, EXAMPLE, ROOT, Host, agree
 from test_bridge_host import hub  # noqa: F401
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from megatron_dft import DFTConfig
 from megatron_dft.data import __main__ as command
 from megatron_dft.data.token_file import TokenFile
 
@@ -237,6 +238,6 @@ def test_data_set_requires_check_and_can_be_pickled(host):
     assert section.seq_length == section.offline_packing_specs.packed_sequence_size == LENGTH
     with pytest.raises(ValueError, match=r"check_token_files\(cfg\) was not called"):
         section.build_datasets(DatasetBuildContext(8, 0, 0))
-    rows = TokenRows(TokenFile(str(host.train)), 100, 1234, ("other", "maths"))
+    rows = TokenRows(TokenFile(str(host.train)), 100, 1234, DFTConfig("dft", channels="maths"))
     again = pickle.loads(pickle.dumps(rows))
     assert len(again) == 100 and all((again[99][name] == rows[99][name]).all() for name in rows[99])

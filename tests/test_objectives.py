@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from formulas import FORMULAS, example, loss_and_gradient, token, top_k_entropy
+from formulas import FORMULAS, REFERENCE_FORMULAS, example, loss_and_gradient, token, top_k_entropy
 from kernel_cases import at_iteration
 
 from megatron_dft import OBJECTIVES, Objective, TokenStats, parse_objective, token_loss, vocab_parallel_dft_loss
-from megatron_dft.ops.objectives import Power, Reweighted, Scheduled, Tsallis
+from megatron_dft.ops.objectives import WITHOUT_REFERENCE, Power, Reweighted, Scheduled, Tsallis
 from megatron_dft.ops.stats import ShardStats, token_stats
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-12}
@@ -42,8 +42,9 @@ def gradient(specification, logits, target, upstream):
 
 
 def test_every_objective_has_formula():
-    assert {name.partition(":")[0] for name in FORMULAS} == set(OBJECTIVES)
-    assert {str(cls()) for cls in OBJECTIVES.values()} <= set(FORMULAS)
+    assert {name.partition(":")[0] for name in FORMULAS} == set(WITHOUT_REFERENCE)
+    assert {name.partition(":")[0] for name in FORMULAS | REFERENCE_FORMULAS} == set(OBJECTIVES)
+    assert {str(cls()) for cls in OBJECTIVES.values()} <= set(FORMULAS | REFERENCE_FORMULAS)
 
 
 @pytest.mark.parametrize("specification", FORMULAS)
@@ -195,7 +196,7 @@ def test_rounding_keeps_probability_at_most_one():
     assert nll.grad.item() == 1.0
 
 
-@pytest.mark.parametrize("specification", FORMULAS)
+@pytest.mark.parametrize("specification", [*FORMULAS, *REFERENCE_FORMULAS])
 def test_specification_round_trips(specification):
     objective = parse_objective(specification)
     assert str(objective) == specification
@@ -238,6 +239,11 @@ def test_omitted_parameters_keep_defaults():
         ("luffy:gamma=0", "'luffy': expected 1e-9 <= gamma <= 1e9, got"),
         ("eaft:k=1", "'eaft': expected k=0, or 2 <= k <= 1024, got"),
         ("eaft:alpha=-1", "'eaft': expected 0 <= alpha <= 3e38, got"),
+        ("asft:lambda=-1", "'asft': expected 0 <= lambda <= 1e9, got"),
+        ("asft:clamp=2", "'asft': expected clamp=0 or clamp=1, got"),
+        ("asft:lambda_=1", "'asft': expected lambda=, clamp=, start=, ramp=, got 'lambda_=1'"),
+        ("iw:lo=2", "'iw': expected 0 <= lo <= hi <= 1e9, got"),
+        ("psft:eps=-1", "'psft': expected 0 <= eps <= 1e9, got"),
         ("trsft:alpha=0", "'trsft': expected 1e-38 <= alpha <= 1, got"),
         ("dft:start=-1", "'dft': expected start >= 0 and ramp >= 0, got 'dft:start=-1,ramp=0'"),
         ("dft:ramp=-1", "'dft': expected start >= 0 and ramp >= 0"),

@@ -17,17 +17,18 @@ import torch
 from torch import Tensor
 
 from megatron_dft import OBJECTIVES, DFTConfig, TokenStats
-from megatron_dft.ops.objectives import TALR, Cayley, Entropy, Objective, Prob
+from megatron_dft.ops.objectives import TALR, WITHOUT_REFERENCE, Cayley, Entropy, Objective, Prob
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "docs" / "figures"
 
 
-def objectives_table() -> str:
+def objectives_table(names: Iterable[str]) -> str:
     """One row per objective: specification, loss, gate, parameters with their defaults."""
     lines = ["| `--loss-type` | loss | gate | parameters (default) |", "|---|---|---|---|"]
-    for name, cls in OBJECTIVES.items():
-        parameters = ", ".join(f"{f.name} ({f.default})" for f in fields(cls))
+    for name in names:
+        cls = OBJECTIVES[name]
+        parameters = ", ".join(f"{key} ({getattr(cls, field)})" for key, field in cls.parameters().items())
         loss, gate = cls.formula
         lines.append(f"| `{name}` | {loss} | {gate} | {parameters} |")
     return "\n".join(lines)
@@ -48,10 +49,9 @@ def configuration_table() -> str:
 
 def sections() -> dict[Path, dict[str, str]]:
     """The generated tables of each file, by the name of their markers."""
-    objectives = {"objectives": objectives_table()}
     return {
-        ROOT / "README.md": objectives,
-        ROOT / "docs" / "objectives.md": objectives,
+        ROOT / "README.md": {"objectives": objectives_table(WITHOUT_REFERENCE)},
+        ROOT / "docs" / "objectives.md": {"objectives": objectives_table(OBJECTIVES)},
         ROOT / "docs" / "configuration.md": {"configuration": configuration_table()},
     }
 
@@ -88,8 +88,8 @@ def draw_gates(path: Path) -> None:
     """Gate over the probability of the target, of every objective."""
     plt = pyplot()
     of_p, of_more = [], []
-    for cls in OBJECTIVES.values():
-        if cls is not Prob:  # its gate is that of dft
+    for cls in map(OBJECTIVES.get, WITHOUT_REFERENCE):
+        if cls is not None and cls is not Prob:  # its gate is that of dft
             (of_more if cls.needs or cls is Cayley else of_p).append(cls())
     of_more += [Entropy(form=form) for form in ("complement", "exponential")]
     prob = torch.linspace(1e-4, 1.0, 1000, dtype=torch.float64)

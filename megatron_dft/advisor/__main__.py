@@ -27,7 +27,7 @@ from typing import Any
 from megatron_dft import launch
 from megatron_dft.advisor import evaluation, hugging_face
 from megatron_dft.metrics import BINS
-from megatron_dft.ops.objectives import OBJECTIVES, parse_objective
+from megatron_dft.ops.objectives import WITHOUT_REFERENCE, parse_objective
 from megatron_dft.utils import HelpFormatter, Parser
 
 USAGE = """megatron-dft advise --model FOLDER --data FILE [FILE ...] [options]
@@ -78,7 +78,7 @@ def _parser(script: bool = False, model: bool = False) -> argparse.ArgumentParse
     )
     add = parser.add_argument
     add("--advise-out", metavar="FOLDER", type=Path, default=Path("runs/advice"), help="output folder")
-    add("--advise-objectives", metavar="NAME", nargs="+", default=list(OBJECTIVES), help="objectives to compare")
+    add("--advise-objectives", metavar="NAME", nargs="+", default=list(WITHOUT_REFERENCE), help="objectives to compare")
     if model:
         hugging_face.add_arguments(parser.add_argument_group("with --model"), required=not script)
     if script:

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,13 +68,14 @@ def add_arguments(parser: argparse._ActionsContainer, required: bool = True) -> 
         help="tokens to evaluate, prompts included: whole records in random order until they have N tokens",
     )
     add("--train-iters", type=positive, metavar="N", help="training steps of your run: start and ramp of a schedule")
+    add_device_arguments(parser)
+
+
+def add_device_arguments(parser: argparse._ActionsContainer) -> None:
+    """Add --device and --dtype."""
+    add = parser.add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is a GPU, else cpu")
-    add(
-        "--dtype",
-        choices=("auto", *DTYPES),
-        default="auto",
-        help="dtype of the weights; auto: cuda bf16, cpu fp32",
-    )
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help="dtype of the weights; auto: cuda bf16, cpu fp32")
 
 
 def evaluate(args: argparse.Namespace, objectives: Sequence[Objective]) -> dict[str, Any]:
@@ -84,18 +86,15 @@ def evaluate(args: argparse.Namespace, objectives: Sequence[Objective]) -> dict[
         ValueError: for missing packages, an invalid model, tokenizer or data, no usable record, token ids that the
             model does not have, or too little GPU memory.
     """
-    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
-        raise ValueError(f"--model: missing packages: {', '.join(missing)}; pip install 'megatron_dft[data,advisor]'")
+    check_packages()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("--model evaluates on one device; start it with megatron-dft advise, without torchrun")
-    device = _device(args.device)
-    dtype = DTYPES[{"cuda": "bf16", "cpu": "fp32"}[device.type] if args.dtype == "auto" else args.dtype]
-    config = _config(args.model)
-    positions = getattr(config, "max_position_embeddings", None) or math.inf
-    sample = _sample(args, positions)
-    _check_fit(sample, args.model, config.vocab_size, positions)
+    device, dtype = device_and_dtype(args)
+    config = config_of(args.model)
+    sample = _sample(args, _positions(config))
+    check_fit(args.model, config, sample.max_id, max(len(sequence.ids) for sequence in sample.sequences))
     try:
-        model = _model(args.model, dtype).to(device)
+        model = load_model(args.model, dtype).to(device)
         statistics = statistics_of(model, sample.sequences, objectives)
     except torch.OutOfMemoryError:
         raise ValueError(
@@ -107,6 +106,24 @@ def evaluate(args: argparse.Namespace, objectives: Sequence[Objective]) -> dict[
     return {**result, "data": sample.report()}
 
 
+def nll_of(model: Any, sequences: Sequence[TokenSequence], bar: Any) -> list[np.ndarray]:
+    """The NLL [s] of the tokens of each sequence, nats, fp32; 0 for tokens that are not trained.
+
+    `bar` is a progress bar of tokens.
+    """
+    found: dict[int, np.ndarray] = {}
+    model.eval()
+    with torch.inference_mode():
+        for batch in batches_of(sequences, BATCH_TOKENS[model.device.type]):
+            nll = token_batch(model, batch, [sequence.channel for sequence in batch]).stats.nll[0].cpu()
+            for sequence, part in zip(batch, nll.split([int(x.trained[1:].sum()) for x in batch]), strict=True):
+                values = np.zeros(len(sequence.ids), dtype=np.float32)
+                values[1:][sequence.trained[1:]] = part.numpy()
+                found[id(sequence)] = values
+                bar.update(len(sequence.ids))
+    return [found[id(sequence)] for sequence in sequences]
+
+
 def statistics_of(model: Any, sequences: Sequence[TokenSequence], objectives: Sequence[Objective]) -> DatasetStatistics:
     """The statistics of the trained tokens. Channels have the names of the sequences."""
     from tqdm import tqdm
@@ -116,13 +133,13 @@ def statistics_of(model: Any, sequences: Sequence[TokenSequence], objectives: Se
     model.eval()
     total = sum(len(sequence.ids) for sequence in sequences)
     with torch.inference_mode(), tqdm(total=total, unit="token", desc="evaluating", disable=None) as bar:
-        for batch in _batches(sequences, BATCH_TOKENS[model.device.type]):
-            statistics.add(_token_batch(model, batch, channels))
+        for batch in batches_of(sequences, BATCH_TOKENS[model.device.type]):
+            statistics.add(token_batch(model, batch, channels))
             bar.update(sum(len(sequence.ids) for sequence in batch))
     return statistics
 
 
-def _batches(sequences: Sequence[TokenSequence], tokens: int) -> Iterator[list[TokenSequence]]:
+def batches_of(sequences: Sequence[TokenSequence], tokens: int) -> Iterator[list[TokenSequence]]:
     """Batches of at most `tokens` tokens, padding included; at least one sequence each. The longest come first."""
     batch: list[TokenSequence] = []
     for sequence in sorted(sequences, key=lambda sequence: len(sequence.ids), reverse=True):
@@ -134,7 +151,7 @@ def _batches(sequences: Sequence[TokenSequence], tokens: int) -> Iterator[list[T
         yield batch
 
 
-def _token_batch(model: Any, sequences: list[TokenSequence], channels: list[str]) -> TokenBatch:
+def token_batch(model: Any, sequences: list[TokenSequence], channels: list[str]) -> TokenBatch:
     """Statistics of the n trained tokens of a batch, [1, n]."""
     shape = len(sequences), len(sequences[0].ids)
     tokens = torch.zeros(shape, dtype=torch.int64)
@@ -184,6 +201,18 @@ def _output_layer_at(model: Any, places: Tensor) -> Iterator[None]:
 # Model and data
 
 
+def check_packages() -> None:
+    """Raises ValueError for missing packages."""
+    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
+        raise ValueError(f"--model: missing packages: {', '.join(missing)}; pip install 'megatron_dft[data,advisor]'")
+
+
+def device_and_dtype(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    """Device, and dtype of the weights. Raises ValueError for cuda without a GPU."""
+    device = _device(args.device)
+    return device, DTYPES[{"cuda": "bf16", "cpu": "fp32"}[device.type] if args.dtype == "auto" else args.dtype]
+
+
 def _device(name: str) -> torch.device:
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
@@ -191,7 +220,7 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
-def _config(folder: str) -> Any:
+def config_of(folder: str) -> Any:
     from transformers import AutoConfig
 
     if not os.path.isdir(folder):  # transformers would look for it on the Hub
@@ -205,7 +234,7 @@ def _config(folder: str) -> Any:
     return config
 
 
-def _model(folder: str, dtype: torch.dtype) -> Any:
+def load_model(folder: str, dtype: torch.dtype) -> Any:
     import transformers
     from transformers.utils import logging
 
@@ -266,8 +295,6 @@ def _tokenizer_folder(args: argparse.Namespace) -> tuple[str, str]:
 
 def _check_token_files(args: argparse.Namespace, files: list[str], token_files: list[str]) -> None:
     """Raises ValueError for other data beside token files, options without effect on them, or another tokenizer."""
-    from megatron_dft.data.token_file import TokenFile
-
     if others := [file for file in files if file not in token_files]:
         raise ValueError(f"{others[0]}: expected a token file like {token_files[0]}; pass them in separate runs")
     for flag, given in {
@@ -280,22 +307,33 @@ def _check_token_files(args: argparse.Namespace, files: list[str], token_files: 
     }.items():
         if given:
             raise ValueError(f"{flag} has no effect on {token_files[0]}, which contains tokens; remove it")
+    check_tokenizer(args, token_files)
+
+
+def check_tokenizer(args: argparse.Namespace, token_files: Sequence[str]) -> None:
+    """Raises ValueError for token files of another tokenizer than that of --tokenizer or --model."""
+    from megatron_dft.data.token_file import TokenFile
+
     folder, option = _tokenizer_folder(args)
     tokenizer = options.auto_tokenizer(folder, option, local_files_only=True)
     for file in token_files:
         check_fingerprint(file, TokenFile(file).header.fingerprint, tokenizer, f"{option} {folder}")
 
 
-def _check_fit(sample: Sample, folder: str, vocab_size: int, positions: float) -> None:
-    """Raises ValueError if the model has no embedding for a token or a position of the sample."""
-    if sample.max_id >= vocab_size:
+def check_fit(folder: str, config: Any, max_id: int, longest: int) -> None:
+    """Raises ValueError if the model has no embedding for a token id, or for a position of the longest sequence."""
+    if max_id >= config.vocab_size:
         raise ValueError(
-            f"--data: contains token id {sample.max_id}, --model {folder} has a vocabulary of {vocab_size}; use the "
+            f"--data: contains token id {max_id}, --model {folder} has a vocabulary of {config.vocab_size}; use the "
             "tokenizer of the model"
         )
-    longest = max(len(sequence.ids) for sequence in sample.sequences)
+    positions = _positions(config)
     if longest > positions:
         raise ValueError(
             f"--data: contains a sequence of {longest} tokens, --model {folder} has {positions} positions "
             f"(max_position_embeddings); use --seq-length {positions}"
         )
+
+
+def _positions(config: Any) -> float:
+    return getattr(config, "max_position_embeddings", None) or math.inf

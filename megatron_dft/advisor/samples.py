@@ -20,7 +20,7 @@ import numpy as np
 
 from megatron_dft.data import sources
 from megatron_dft.data.prepare import MAX_PRINTED, Outcome, Plan, encode_records
-from megatron_dft.data.token_file import TokenFile
+from megatron_dft.data.token_file import Header, Row, TokenFile
 from megatron_dft.data.tokens import ConversationTokenizer
 
 SEED = 0
@@ -68,11 +68,11 @@ class Sample:
     tokens: int = 0
     sequences: list[TokenSequence] = field(default_factory=list)
 
-    def add(self, ids: np.ndarray, trained: np.ndarray, channel: str) -> None:
+    def add(self, sequence: TokenSequence) -> None:
         """Add a sequence."""
-        self.sequences.append(TokenSequence(ids.astype(np.int64), trained, channel))
-        self.max_id = max(self.max_id, int(ids.max()))
-        self.tokens += len(ids)
+        self.sequences.append(sequence)
+        self.max_id = max(self.max_id, int(sequence.ids.max()))
+        self.tokens += len(sequence.ids)
 
     def report(self) -> dict[str, Any]:
         """The counts as JSON."""
@@ -143,7 +143,7 @@ def _add(sample: Sample, outcome: Outcome) -> None:
             print("further rejected records are counted, not printed", file=sys.stderr)
     for stored in outcome.sequences:
         numbers = np.frombuffer(stored, dtype=np.int32)
-        sample.add(np.abs(numbers) - 1, numbers > 0, outcome.channel)
+        sample.add(TokenSequence((np.abs(numbers) - 1).astype(np.int64), numbers > 0, outcome.channel))
 
 
 def of_token_files(files: list[TokenFile], tokens: int) -> Sample:
@@ -152,13 +152,18 @@ def of_token_files(files: list[TokenFile], tokens: int) -> Sample:
     random.Random(SEED).shuffle(places)
     sample = Sample("rows", total=len(places), max_id=max(file.header.max_id for file in files))
     for file, i in places:
-        row = file[i]
         sample.used += 1
-        first = 0
-        for length, channel in zip(row.lengths.tolist(), row.channels.tolist(), strict=True):
-            part = slice(first, first + length)
-            sample.add(row.input_ids[part], row.loss_weights[part] > 0, file.header.channels[channel])
-            first += length
+        for sequence in sequences_of(file[i], file.header):
+            sample.add(sequence)
         if sample.tokens >= tokens:
             break
     return sample
+
+
+def sequences_of(row: Row, header: Header) -> Iterator[TokenSequence]:
+    """The conversations of a row of a token file, in order."""
+    first = 0
+    for length, channel in zip(row.lengths.tolist(), row.channels.tolist(), strict=True):
+        part = slice(first, first + length)
+        yield TokenSequence(row.input_ids[part].astype(np.int64), row.loss_weights[part] > 0, header.channels[channel])
+        first += length

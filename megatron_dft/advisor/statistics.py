@@ -31,7 +31,7 @@ from torch import Tensor
 
 from megatron_dft.metrics import BINS, TokenBatch, bin_of
 from megatron_dft.ops.objectives import Objective, loss_and_gate
-from megatron_dft.ops.stats import top_k
+from megatron_dft.ops.stats import REFERENCE, top_k
 
 KNOWN = 0.9  # top-1 accuracy
 WEAK = 0.1  # mean p
@@ -44,7 +44,7 @@ OBJECTIVE_SUMS = ("loss", "gate_mass", "gradient")
 class DatasetStatistics:
     """Sums over the tokens of a data set, accumulated on their device.
 
-    Raises ValueError for an objective whose statistics are not evaluated, `eaft:k=20`.
+    Raises ValueError for objectives that it cannot evaluate: `eaft:k=20`, and those with a reference.
     """
 
     def __init__(self, objectives: Sequence[Objective], channels: Sequence[str]) -> None:
@@ -52,6 +52,10 @@ class DatasetStatistics:
             if top_k(objective.needs):
                 raise ValueError(
                     f"--advise-objectives {objective}: the k largest logits are not evaluated; use eaft without k="
+                )
+            if REFERENCE in objective.needs:
+                raise ValueError(
+                    f"--advise-objectives {objective}: before training the model is the reference; remove it"
                 )
         self.objectives, self.channels = objectives, channels or ("all",)
         self._sums: list[Tensor] = []

@@ -153,8 +153,8 @@ def prepare(plan: Plan, tokenizer: ConversationTokenizer) -> dict[str, Any]:
     plan.check()
     plan.out.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        files = {name: stack.enter_context(_Unfinished(path)) for name, path in _targets(plan.out).items()}
-        spill = stack.enter_context(_Unfinished(plan.out.with_name(f"{plan.out.name}.tokens")))
+        files = {name: stack.enter_context(Unfinished(path)) for name, path in _targets(plan.out).items()}
+        spill = stack.enter_context(Unfinished(plan.out.with_name(f"{plan.out.name}.tokens")))
         statistics = Statistics()
         with files["rejected"].path.open("w") as rejected, spill.path.open("wb") as tokens:
             _tokenize(plan, tokenizer, statistics, rejected, tokens)
@@ -192,7 +192,7 @@ def _targets(out: Path) -> dict[str, Path]:
     return {"out": out, **side_files(out)}
 
 
-class _Unfinished:
+class Unfinished:
     """A temporary file in the same folder, renamed by `finish`, removed otherwise."""
 
     def __init__(self, target: Path) -> None:
@@ -200,7 +200,7 @@ class _Unfinished:
         self.prefix = f".{target.name}.unfinished-{socket.gethostname()}-"
         self.path = target.with_name(f"{self.prefix}{os.getpid()}")
 
-    def __enter__(self) -> _Unfinished:
+    def __enter__(self) -> Unfinished:
         for path in self.target.parent.iterdir():  # remove files of killed processes of this machine
             pid = path.name.removeprefix(self.prefix)
             if pid != path.name and not os.path.exists(f"/proc/{pid}") and os.path.isdir("/proc/self"):

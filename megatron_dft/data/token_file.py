@@ -6,6 +6,8 @@ A row is one training sequence:
     loss_weights  float16  weight of each token as a target: 0 or 1. 0 for the first token of a conversation
     lengths       int32    tokens per conversation
     channels      int32    channel of each conversation, an index into `Header.channels`
+    reference     float16  NLL of each trained token under the reference model, nats; only in files of
+                           `megatron-dft reference`
 
 The schema's metadata contains the `Header`: the settings of the file and the statistics of the data.
 """
@@ -26,6 +28,7 @@ import pyarrow as pa
 VERSION = 1
 ROWS = 256  # per record batch
 COLUMNS = {"input_ids": pa.int32(), "loss_weights": pa.float16(), "lengths": pa.int32(), "channels": pa.int32()}
+REFERENCE = "reference"
 KEY = b"megatron_dft"
 
 
@@ -37,6 +40,7 @@ class Row:
     loss_weights: np.ndarray
     lengths: np.ndarray
     channels: np.ndarray
+    reference: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Header:
         channels: channel names.
         fingerprint: tokenizer and chat template (`ConversationTokenizer.fingerprint`).
         statistics: the report of `python -m megatron_dft.data`.
+        reference: the reference model, as in `advisor.reference.identity`; None: no reference.
     """
 
     seq_length: int
@@ -64,28 +69,34 @@ class Header:
     channels: list[str]
     fingerprint: dict[str, Any]
     statistics: dict[str, Any]
+    reference: dict[str, Any] | None = None
+
+
+def columns_of(header: Header) -> dict[str, pa.DataType]:
+    """The columns of a file, with their types."""
+    return COLUMNS if header.reference is None else {**COLUMNS, REFERENCE: pa.float16()}
 
 
 def write(path: Path, header: Header, rows: Iterable[Row]) -> None:
     """Write a token file. Not atomic: write to a temporary path and rename it."""
     metadata = {KEY: json.dumps({"version": VERSION, **asdict(header)}).encode()}
-    schema = pa.schema([(name, pa.list_(kind)) for name, kind in COLUMNS.items()], metadata)
+    schema = pa.schema([(name, pa.list_(kind)) for name, kind in columns_of(header).items()], metadata)
     batch: list[Row] = []
     with path.open("wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for row in rows:
             batch.append(row)
             if len(batch) == ROWS:
-                writer.write_batch(_record_batch(batch, schema))
+                writer.write_batch(_record_batch(batch, schema, columns_of(header)))
                 batch.clear()
         if batch:
-            writer.write_batch(_record_batch(batch, schema))
+            writer.write_batch(_record_batch(batch, schema, columns_of(header)))
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
-def _record_batch(rows: list[Row], schema: pa.Schema) -> pa.RecordBatch:
+def _record_batch(rows: list[Row], schema: pa.Schema, kinds: dict[str, pa.DataType]) -> pa.RecordBatch:
     columns = []
-    for name, kind in COLUMNS.items():
+    for name, kind in kinds.items():
         parts = [getattr(row, name) for row in rows]
         offsets = np.cumsum([0, *map(len, parts)], dtype=np.int32)
         values = np.concatenate(parts).astype(kind.to_pandas_dtype(), copy=False)
@@ -115,7 +126,7 @@ class TokenFile:
             raise ValueError(
                 f"{path}: expected a token file of version {VERSION}; write it again with python -m megatron_dft.data"
             )
-        self.header = Header(**{field.name: stored[field.name] for field in fields(Header)})
+        self.header = Header(**{field.name: stored[field.name] for field in fields(Header) if field.name in stored})
         self._ends = np.cumsum([batch.num_rows for batch in self._batches]).tolist()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -131,7 +142,7 @@ class TokenFile:
         number = bisect.bisect_right(self._ends, index)
         batch = self._batches[number]
         place = index - (self._ends[number] - batch.num_rows)
-        return Row(*(_values(batch.column(name), place) for name in COLUMNS))
+        return Row(*(_values(batch.column(name), place) for name in columns_of(self.header)))
 
 
 def _values(column: pa.ListArray, place: int) -> np.ndarray:
@@ -148,6 +159,7 @@ class Sample:
         labels: int64 [s]; the next token, or -100 if it is not in the loss.
         loss_mask: float32 [s]; the weight of each label.
         channels: int64 [s]; channel of each label, an index into `Header.channels`.
+        reference: float32 [s]; NLL of each label under the reference model; NaN: none. None: the file has no reference.
         cu_seqlens: int32 [conversations + 1]; cumulative lengths of the conversations, padding included. The last
             conversation extends to the end of the row.
     """
@@ -158,6 +170,7 @@ class Sample:
     position_ids: np.ndarray
     channels: np.ndarray
     cu_seqlens: np.ndarray
+    reference: np.ndarray | None = None
 
 
 def sample_of(row: Row, header: Header) -> Sample:
@@ -176,6 +189,11 @@ def sample_of(row: Row, header: Header) -> Sample:
     loss_mask[targets] = weights
     labels = np.full(length, -100, dtype=np.int64)
     labels[targets] = np.where(weights > 0, row.input_ids[trains], -100)
+    reference = None
+    if row.reference is not None:
+        reference = np.full(length, np.nan, dtype=np.float32)
+        reference[targets] = row.reference[trains]
     sizes = np.diff(cu_seqlens)
     position_ids = np.arange(length) - np.repeat(cu_seqlens[:-1], sizes)
-    return Sample(tokens, labels, loss_mask, position_ids, np.repeat(row.channels.astype(np.int64), sizes), cu_seqlens)
+    channels = np.repeat(row.channels.astype(np.int64), sizes)
+    return Sample(tokens, labels, loss_mask, position_ids, channels, cu_seqlens, reference)

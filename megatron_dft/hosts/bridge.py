@@ -81,7 +81,7 @@ def show(cfg: Any, config: DFTConfig, forward_step: Callable[..., Any] | None = 
 def check_data(cfg: Any, config: DFTConfig) -> None:
     """Check token files against the run (`bridge_data.py`). Other data sets are not checked."""
     if hasattr(cfg.dataset, "check_token_files"):
-        cfg.dataset.check_token_files(cfg, config.metric_spec.channels)
+        cfg.dataset.check_token_files(cfg, config)
 
 
 def prepare(cfg: Any, config: DFTConfig) -> list[str]:

@@ -21,12 +21,14 @@ from megatron.bridge.data.base import DatasetBuildContext, DatasetProvider
 from megatron.bridge.data.packing.config import PackedSequenceSpecs
 from torch.utils.data import Dataset
 
+from megatron_dft.config import DFTConfig
 from megatron_dft.data.token_file import TokenFile, sample_of
 from megatron_dft.hosts.sft import check_channels
 from megatron_dft.hosts.token_data import (
     Layout,
     channels_of,
     check_layout,
+    check_reference,
     check_tokenizer,
     check_vocabulary,
     row_number,
@@ -57,7 +59,7 @@ class TokenFileDataset(DatasetProvider):
 
     def __post_init__(self) -> None:
         self._model: Any = None
-        self._channels: tuple[str, ...] = ()
+        self._config = DFTConfig()
 
     @property
     def seq_length(self) -> int:
@@ -69,12 +71,12 @@ class TokenFileDataset(DatasetProvider):
         """The packing, for Bridge's checks."""
         return PackedSequenceSpecs(packed_sequence_size=self.seq_length)
 
-    def check_token_files(self, cfg: Any, channels: tuple[str, ...] = ()) -> None:
+    def check_token_files(self, cfg: Any, config: DFTConfig | None = None) -> None:
         """Check the files against the run, before it starts. `build_datasets` requires this call.
 
         Args:
             cfg: the ConfigContainer of this object, with every override applied.
-            channels: channel names by number; empty: labels have no channels.
+            config: the settings of the objective; None: no channels and no reference.
 
         Raises:
             ValueError: if a file does not fit the run.
@@ -111,8 +113,10 @@ class TokenFileDataset(DatasetProvider):
                     "tokenizer.tokenizer_model",
                     trust_remote_code=cfg.tokenizer.trust_remote_code,
                 )
-        check_channels(channels, channels_of(paths), "dft.channels")
-        self._model, self._channels = model, channels
+        config = config or DFTConfig()
+        check_reference(paths, config.loss_type, config.of_reference)
+        check_channels(config.metric_spec.channels, channels_of(paths), "dft.channels")
+        self._model, self._config = model, config
 
     def build_datasets(self, context: DatasetBuildContext) -> tuple[Dataset | None, Dataset | None, None]:
         """The data sets for training and validation, with the number of samples that Bridge requests."""
@@ -132,7 +136,7 @@ class TokenFileDataset(DatasetProvider):
             return None
         file = TokenFile(path)
         check_vocabulary(path, file.header, self._model.vocab_size)
-        return TokenRows(file, samples, seed, self._channels)
+        return TokenRows(file, samples, seed, self._config)
 
 
 class TokenRows(Dataset):
@@ -141,11 +145,12 @@ class TokenRows(Dataset):
     Args:
         samples: length of the data set.
         seed: random seed of the row order per epoch; None: the order of the file.
-        channels: channel names by number; empty: labels have no channels.
+        config: the settings of the objective.
     """
 
-    def __init__(self, file: TokenFile, samples: int, seed: int | None, channels: tuple[str, ...]) -> None:
-        self.file, self.samples, self.seed, self.channels = file, samples, seed, channels
+    def __init__(self, file: TokenFile, samples: int, seed: int | None, config: DFTConfig) -> None:
+        self.file, self.samples, self.seed = file, samples, seed
+        self.channels, self.reference = config.metric_spec.channels, config.of_reference
 
     def __len__(self) -> int:
         return self.samples
@@ -155,7 +160,7 @@ class TokenRows(Dataset):
         cu_seqlens = torch.from_numpy(sample.cu_seqlens)
         max_seqlen = torch.tensor(numpy.diff(sample.cu_seqlens).max())
         return {
-            **tensors_of(sample, self.file.header, self.channels),
+            **tensors_of(sample, self.file.header, self.channels, self.reference),
             "cu_seqlens_q": cu_seqlens,
             "cu_seqlens_kv": cu_seqlens,
             "max_seqlen_q": max_seqlen,

@@ -68,6 +68,11 @@ def check_settings(settings: Any, config: DFTConfig) -> None:
                 "--dft-channels cannot be combined with --overlap-moe-expert-parallel-comm, whose schedule plan "
                 "bypasses forward, where channels are removed from the labels; remove one of the two"
             )
+        if config.of_reference:
+            raise ValueError(
+                f"--loss-type {config.loss_type} cannot be combined with --overlap-moe-expert-parallel-comm, whose "
+                "schedule plan bypasses forward, where the reference is removed from the labels; remove one of the two"
+            )
         if has_mtp(settings) and config.mtp == "nll":
             raise ValueError(
                 "--dft-mtp nll cannot be combined with --overlap-moe-expert-parallel-comm, under which the loss cannot "

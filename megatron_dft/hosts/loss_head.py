@@ -5,9 +5,9 @@
                                                                                       layer (compaction), or logits are
                                                                                       not materialized (linear_fused)
 
-`Inputs` are labels, loss mask and channels of one forward pass. `_target` transposes the labels and ignores those with
-loss mask 0. Loss, gradient and statistics cover valid tokens only. Labels of multi-token prediction also reach this
-loss.
+`Inputs` are labels, loss mask, channels and reference of one forward pass. `_target` transposes the labels and ignores
+those with loss mask 0. Loss, gradient and statistics cover valid tokens only. Labels of multi-token prediction also
+reach this loss.
 
 The output layer stays Megatron's own module. For compaction it is called, on fewer rows. Under sequence parallelism
 its input is gathered first, so its linear function is called without the layer's own gather. For linear_fused its
@@ -34,6 +34,7 @@ from megatron_dft.metrics import TokenBatch
 from megatron_dft.ops.compaction import gather_sequence, loss_all_tokens, loss_valid_tokens
 from megatron_dft.ops.linear_fused import Split, WeightGradient, linear_loss_and_stats
 from megatron_dft.ops.objectives import Blended, Objective, Scheduled
+from megatron_dft.ops.reference import split_reference, with_reference
 from megatron_dft.ops.stats import MEDIAN, TokenStats
 from megatron_dft.ops.vocab_parallel import LossOptions, loss_and_stats
 
@@ -47,6 +48,9 @@ class Schedule:
         self._objective = objective
         self._iteration: int | None = None
         self._blended: Blended | None = None
+
+    def __str__(self) -> str:
+        return str(self._objective)
 
     def begin(self, iteration: int) -> None:
         """Set the iteration, 1, 2, ... No host-device sync."""
@@ -77,6 +81,7 @@ class Inputs:
     labels: Tensor  # [b, s] int64, without channels
     loss_mask: Tensor | None  # as many elements as the labels
     channel: Tensor | None  # [b, s] int64; None: no channels are configured
+    reference: Tensor | None = None  # [b, s] log-probability under the reference model; None: not needed
 
 
 @dataclass(frozen=True)
@@ -123,12 +128,14 @@ class LossHead:
         self.compact = compat.compacts(model, config)
         self.split = config.split() if config.linear_fused else None
         self.channels = len(config.metric_spec.channels)
+        self.of_reference = config.of_reference
         self.host_loss = model.compute_language_model_loss
         self.separate_mtp = compat.has_mtp(model.config) and config.mtp == "nll"
         self.inputs: Inputs | None = None  # of the current forward pass, until its loss is computed
         self._bypassed: list[Tensor | None] = []  # the weight, if hidden states arrive instead of logits
         self.computed, self.trained = 0, 0  # losses with a graph, and those that received a gradient
         self.counted: Tensor | None = None  # whether a loss mask counted a token that has no loss
+        self.unknown: Tensor | None = None  # whether a label carried no reference
         self._recording = False
         self._micro_batches: list[MicroBatch] = []
 
@@ -156,7 +163,7 @@ class LossHead:
         return taken[0] if taken else None
 
     def receive(self, labels: Tensor, loss_mask: Tensor | None) -> Inputs:
-        """Record the arguments of a forward pass. The returned labels have no channels.
+        """Record the arguments of a forward pass. The returned labels have no channels and no reference.
 
         Raises:
             ValueError: for a loss mask whose size is not that of the labels.
@@ -166,10 +173,16 @@ class LossHead:
                 f"loss_mask: expected one weight for each of the labels {tuple(labels.shape)}, got "
                 f"{tuple(loss_mask.shape)}"
             )
-        channel = None
+        reference = channel = None
+        if self.of_reference:
+            labels, reference = split_reference(labels)
+            unknown = reference.isnan()
+            if loss_mask is not None:
+                unknown &= loss_mask.reshape(labels.shape) != 0.0
+            self.unknown = unknown.any() if self.unknown is None else self.unknown | unknown.any()
         if self.channels:
             labels, channel = split_channels(labels, self.channels)
-        self.inputs = Inputs(labels, loss_mask, channel)
+        self.inputs = Inputs(labels, loss_mask, channel, reference)
         return self.inputs
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
@@ -238,10 +251,12 @@ class LossHead:
         return Inputs(labels, None, None)
 
     def _target(self, inputs: Inputs) -> Tensor:
-        """[b, s] -> [s, b], ignored where the loss mask is 0."""
+        """[b, s] -> [s, b], ignored where the loss mask is 0. Carries the reference."""
         labels, mask = inputs.labels, inputs.loss_mask
         if mask is not None:
             labels = labels.masked_fill(mask.reshape(labels.shape) == 0.0, self.options.ignore_index)
+        if inputs.reference is not None:
+            labels = with_reference(labels, -inputs.reference)
         return labels.transpose(0, 1).contiguous()
 
     def _materialized(
@@ -298,7 +313,15 @@ class LossHead:
         self.counted = any_token if self.counted is None else self.counted | any_token
 
     def check_counted(self) -> None:
-        """One host-device sync. Raises ValueError if a loss mask counted a token that has no loss."""
+        """Raises ValueError if a loss mask counted a token that has no loss, or a label has no reference.
+
+        One host-device sync for each of the two.
+        """
+        if self.unknown is not None and self.unknown:
+            raise ValueError(
+                f"--loss-type {self.schedule}: a label carries no reference log-probability; train on token files of "
+                "megatron-dft reference, or return labels of with_reference from your data set"
+            )
         if self.counted is not None and self.counted:
             raise ValueError(
                 "loss_func: its loss mask counts tokens that have no loss, because their label is -100 or the "

@@ -121,8 +121,7 @@ def enable(
             settings = _settings(call)
             compat.check_settings(settings, config)
             sft.check_settings(settings)
-            channels = config.metric_spec.channels
-            call.arguments[DATASETS] = sft.dataset_provider(call.arguments[DATASETS], settings, channels)
+            call.arguments[DATASETS] = sft.dataset_provider(call.arguments[DATASETS], settings, config)
             prepare(call)
             with Patches() as patches, contextlib.ExitStack() as undo:
                 undo.callback(run.installations.clear)

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from megatron_dft.channels import OTHER, with_channels
+from megatron_dft.config import DFTConfig
 from megatron_dft.utils import nearest
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -88,15 +89,15 @@ def token_files(settings: Any) -> list[str]:
     return found
 
 
-def dataset_provider(provider: Callable[..., Any], settings: Any, channels: tuple[str, ...]) -> Callable[..., Any]:
+def dataset_provider(provider: Callable[..., Any], settings: Any, config: DFTConfig) -> Callable[..., Any]:
     """The data set provider for `pretrain()`: token files, or the script's own provider with checks."""
-    paths = token_files(settings)
+    paths, channels = token_files(settings), config.metric_spec.channels
     if not paths:
         return with_checks(provider, settings, channels)
     from megatron_dft.hosts import token_data
 
     check_channels(channels, token_data.channels_of(paths), "--dft-channels", settings.rank == 0)
-    return token_data.provider(settings, paths, channels)
+    return token_data.provider(settings, paths, config)
 
 
 def with_checks(provider: Callable[..., Any], settings: Any, channels: tuple[str, ...]) -> Callable[..., Any]:

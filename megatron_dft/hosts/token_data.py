@@ -18,7 +18,9 @@ from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
 
 from megatron_dft.channels import with_channels
+from megatron_dft.config import DFTConfig
 from megatron_dft.data.token_file import Header, Sample, TokenFile, sample_of
+from megatron_dft.ops.reference import with_reference
 
 UNUSED = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss", "fim_data", "mock_data")  # with token files
 HUGGING_FACE = ("HuggingFaceTokenizer", "SFTTokenizer")  # values of --tokenizer-type with a folder as --tokenizer-model
@@ -29,6 +31,7 @@ class TokenDatasetConfig(BlendedMegatronDatasetConfig):
     """Megatron's data set configuration, and the channel names by number."""
 
     channels: tuple[str, ...] = ()
+    reference: bool = False  # whether labels carry the reference
 
 
 class TokenDataset(MegatronDataset):
@@ -54,7 +57,7 @@ class TokenDataset(MegatronDataset):
         cu_seqlens = numpy.full(header.seq_length + 1, header.seq_length, dtype=numpy.int32)  # fixed size, for collate
         cu_seqlens[: len(sample.cu_seqlens)] = sample.cu_seqlens
         return {
-            **tensors_of(sample, header, self.config.channels),
+            **tensors_of(sample, header, self.config.channels, self.config.reference),
             "cu_seqlens": torch.from_numpy(cu_seqlens),
             "max_seqlen": torch.tensor(numpy.diff(sample.cu_seqlens).max()),
         }
@@ -71,12 +74,20 @@ def _order(count: int, seed: int, epoch: int) -> numpy.ndarray:
     return numpy.random.default_rng((seed, epoch)).permutation(count)
 
 
-def tensors_of(sample: Sample, header: Header, channels: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """Tokens, labels, loss mask and position ids of a sample, [s] each. Labels carry the named channels."""
+def tensors_of(
+    sample: Sample, header: Header, channels: tuple[str, ...], reference: bool = False
+) -> dict[str, torch.Tensor]:
+    """Tokens, labels, loss mask and position ids of a sample, [s] each.
+
+    Labels carry the named channels, and with `reference` the NLL under the reference model.
+    """
     labels = torch.from_numpy(sample.labels)
     if channels:
         numbers = numpy.array([_number(name, channels) for name in header.channels])
         labels = with_channels(labels, torch.from_numpy(numbers[sample.channels]))
+    if reference:
+        assert sample.reference is not None
+        labels = with_reference(labels, torch.from_numpy(sample.reference))
     return {
         "tokens": torch.from_numpy(sample.tokens),
         "labels": labels,
@@ -89,17 +100,18 @@ def _number(name: str, channels: tuple[str, ...]) -> int:
     return channels.index(name) if name in channels else 0
 
 
-def provider(settings: Any, paths: list[str], channels: tuple[str, ...]) -> Callable[..., Any]:
+def provider(settings: Any, paths: list[str], config: DFTConfig) -> Callable[..., Any]:
     """The data set provider for `pretrain()`.
 
     Args:
         settings: Megatron's arguments.
         paths: the token files in `settings`.
-        channels: channel names by number; empty: labels have no channels.
+        config: the settings of the objective.
 
     Raises:
         ValueError: if a file does not fit the run.
     """
+    check_reference(paths, config.loss_type, config.of_reference)
     for path in paths:
         check_fit(path, TokenFile(path).header, settings)
     check_validation(settings)
@@ -114,7 +126,7 @@ def provider(settings: Any, paths: list[str], channels: tuple[str, ...]) -> Call
         for path in paths:
             check_vocabulary(path, TokenFile(path).header, args.padded_vocab_size)
         blend, blend_per_split = get_blend_and_blend_per_split(args)
-        config = TokenDatasetConfig(
+        dataset_config = TokenDatasetConfig(
             random_seed=args.seed,
             sequence_length=args.seq_length,
             blend=blend,
@@ -124,10 +136,11 @@ def provider(settings: Any, paths: list[str], channels: tuple[str, ...]) -> Call
             multiple_validation_sets=args.multiple_validation_sets,
             full_validation=args.full_validation,
             num_dataset_builder_threads=args.num_dataset_builder_threads,
-            channels=channels,
+            channels=config.metric_spec.channels,
+            reference=config.of_reference,
         )
         return BlendedMegatronDatasetBuilder(
-            TokenDataset, sample_counts, lambda: mpu.get_tensor_model_parallel_rank() == 0, config
+            TokenDataset, sample_counts, lambda: mpu.get_tensor_model_parallel_rank() == 0, dataset_config
         ).build()
 
     provide.is_distributed = True  # type: ignore[attr-defined]  # Megatron then calls it on every rank
@@ -245,6 +258,24 @@ def check_vocabulary(path: str, header: Header, padded_vocab_size: int) -> None:
             f"{path}: contains token id {header.max_id}, the model has a vocabulary of {padded_vocab_size}; prepare "
             "the data with the tokenizer of the model"
         )
+
+
+def check_reference(paths: list[str], loss_type: str, required: bool) -> None:
+    """Raises ValueError if a required reference is missing, or the files have different ones."""
+    if not required:
+        return
+    again = "write it with megatron-dft reference FILE --model FOLDER --out FILE"
+    known: dict[str, Any] | None = None
+    for path in paths:
+        reference = TokenFile(path).header.reference
+        if reference is None:
+            raise ValueError(f"{path}: has no reference log-probabilities, which {loss_type} requires; {again}")
+        if known is not None and reference != known:
+            raise ValueError(
+                f"{path}: its reference model is {reference['model']} ({reference['weights']}), that of {paths[0]} is "
+                f"{known['model']} ({known['weights']}); {again} with one model for all files"
+            )
+        known = reference
 
 
 def channels_of(paths: list[str]) -> set[str]:

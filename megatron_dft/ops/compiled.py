@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_dft.ops.objectives import NLL, Objective, of_graph_name
+from megatron_dft.ops.objectives import Objective, of_graph_name
 from megatron_dft.ops.stats import accumulation_dtype
 from megatron_dft.ops.vocab_parallel import LossOptions, check_inputs, loss_backward, loss_forward
 
@@ -58,7 +58,7 @@ def _loss(
         backend=backend,
         batch_group=_group(batch_group),
     )
-    return loss_forward(logits, target, options)[:2]
+    return loss_forward(logits, *options.split(target, logits), options)[:2]
 
 
 @torch.library.custom_op("megatron_dft::loss_backward", mutates_args=())
@@ -67,17 +67,19 @@ def _loss_backward(
     target: Tensor,
     saved: Tensor,
     upstream: Tensor,
+    objective: str,
     tp_group: str | None,
     true_vocab_size: int | None,
     backend: str,
 ) -> Tensor:
     """Gradient of the logits [..., V/tp]."""
     options = LossOptions(
-        objective=NLL(),  # backward depends on the saved gate, not on the objective
+        objective=of_graph_name(objective),
         tp_group=_group(tp_group),
         true_vocab_size=true_vocab_size,
         backend=backend,
     )
+    target, _ = options.split(target, logits)
     return loss_backward(logits, target, saved, upstream, options, inplace=False)
 
 
@@ -94,9 +96,9 @@ def _(logits: Tensor, *others) -> Tensor:
 
 
 def _save_for_backward(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    logits, target, _, tp_group, _, _, true_vocab_size, backend, _ = inputs
+    logits, target, objective, tp_group, _, _, true_vocab_size, backend, _ = inputs
     ctx.save_for_backward(logits, target, output[1])
-    ctx.options = (tp_group, true_vocab_size, backend)
+    ctx.options = (objective, tp_group, true_vocab_size, backend)
 
 
 def _backward(ctx, upstream: Tensor, _) -> tuple:

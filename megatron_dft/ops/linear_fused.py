@@ -134,7 +134,8 @@ def linear_loss_and_stats(
     weight_gradient: type[WeightGradient] = WeightGradient,
 ) -> tuple[Tensor, TokenStats]:
     """`linear_dft_loss` of N rows without compaction, and their statistics."""
-    loss, *stats = _LinearLoss.apply(hidden, weight, target.contiguous(), options, split, weight_gradient)
+    target, reference = options.split(target.contiguous(), hidden)
+    loss, *stats = _LinearLoss.apply(hidden, weight, target, reference, options, split, weight_gradient)
     return loss, unpack_stats(stats, options.shard(len(weight)).vocab_size)
 
 
@@ -142,7 +143,16 @@ class _LinearLoss(torch.autograd.Function):
     """hidden [N, H] -> loss [N], differentiable, and the statistics, which are not; chunk by chunk."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor, options: LossOptions, split: Split, into):
+    def forward(
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        reference: Tensor | None,
+        options: LossOptions,
+        split: Split,
+        into: type[WeightGradient],
+    ):
         kernels, shard = options.kernels(hidden.device, hidden.dtype), options.shard(len(weight))
         chunks = split.columns(len(weight))
         count = split.keep_chunks if any(ctx.needs_input_grad) else 0
@@ -160,7 +170,7 @@ class _LinearLoss(torch.autograd.Function):
                     needs=options.needs,
                 )
             )
-        loss, saved, stats = gather_and_merge(kernels, torch.stack(sums), target, shard.vocab_size, options)
+        loss, saved, stats = gather_and_merge(kernels, torch.stack(sums), target, reference, shard.vocab_size, options)
         ctx.save_for_backward(hidden, weight, target, saved, *kept)
         ctx.settings = kernels, shard, chunks, options.tp_group, into
         return loss, *pack_stats(ctx, stats)
@@ -185,7 +195,7 @@ class _LinearLoss(torch.autograd.Function):
         return (
             hidden_gradient.result() if hidden_gradient else None,
             weight_gradient.result() if weight_gradient else None,
-            *[None] * 4,
+            *[None] * 5,
         )
 
 

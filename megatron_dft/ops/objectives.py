@@ -2,13 +2,18 @@
 
 For a token with target probability p and cross entropy l = -log p, every loss L here has
 
-    dL/dlogits = w (softmax - onehot(y)),        w = -dL/dlog p  >= 0, with every statistic in w detached.
+    dL/dlogits = w (softmax - onehot(y)),        w = -dL/dlog p, with every statistic in w detached.
+
+w >= 0, except for `asft`.
 
 An objective is a stateless function of per-token statistics [tokens] that returns (loss, gate w). It is independent of
 kernels and ranks. Two forms cover nearly all objectives:
 
     Reweighted   L = sg(w) l                 cross entropy with a detached weight: dft, mix, focal, chord, entropy, eaft
     Power        L = (1 - p^a) / a, w = p^a  Box-Cox from nll (a -> 0) to prob (a = 1): tsallis, deft, cayley
+
+asft, iw and psft depend on r = p / p_ref, with the probability p_ref of the target under a reference model
+(reference.py).
 
 A `Scheduled` objective starts as nll and is blended into another one during training: "dft:start=1000,ramp=500".
 
@@ -17,7 +22,7 @@ the statistics stays with its token. Label smoothing is not supported: a smoothe
 
 Sources: DFT arXiv:2508.05629; DEFT arXiv:2602.11424; BLL, "Beyond Log-Likelihood", arXiv:2510.00526; CHORD
 arXiv:2508.11408; LUFFY arXiv:2504.14945; focal loss arXiv:1708.02002; EAFT arXiv:2601.02151; TrSFT arXiv:2512.17636;
-TALR arXiv:2509.20758.
+TALR arXiv:2509.20758; ASFT arXiv:2509.23753; iw-SFT arXiv:2507.12856; PSFT arXiv:2508.17784.
 """
 
 from __future__ import annotations
@@ -30,7 +35,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from megatron_dft.ops.stats import COLLISION, ENTROPY, MEDIAN, TokenStats, top_k_need
+from megatron_dft.ops.stats import COLLISION, ENTROPY, MEDIAN, REFERENCE, TokenStats, top_k_need
 from megatron_dft.utils import nearest
 
 FP32 = torch.finfo(torch.float32)  # kernels compute in fp32, where a parameter beyond its range is 0 or inf
@@ -80,8 +85,17 @@ class Objective:
 
     def __str__(self) -> str:
         """The specification, as `parse_objective` reads it."""
-        parameters = ",".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))
+        parameters = ",".join(f"{key}={getattr(self, name)}" for key, name in self.parameters().items())
         return f"{self.name}:{parameters}" if parameters else self.name
+
+    @classmethod
+    def parameters(cls) -> dict[str, str]:
+        """Field by key of a specification. They differ for keywords of Python: `lambda` is `lambda_`."""
+        return {f.name.rstrip("_"): f.name for f in fields(cls)}  # type: ignore[arg-type]
+
+    def clipped(self, stats: TokenStats) -> Tensor | None:
+        """Tokens [...] whose ratio r is outside the limits of the objective; None: it has no limits."""
+        return None
 
     def _require(self, condition: bool, expected: str) -> None:
         if not condition:
@@ -381,6 +395,75 @@ class TALR(Reweighted):
 
 
 @dataclass(frozen=True)
+class ASFT(Objective):
+    """Anchored SFT: L = sg(p) l + lambda (1/r - 1 + ln r), gate p + lambda (1/r - 1). After arXiv:2509.23753.
+
+    The second term is the k3 estimate of the KL divergence to the reference, on the target alone. The paper takes the
+    divergence over the whole vocabulary, which needs the reference model in memory; its gradient is not gate x error.
+    The gate is negative, down to -lambda, where r is large: the target is pushed down to the reference. clamp=1
+    replaces negative gates by 0. ln r is clamped to [-20, 20].
+    """
+
+    name = "asft"
+    formula = ("sg(p) l + lambda (1/r - 1 + ln r)", "p + lambda (1/r - 1)")
+    needs = frozenset({REFERENCE})
+    lambda_: float = 0.03
+    clamp: int = 0
+
+    def __post_init__(self) -> None:
+        self._require(0.0 <= self.lambda_ <= 1e9, "0 <= lambda <= 1e9")
+        self._require(self.clamp in (0, 1), "clamp=0 or clamp=1")
+
+    def __call__(self, stats: TokenStats) -> tuple[Tensor, Tensor]:
+        dft = torch.where(stats.prob == 0.0, 0.0, stats.prob * stats.nll)
+        gate = stats.prob + self.lambda_ * torch.expm1(-stats.log_ratio)
+        return dft + self.lambda_ * stats.kl, gate.clamp(min=0.0) if self.clamp else gate
+
+
+@dataclass(frozen=True)
+class IW(Reweighted):
+    """Importance-weighted SFT, per token: L = sg(clamp(r, lo, hi)) l, gate clamp(r, lo, hi). arXiv:2507.12856."""
+
+    name = "iw"
+    formula = ("sg(clamp(r, lo, hi)) l", "clamp(r, lo, hi)")
+    needs = frozenset({REFERENCE})
+    lo: float = 0.2
+    hi: float = 1.8
+
+    def __post_init__(self) -> None:
+        self._require(0.0 <= self.lo <= self.hi <= 1e9, "0 <= lo <= hi <= 1e9")
+
+    def weight(self, stats: TokenStats) -> Tensor:
+        return stats.ratio.clamp(self.lo, self.hi)
+
+    def clipped(self, stats: TokenStats) -> Tensor | None:
+        return (stats.ratio < self.lo) | (stats.ratio > self.hi)
+
+
+@dataclass(frozen=True)
+class PSFT(Reweighted):
+    """Proximal SFT: L = sg(w) l, gate w = r where r <= 1 + eps, else 0. arXiv:2508.17784, against the reference.
+
+    The paper clips against the policy before the last update; here the reference stays the same during training. A
+    token stops training once its probability is above 1 + eps times that of the reference.
+    """
+
+    name = "psft"
+    formula = ("sg(w) l, w = r if r <= 1 + eps, else 0", "w")
+    needs = frozenset({REFERENCE})
+    eps: float = 0.28
+
+    def __post_init__(self) -> None:
+        self._require(0.0 <= self.eps <= 1e9, "0 <= eps <= 1e9")
+
+    def weight(self, stats: TokenStats) -> Tensor:
+        return stats.ratio.masked_fill(stats.ratio > 1.0 + self.eps, 0.0)  # NaN stays NaN
+
+    def clipped(self, stats: TokenStats) -> Tensor | None:
+        return stats.ratio > 1.0 + self.eps
+
+
+@dataclass(frozen=True)
 class Scheduled(Objective):
     """nll for `start` iterations, then a linear blend into `base` over `ramp` iterations, then `base`.
 
@@ -414,6 +497,9 @@ class Scheduled(Objective):
     def blend_at(self, iteration: int) -> float:
         """b of a training iteration 1, 2, ..."""
         return min(max((iteration - self.start) / max(self.ramp, 1), 0.0), 1.0)
+
+    def clipped(self, stats: TokenStats) -> Tensor | None:
+        return self.base.clipped(stats)
 
     def with_blend(self, blend: Tensor) -> Blended:
         """The objective whose b is in `blend`, a tensor without dimensions on the device of the logits."""
@@ -451,6 +537,9 @@ class Blended(Objective):
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         return self.schedule.needs
 
+    def clipped(self, stats: TokenStats) -> Tensor | None:
+        return self.base.clipped(stats)
+
     def __call__(self, stats: TokenStats) -> tuple[Tensor, Tensor]:
         loss, gate = self.base(stats)
         b = self.blend
@@ -465,8 +554,26 @@ def _share(part: Tensor, x: Tensor) -> Tensor:
     return torch.where(part == 0.0, 0.0, part * x)
 
 
-_ALL = (NLL, DFT, Prob, Tsallis, Threshold, Cayley, DEFT, Entropy, Mix, Focal, Chord, Luffy, EAFT, TrSFT, TALR)
-OBJECTIVES: dict[str, type[Objective]] = {objective.name: objective for objective in _ALL}
+_OF_STATISTICS = (
+    NLL,
+    DFT,
+    Prob,
+    Tsallis,
+    Threshold,
+    Cayley,
+    DEFT,
+    Entropy,
+    Mix,
+    Focal,
+    Chord,
+    Luffy,
+    EAFT,
+    TrSFT,
+    TALR,
+)
+_OF_REFERENCE = (ASFT, IW, PSFT)
+OBJECTIVES: dict[str, type[Objective]] = {objective.name: objective for objective in (*_OF_STATISTICS, *_OF_REFERENCE)}
+WITHOUT_REFERENCE = tuple(objective.name for objective in _OF_STATISTICS)
 
 
 def loss_and_gate(objective: Objective, stats: TokenStats) -> tuple[Tensor, Tensor]:
@@ -490,7 +597,7 @@ def parse_objective(specification: str | Objective) -> Objective:
             f"unknown objective {name!r}: expected one of {', '.join(OBJECTIVES)}{nearest(name, OBJECTIVES)}"
         )
     cls = OBJECTIVES[name]
-    kinds: dict[str, Any] = {f.name: type(f.default) for f in fields(cls)} | SCHEDULE
+    kinds: dict[str, Any] = {f.name.rstrip("_"): type(f.default) for f in fields(cls)} | SCHEDULE
     values: dict[str, Any] = {}
     for item in filter(None, parameters.split(",")):
         key, equals, value = item.partition("=")
@@ -507,4 +614,5 @@ def parse_objective(specification: str | Objective) -> Objective:
             kind = "an integer" if kinds[key] is int else "a number"
             raise ValueError(f"objective {name!r}: expected {kind} for {key}=, got {value!r}") from None
     schedule = {key: values.pop(key) for key in SCHEDULE if key in values}
-    return Scheduled(cls(**values), **schedule) if schedule else cls(**values)
+    objective = cls(**{cls.parameters()[key]: value for key, value in values.items()})
+    return Scheduled(objective, **schedule) if schedule else objective

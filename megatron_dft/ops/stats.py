@@ -32,7 +32,9 @@ from torch.distributed import ProcessGroup
 ENTROPY = "entropy"
 COLLISION = "collision"
 MEDIAN = "median NLL"
+REFERENCE = "reference log-probability"
 TOP = "top "  # of `top_k_need`
+LOG_RATIO_LIMIT = 20.0
 UNDERFLOW = -1e4  # e^-1e4 is 0 in every dtype, and 0 * -1e4 is 0 where 0 * -inf is NaN
 
 
@@ -76,6 +78,7 @@ class TokenStats:
         collision: sum of squared probabilities; None: not computed.
         top_k_entropy: entropy of the k most probable entries, renormalized, nats; None: not computed.
         vocab_size: size of the vocabulary.
+        reference: log-probability of the target under a reference model, nats; None: not needed; NaN: unknown.
         batch_group: ranks whose tokens `median_nll` covers; None: the tokens of this rank.
         loss: loss of the applied objective, nats.
         gate: gate of the applied objective.
@@ -88,6 +91,7 @@ class TokenStats:
     collision: Tensor | None = None
     top_k_entropy: Tensor | None = None
     vocab_size: int | None = None
+    reference: Tensor | None = None
     batch_group: ProcessGroup | None = None
     loss: Tensor | None = None
     gate: Tensor | None = None
@@ -101,6 +105,22 @@ class TokenStats:
     def prob(self) -> Tensor:
         """Probability of the target, in [0, 1]."""
         return self.logprob.exp()
+
+    @cached_property
+    def log_ratio(self) -> Tensor:
+        """ln r, r = p / p_ref, clamped to [-20, 20]."""
+        assert self.reference is not None
+        return (self.logprob - self.reference).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+
+    @cached_property
+    def ratio(self) -> Tensor:
+        """r = p / p_ref, with `log_ratio` clamped."""
+        return self.log_ratio.exp()
+
+    @cached_property
+    def kl(self) -> Tensor:
+        """1/r - 1 + ln r >= 0: the k3 estimate of the KL divergence from the model to the reference, nats."""
+        return torch.expm1(-self.log_ratio) + self.log_ratio
 
     @cached_property
     def median_nll(self) -> Tensor:
@@ -167,7 +187,11 @@ def top_k_entropy(
 
 
 def token_stats(
-    merged: ShardStats, valid: Tensor, vocab_size: int, batch_group: ProcessGroup | None = None
+    merged: ShardStats,
+    valid: Tensor,
+    vocab_size: int,
+    reference: Tensor | None = None,
+    batch_group: ProcessGroup | None = None,
 ) -> TokenStats:
     """Log-probability, top-1 hit, entropy and collision probability from the merged sums."""
     distance = merged.target_logit - merged.maximum
@@ -187,6 +211,7 @@ def token_stats(
         collision=None if collision is None else collision.masked_fill(~valid, 0.0),
         top_k_entropy=None if top is None else top.masked_fill(~valid, 0.0),
         vocab_size=vocab_size,
+        reference=reference,
         batch_group=batch_group,
     )
 

@@ -80,11 +80,12 @@ def merge(
     objective: Objective,
     needs: frozenset[str],
     return_nll: bool,
+    reference: Tensor | None = None,  # [...]
     batch_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor, TokenStats]:
     """Loss [...], saved for backward [3, ...] (maximum, log-sum, gate), merged statistics [...]."""
     merged = merge_shards(shards.view(*shards.shape[:2], *target.shape), needs)
-    stats = token_stats(merged, target != ignore_index, vocab_size, batch_group)
+    stats = token_stats(merged, target != ignore_index, vocab_size, reference, batch_group)
     loss, gate = loss_and_gate(objective, stats)
     saved = torch.stack([merged.maximum, merged.log_sum, gate])
     return (-stats.logprob if return_nll else loss.clone()), saved, replace(stats, loss=loss, gate=saved[2])

@@ -18,9 +18,9 @@ edge, are masked one by one. Tiles have the shape [LANES, VEC], because then eve
 one thread. Row offsets are int64: there may be more than 2^31 logits.
 
 Not supported: fp64. Objectives without a branch in `_objective` run as PyTorch operations after `merge`: `cayley` and
-`talr`, which depend on all tokens of a batch, `eaft:k=20`, and those of users. The k largest logits of `eaft:k=20` come
-from torch.topk, which reads the logits again. With TRITON_INTERPRET=1, set before triton is imported, the kernels run
-on CPU tensors, slowly, for tests.
+`talr`, which depend on all tokens of a batch, those with a reference, `eaft:k=20`, and those of users. The k largest
+logits of `eaft:k=20` come from torch.topk, which reads the logits again. With TRITON_INTERPRET=1, set before triton is
+imported, the kernels run on CPU tensors, slowly, for tests.
 """
 
 from __future__ import annotations
@@ -139,6 +139,7 @@ def merge(
     objective: Objective,
     needs: frozenset[str],
     return_nll: bool,
+    reference: Tensor | None = None,  # [...]
     batch_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor, TokenStats]:
     """Loss [...], saved for backward [3, ...] (maximum, log-sum, gate), merged statistics [...]."""
@@ -182,6 +183,7 @@ def merge(
         collision=extra.pop(0) if COLLISION in needs else None,
         top_k_entropy=_top_k_entropy(shards, top_k(needs), flags[0]) if top_k(needs) else None,
         vocab_size=vocab_size,
+        reference=reference,
         batch_group=batch_group,
         loss=loss,
         gate=saved[2],

@@ -29,7 +29,8 @@ from torch.distributed import ProcessGroup
 
 from megatron_dft.ops import torch_backend
 from megatron_dft.ops.objectives import NLL, Objective, loss_and_gate, parse_objective
-from megatron_dft.ops.stats import COLLISION, ENTROPY, MEDIAN, TokenStats, VocabShard, accumulation_dtype
+from megatron_dft.ops.reference import split_reference
+from megatron_dft.ops.stats import COLLISION, ENTROPY, MEDIAN, REFERENCE, TokenStats, VocabShard, accumulation_dtype
 
 BACKENDS = ("auto", "torch", "triton")
 
@@ -61,6 +62,7 @@ class Kernels(Protocol):
         objective: Objective,
         needs: frozenset[str],
         return_nll: bool,
+        reference: Tensor | None = None,  # [...]
         batch_group: ProcessGroup | None = None,
     ) -> tuple[Tensor, Tensor, TokenStats]:
         """Loss [...], saved for backward [3, ...] (maximum, log-sum, gate), merged statistics [...]."""
@@ -102,6 +104,10 @@ class LossOptions:
         """Statistics to compute beyond the log-probability."""
         return self.objective.needs | self.statistics
 
+    def split(self, target: Tensor, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Target without reference, and the reference log-probabilities if the objective needs them."""
+        return split_reference(target, accumulation_dtype(logits)) if REFERENCE in self.needs else (target, None)
+
     def kernels(self, device: torch.device, dtype: torch.dtype) -> Kernels:
         """The backend for logits of this device and dtype.
 
@@ -140,8 +146,8 @@ class _VocabParallelLoss(torch.autograd.Function):
     """logits [..., V/tp] -> loss [...], differentiable, and the statistics, which are not."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, target: Tensor, options: LossOptions):
-        loss, saved, stats = loss_forward(logits, target, options)
+    def forward(ctx, logits: Tensor, target: Tensor, reference: Tensor | None, options: LossOptions):
+        loss, saved, stats = loss_forward(logits, target, reference, options)
         ctx.save_for_backward(logits, target, saved)
         ctx.options = options
         return loss, *pack_stats(ctx, stats)
@@ -151,10 +157,12 @@ class _VocabParallelLoss(torch.autograd.Function):
     def backward(ctx, upstream: Tensor, *_):
         logits, target, saved = ctx.saved_tensors
         gradient = loss_backward(logits, target, saved, upstream, ctx.options, inplace=ctx.options.inplace_backward)
-        return gradient, None, None
+        return gradient, None, None, None
 
 
-def loss_forward(logits: Tensor, target: Tensor, options: LossOptions) -> tuple[Tensor, Tensor, TokenStats]:
+def loss_forward(
+    logits: Tensor, target: Tensor, reference: Tensor | None, options: LossOptions
+) -> tuple[Tensor, Tensor, TokenStats]:
     """Loss [...], tensor saved for backward [3, ...], statistics of the whole vocabulary [...]."""
     check_inputs(logits, target)
     kernels, shard = options.kernels(logits.device, logits.dtype), options.shard(logits.shape[-1])
@@ -166,13 +174,14 @@ def loss_forward(logits: Tensor, target: Tensor, options: LossOptions) -> tuple[
         shard=shard,
         needs=options.needs,
     )
-    return gather_and_merge(kernels, sums[None], target, shard.vocab_size, options)
+    return gather_and_merge(kernels, sums[None], target, reference, shard.vocab_size, options)
 
 
 def gather_and_merge(
     kernels: Kernels,
     sums: Tensor,  # [C, K, N] of this rank's C chunks of the vocabulary
     target: Tensor,  # [...]
+    reference: Tensor | None,  # [...]
     vocab_size: int,
     options: LossOptions,
 ) -> tuple[Tensor, Tensor, TokenStats]:
@@ -187,6 +196,7 @@ def gather_and_merge(
         objective=options.objective,
         needs=options.needs,
         return_nll=options.return_nll,
+        reference=reference,
         batch_group=options.batch_group,
     )
 
@@ -211,14 +221,23 @@ def loss_backward(
 def pack_stats(ctx, stats: TokenStats) -> tuple[Tensor | None, ...]:
     """The tensors of `stats` as non-differentiable outputs of an autograd function."""
     ctx.set_materialize_grads(False)  # no zeros as their gradients
-    packed = (stats.logprob, stats.valid, stats.top1, stats.entropy, stats.collision, stats.loss, stats.gate)
+    packed = (
+        stats.logprob,
+        stats.valid,
+        stats.top1,
+        stats.entropy,
+        stats.collision,
+        stats.reference,
+        stats.loss,
+        stats.gate,
+    )
     ctx.mark_non_differentiable(*(x for x in packed if x is not None))
     return packed
 
 
 def unpack_stats(packed: Sequence[Tensor | None], vocab_size: int) -> TokenStats:
     """The inverse of `pack_stats`."""
-    logprob, valid, top1, entropy, collision, loss, gate = packed
+    logprob, valid, top1, entropy, collision, reference, loss, gate = packed
     assert logprob is not None and valid is not None
     return TokenStats(
         logprob=logprob,
@@ -227,6 +246,7 @@ def unpack_stats(packed: Sequence[Tensor | None], vocab_size: int) -> TokenStats
         entropy=entropy,
         collision=collision,
         vocab_size=vocab_size,
+        reference=reference,
         loss=loss,
         gate=gate,
     )
@@ -297,7 +317,8 @@ def vocab_parallel_dft_loss(
             never writes to it.
         target: [...], int64 ids of the whole vocabulary. `ignore_index` gives a loss and a gradient of 0. Any other id
             outside the vocabulary gives a NaN loss and a NaN gradient for its token, and raises under
-            torch.autograd.detect_anomaly().
+            torch.autograd.detect_anomaly(). For an objective with a reference the labels of `with_reference`; a label
+            without a reference gives NaN.
         objective: "dft", "tsallis:q=0.5", ... or an `Objective`; see `OBJECTIVES`.
         tp_group: the tensor-parallel ranks; None: this rank has the whole vocabulary.
         return_nll: return the cross entropy instead of the loss. Backward is that of the objective in both cases. Hosts
@@ -351,7 +372,7 @@ def loss_and_stats(logits: Tensor, target: Tensor, options: LossOptions) -> tupl
             "inplace_backward: the logits are a leaf or a view of a leaf, and the gradient would overwrite its values; "
             "pass inplace_backward=False"
         )
-    loss, *stats = _VocabParallelLoss.apply(logits, target, options)
+    loss, *stats = _VocabParallelLoss.apply(logits, *options.split(target, logits), options)
     return loss, unpack_stats(stats, options.shard(logits.shape[-1]).vocab_size)
 
 
@@ -376,7 +397,7 @@ def vocab_stats(
         backend=backend,
         statistics=frozenset({ENTROPY, COLLISION}),
     )
-    stats = loss_forward(vocab_parallel_logits.detach(), target, options)[2]
+    stats = loss_forward(vocab_parallel_logits.detach(), target, None, options)[2]
     return replace(stats, loss=None, gate=None)
 
 

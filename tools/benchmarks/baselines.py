@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_dft import OBJECTIVES, parse_objective, vocab_parallel_dft_loss
+from megatron_dft import parse_objective, vocab_parallel_dft_loss
 from megatron_dft.ops.compaction import loss_all_tokens, loss_valid_tokens
 from megatron_dft.ops.linear_fused import Split, WeightGradient, linear_loss_and_stats
+from megatron_dft.ops.objectives import WITHOUT_REFERENCE
 from megatron_dft.ops.vocab_parallel import LossOptions, loss_and_stats
 
 UNPACKED = Path(__file__).resolve().parents[2] / ".baselines"
@@ -249,7 +250,7 @@ DFT = "ours: dft"
 IMPLEMENTATIONS: dict[str, Callable[[], Loss]] = {
     DFT: ours("dft"),
     "ours: dft, out of place": ours("dft", inplace=False),
-    **{f"ours: {name}": ours(name) for name in OBJECTIVES if name != "dft"},
+    **{f"ours: {name}": ours(name) for name in WITHOUT_REFERENCE if name != "dft"},
     "Megatron unfused": megatron_unfused,
     "Megatron fused": megatron_fused,
     "Transformer Engine": transformer_engine(overwrite=False),

@@ -53,7 +53,7 @@ from torch import nn
 from megatron_dft import __version__
 from megatron_dft.advisor.statistics import DatasetStatistics
 from megatron_dft.metrics import TokenBatch
-from megatron_dft.ops.objectives import OBJECTIVES, Objective, parse_objective
+from megatron_dft.ops.objectives import WITHOUT_REFERENCE, Objective, parse_objective
 from megatron_dft.ops.vocab_parallel import LossOptions, loss_and_stats
 from megatron_dft.utils import HelpFormatter
 
@@ -279,7 +279,7 @@ def measure(study: Study, model: nn.Module, task: str, seed: int) -> Json:
 
 def advisor_statistics(model: nn.Module, examples: Sequence[Example]) -> Json:
     """Statistics of `megatron-dft advise` on the training data: the input of `recommend`."""
-    statistics = DatasetStatistics([parse_objective(name) for name in OBJECTIVES], ())
+    statistics = DatasetStatistics([parse_objective(name) for name in WITHOUT_REFERENCE], ())
     for stats in reply_stats(model, examples):
         statistics.add(TokenBatch(stats=stats, loss_mask=torch.ones_like(stats.nll), channel=None, training=False))
     return statistics.result(statistics.totals(next(model.parameters()).device))
