@@ -316,7 +316,7 @@ def test_report_excludes_masked_tokens_with_inf_or_nan_loss(own_mask):
     micro_batch = MicroBatch(stats, None, Inputs(torch.zeros(1, 3, dtype=torch.int64), None, None), DFT())
     result = ((nll, mask), torch.ones(1, 3)) if own_mask else (nll, mask)
     counted = []
-    head = SimpleNamespace(model=SimpleNamespace(config=None), note_counted=counted.append, check_counted=lambda: None)
+    head = SimpleNamespace(model=SimpleNamespace(config=None), note_counted=counted.append, check_tokens=lambda: None)
     report = _Report(DFTConfig("dft"), None, None)
     func = report.of(partial(loss_func_of_either, result[1]), head, lambda: micro_batch)
     loss, tokens, report = func(result[0])
@@ -390,6 +390,19 @@ def test_check_settings_rejects_incompatible_settings(settings, fragments):
     vars(arguments).update(settings)
     with pytest.raises(ValueError, match=fragments):
         compat.check_settings(arguments, DFTConfig(loss_type="dft"))
+
+
+def test_check_settings_rejects_talr_where_ranks_run_different_numbers_of_micro_batches():
+    arguments = SimpleNamespace(hybrid_context_parallel=True)
+    compat.check_settings(arguments, DFTConfig(loss_type="dft"))
+    with pytest.raises(ValueError, match=r"talr.* cannot be combined with --hybrid-context-parallel"):
+        compat.check_settings(arguments, DFTConfig(loss_type="talr:start=1,ramp=1"))
+
+
+def test_check_settings_rejects_reference_with_schedule_plan():
+    arguments = SimpleNamespace(overlap_moe_expert_parallel_comm=True)
+    with pytest.raises(ValueError, match="--loss-type iw cannot be combined with --overlap-moe"):
+        compat.check_settings(arguments, DFTConfig(loss_type="iw"))
 
 
 def test_check_settings_rejects_channels_with_schedule_plan():

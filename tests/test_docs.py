@@ -10,6 +10,7 @@ import pytest
 
 from megatron_dft import DFTConfig, launch, launch_bridge
 from megatron_dft.advisor import __main__ as advise
+from megatron_dft.advisor import reference
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -85,6 +86,8 @@ def test_docs_commands_have_existing_flags(name):
         only = data._parser()._option_string_actions.keys() if re.match(r"\S* ?\S*data\b", command) else known
         if "advise --model" in command:
             only = advise._parser(model=True)._option_string_actions.keys()
+        if "reference" in command.split()[1]:
+            only = reference._parser()._option_string_actions.keys()
         for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", command):
             assert flag in only, command
 

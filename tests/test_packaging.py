@@ -92,12 +92,12 @@ def test_loss_runs_without_megatron(environment):
     assert "site-packages" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["", "train", "bridge", "advise", "doctor"])
+@pytest.mark.parametrize("command", ["", "train", "bridge", "advise", "reference", "doctor"])
 def test_console_script_prints_help(environment, command):
     done = run(environment, "megatron-dft", *command.split(), "--help")
     assert done.returncode == 0 and done.stdout.startswith("usage: "), done.stderr
     if not command:
-        assert all(name in done.stdout for name in ("train", "bridge", "data", "advise", "doctor"))
+        assert all(name in done.stdout for name in ("train", "bridge", "data", "reference", "advise", "doctor"))
 
 
 def test_console_script_rejects_unknown_command(environment):

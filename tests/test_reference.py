@@ -5,6 +5,7 @@ import math
 import random
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,8 +58,27 @@ def test_reference_is_stored_to_11_bits():
 def test_missing_reference_is_nan():
     _, logprob = split_reference(with_reference(torch.tensor([5, 6, -100]), torch.tensor([math.nan, 1.0, math.nan])))
     assert logprob[0].isnan() and logprob[1:].tolist() == [-1.0, 0.0]
-    with pytest.raises(ValueError, match="labels: expected int64"):
-        with_reference(torch.tensor([5], dtype=torch.int32), torch.ones(1))
+
+
+def test_second_reference_replaces_the_first():
+    labels = with_reference(
+        with_reference(torch.tensor([5, 6]), torch.tensor([1.0, 2.0])), torch.tensor([3.0, math.nan])
+    )
+    ids, logprob = split_reference(labels)
+    assert ids.tolist() == [5, 6] and logprob[0] == -3.0 and logprob[1].isnan()
+
+
+@pytest.mark.parametrize(
+    ("labels", "nll", "message"),
+    [
+        (torch.tensor([5], dtype=torch.int32), torch.ones(1), "labels: expected int64"),
+        (torch.tensor([5]), torch.tensor([-3.0]), r"nll: expected nats >= 0, got -3; pass -log p"),
+        (torch.tensor([5]), torch.ones(2), r"nll: expected the shape of the labels, \(1,\), got \(2,\)"),
+    ],
+)
+def test_invalid_references_are_rejected(labels, nll, message):
+    with pytest.raises(ValueError, match=message):
+        with_reference(labels, nll)
 
 
 # Loss and gradient
@@ -124,6 +144,7 @@ def test_label_without_reference_makes_only_its_token_nan(specification):
     target[2, 3] %= 2**48
     loss, gradient = run(lambda x, t: loss_of(x, t, objective), logits, target, upstream)
     assert loss[2, 3].isnan() and gradient[2, 3].isnan().all()
+    assert loss_of(logits, target, objective, return_nll=True)[2, 3].isnan()
     others = torch.ones(6, 4, dtype=torch.bool)
     others[2, 3] = False
     assert torch.equal(loss[others], expected[0][others]) and torch.equal(gradient[others], expected[1][others])
@@ -136,6 +157,18 @@ def test_improbable_target_and_improbable_reference_are_finite(specification, dt
     target = with_reference(torch.tensor([1, 0, 1]), torch.tensor([0.1, 6e4, 6e4]))
     loss, gradient = run(lambda x, t: loss_of(x, t, specification), logits, target, torch.ones(3))
     assert loss.isfinite().all() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("specification", ["iw:lo=0", "psft"])
+def test_loss_at_p_0_is_0(specification):
+    logits = torch.tensor([[0.0, -math.inf]])
+    loss, gradient = run(
+        lambda x, t: loss_of(x, t, specification),
+        logits,
+        with_reference(torch.tensor([1]), torch.ones(1)),
+        torch.ones(1),
+    )
+    assert loss.item() == 0.0 and not gradient.any()
 
 
 def test_clamp_of_asft_removes_negative_gates():
@@ -293,9 +326,15 @@ def test_training_is_equal_in_every_layout(host, name):
 def test_run_without_reference_ends_with_the_reason(host):
     from host_runs import EXAMPLE
 
+    from megatron_dft.doctor import preflight
+
     flags = (host.folder / "flags").read_text() + "--loss-type psft "
     code, output = host.start(f"{flags} --train-data-path {host.folder / 'plain.arrow'}", script=EXAMPLE)
     assert code and "plain.arrow: has no reference log-probabilities, which psft requires" in output
+    settings = SimpleNamespace(loss_type="psft")
+    (finding,) = preflight._references([str(host.folder / "plain.arrow")], settings)
+    assert finding.level == "error" and "plain.arrow: has no reference" in finding.text
+    assert not list(preflight._references([str(host.folder / "reference.arrow")], settings))
     mock = flags.replace("--sft ", "--mock-data ")
     code, output = host.start(mock, script=EXAMPLE)
     assert code and "--loss-type psft:eps=0.28: a label carries no reference log-probability" in output
@@ -318,6 +357,10 @@ def test_files_of_different_references_are_rejected(files, tmp_path):
     check_reference([plain], "dft", False)
     with pytest.raises(ValueError, match=r"other\.arrow: its reference model is other \(.*reference\.arrow is model"):
         check_reference(paths, "iw", True)
+    bf16 = str(tmp_path / "bf16.arrow")
+    reference.main([plain, "--model", str(files / "model"), "--out", bf16, "--device", "cpu", "--dtype", "bf16"])
+    with pytest.raises(ValueError, match=r"model \(\w+, bfloat16\), that of .* is model \(\w+, float32\)"):
+        check_reference([*paths[:1], bf16], "iw", True)
 
 
 @pytest.mark.parametrize(
@@ -326,6 +369,8 @@ def test_files_of_different_references_are_rejected(files, tmp_path):
         ({"--out": "{files}/plain.arrow"}, "this is the input file"),
         ({"--model": "{files}/nowhere"}, "nowhere: no such folder"),
         ({"FILE": "{files}/chat.jsonl"}, "expected a token file"),
+        ({"FILE": "{files}/nothing.arrow"}, "nothing.arrow: no such file"),
+        ({"--model": "{tmp}/short"}, "plain.arrow: contains a sequence of .* prepare the data with --seq-length 16"),
         ({"--model": "{tmp}/smaller"}, "prepared with another tokenizer"),
     ],
 )
@@ -335,6 +380,9 @@ def test_reference_command_rejects_invalid_arguments(files, tmp_path, change, me
 
     from megatron_dft.advisor import reference
 
+    write_tiny_llama(tmp_path / "short")
+    config = json.loads((tmp_path / "short" / "config.json").read_text())
+    (tmp_path / "short" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 16}))
     write_tiny_llama(tmp_path / "smaller")
     tokenizer().save_pretrained(tmp_path / "smaller")
     values = {"FILE": "{files}/plain.arrow", "--model": "{files}/model", "--out": "{tmp}/out.arrow"} | change

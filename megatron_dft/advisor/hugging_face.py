@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +31,8 @@ from megatron_dft.ops.objectives import Objective
 from megatron_dft.ops.vocab_parallel import vocab_stats
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from megatron_dft.advisor.samples import Sample, TokenSequence
 
 PACKAGES = ("transformers", "tokenizers", "jinja2", "numpy", "pyarrow", "tqdm", "matplotlib")
@@ -86,13 +87,11 @@ def evaluate(args: argparse.Namespace, objectives: Sequence[Objective]) -> dict[
         ValueError: for missing packages, an invalid model, tokenizer or data, no usable record, token ids that the
             model does not have, or too little GPU memory.
     """
-    check_packages()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("--model evaluates on one device; start it with megatron-dft advise, without torchrun")
+    check_environment()
     device, dtype = device_and_dtype(args)
     config = config_of(args.model)
     sample = _sample(args, _positions(config))
-    check_fit(args.model, config, sample.max_id, max(len(sequence.ids) for sequence in sample.sequences))
+    check_fit("--data", args.model, config, sample.max_id, max(len(x.ids) for x in sample.sequences))
     try:
         model = load_model(args.model, dtype).to(device)
         statistics = statistics_of(model, sample.sequences, objectives)
@@ -111,6 +110,8 @@ def nll_of(model: Any, sequences: Sequence[TokenSequence], bar: Any) -> list[np.
 
     `bar` is a progress bar of tokens.
     """
+    import numpy as np
+
     found: dict[int, np.ndarray] = {}
     model.eval()
     with torch.inference_mode():
@@ -201,10 +202,12 @@ def _output_layer_at(model: Any, places: Tensor) -> Iterator[None]:
 # Model and data
 
 
-def check_packages() -> None:
-    """Raises ValueError for missing packages."""
+def check_environment() -> None:
+    """Raises ValueError for missing packages, or several ranks."""
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise ValueError(f"--model: missing packages: {', '.join(missing)}; pip install 'megatron_dft[data,advisor]'")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("--model evaluates on one device; start it with megatron-dft, without torchrun")
 
 
 def device_and_dtype(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
@@ -221,6 +224,7 @@ def _device(name: str) -> torch.device:
 
 
 def config_of(folder: str) -> Any:
+    """The configuration of the text model in a folder. Raises ValueError if there is none."""
     from transformers import AutoConfig
 
     if not os.path.isdir(folder):  # transformers would look for it on the Hub
@@ -235,6 +239,7 @@ def config_of(folder: str) -> Any:
 
 
 def load_model(folder: str, dtype: torch.dtype) -> Any:
+    """The causal language model in a folder. Raises ValueError if it cannot be loaded, or lacks weights."""
     import transformers
     from transformers.utils import logging
 
@@ -320,18 +325,18 @@ def check_tokenizer(args: argparse.Namespace, token_files: Sequence[str]) -> Non
         check_fingerprint(file, TokenFile(file).header.fingerprint, tokenizer, f"{option} {folder}")
 
 
-def check_fit(folder: str, config: Any, max_id: int, longest: int) -> None:
-    """Raises ValueError if the model has no embedding for a token id, or for a position of the longest sequence."""
+def check_fit(data: str, folder: str, config: Any, max_id: int, longest: int) -> None:
+    """Raises ValueError if the model has no embedding for a token id of the data, or for a position of a sequence."""
     if max_id >= config.vocab_size:
         raise ValueError(
-            f"--data: contains token id {max_id}, --model {folder} has a vocabulary of {config.vocab_size}; use the "
+            f"{data}: contains token id {max_id}, --model {folder} has a vocabulary of {config.vocab_size}; use the "
             "tokenizer of the model"
         )
     positions = _positions(config)
     if longest > positions:
         raise ValueError(
-            f"--data: contains a sequence of {longest} tokens, --model {folder} has {positions} positions "
-            f"(max_position_embeddings); use --seq-length {positions}"
+            f"{data}: contains a sequence of {longest} tokens, --model {folder} has {positions} positions "
+            f"(max_position_embeddings); prepare the data with --seq-length {positions}, or use another model"
         )
 
 

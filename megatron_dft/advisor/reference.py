@@ -2,10 +2,9 @@
 
     megatron-dft reference train.arrow --model FOLDER --out train-reference.arrow
 
-Objectives that compare the model with a reference (asft, iw, psft) train on the result; the rest of the command line
-stays the same. The reference is usually the model before training. FOLDER is a model of Hugging Face transformers,
-which is evaluated once, forward only, on one CPU or GPU, each conversation alone. The file stores the NLL of each
-trained token as fp16.
+Train on the result with --loss-type asft, iw or psft. The reference is usually the model before training. FOLDER holds
+a model of Hugging Face transformers. The command runs it on one CPU or GPU, forward only, one conversation at a time,
+and stores the NLL of each trained token as fp16. An earlier reference of the file is replaced.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from megatron_dft.advisor import hugging_face
@@ -31,6 +29,16 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 def main(argv: list[str]) -> None:
     """Parse the options and write the token file."""
+    args = _parser().parse_args(argv)
+    try:
+        print(write(args))
+    except torch.OutOfMemoryError:
+        sys.exit("megatron_dft.reference: out of memory; use --dtype bf16, or --device cpu")
+    except (OSError, ValueError) as error:
+        sys.exit(f"megatron_dft.reference: {error}")
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "megatron-dft reference", allow_abbrev=False, description=__doc__, formatter_class=HelpFormatter
     )
@@ -40,11 +48,7 @@ def main(argv: list[str]) -> None:
     add("--tokenizer", metavar="FOLDER", help="folder of the tokenizer (default: that of --model)")
     add("--out", required=True, type=Path, metavar="FILE", help="token file to write")
     hugging_face.add_device_arguments(parser)
-    args = parser.parse_args(argv)
-    try:
-        print(write(args))
-    except (OSError, ValueError) as error:
-        sys.exit(f"megatron_dft.reference: {error}")
+    return parser
 
 
 def write(args: argparse.Namespace) -> str:
@@ -55,21 +59,26 @@ def write(args: argparse.Namespace) -> str:
         ValueError: for missing packages, an invalid model or token file, another tokenizer, or an output file that is
             the input file.
     """
-    hugging_face.check_packages()
+    hugging_face.check_environment()
+    import numpy as np
     from tqdm import tqdm
 
     from megatron_dft.advisor.samples import sequences_of
     from megatron_dft.data import token_file
     from megatron_dft.data.prepare import Unfinished
 
+    if not os.path.isfile(args.file):
+        raise ValueError(f"{args.file}: no such file")
     file = token_file.TokenFile(args.file)
+    if not file.header.statistics["trained_tokens"]:
+        raise ValueError(f"{args.file}: has no trained token")
     if args.out.exists() and args.out.samefile(args.file):
         raise ValueError(f"--out {args.out}: this is the input file; choose another name")
     config = hugging_face.config_of(args.model)
     hugging_face.check_tokenizer(args, [args.file])
     device, dtype = hugging_face.device_and_dtype(args)
     longest = max(int(file[i].lengths.max()) for i in range(len(file)))
-    hugging_face.check_fit(args.model, config, file.header.max_id, longest)
+    hugging_face.check_fit(args.file, args.model, config, file.header.max_id, longest)
     model = hugging_face.load_model(args.model, dtype).to(device)
     header = replace(file.header, reference=identity(args.model, dtype))
     total, count = 0.0, 0
@@ -85,17 +94,18 @@ def write(args: argparse.Namespace) -> str:
                 total, count = total + float(values.sum()), count + int((row.loss_weights > 0).sum())
                 yield replace(row, reference=np.clip(values, 2.0**-24, 65504.0).astype(np.float16))
 
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     with Unfinished(args.out) as unfinished:
         with tqdm(total=file.header.statistics["tokens"], unit="token", desc="evaluating", disable=None) as bar:
             token_file.write(unfinished.path, header, rows(bar))
         if not math.isfinite(total):
             raise ValueError(f"--model {args.model}: the NLL is {total}; use another --dtype, or check the weights")
         unfinished.finish()
-    return f"{count} trained tokens, mean NLL {total / count:.3f} under {header.reference}\n{args.out}"
+    return f"{count} trained tokens, mean NLL {total / count:.3f} under {token_file.named(header)}\n{args.out}"
 
 
 def identity(folder: str, dtype: torch.dtype) -> dict[str, str]:
-    """What the log-probabilities depend on: name of the folder, digest of configuration and weights, dtype."""
+    """Identity of the reference: folder name, digest of configuration and weights, dtype."""
     digest = hashlib.sha256()
     for name in sorted(os.listdir(folder)):
         if name == "config.json" or name.endswith(WEIGHTS):

@@ -55,7 +55,8 @@ class DatasetStatistics:
                 )
             if REFERENCE in objective.needs:
                 raise ValueError(
-                    f"--advise-objectives {objective}: before training the model is the reference; remove it"
+                    f"--advise-objectives {objective}: requires reference log-probabilities, which the advisor does "
+                    "not have; remove it"
                 )
         self.objectives, self.channels = objectives, channels or ("all",)
         self._sums: list[Tensor] = []

@@ -72,6 +72,12 @@ class Header:
     reference: dict[str, Any] | None = None
 
 
+def named(header: Header) -> str:
+    """The reference model of a file, for messages."""
+    reference = header.reference or {}
+    return "{} ({})".format(reference.get("model"), ", ".join(str(reference.get(x)) for x in ("weights", "dtype")))
+
+
 def columns_of(header: Header) -> dict[str, pa.DataType]:
     """The columns of a file, with their types."""
     return COLUMNS if header.reference is None else {**COLUMNS, REFERENCE: pa.float16()}
@@ -121,7 +127,7 @@ class TokenFile:
             stored = json.loads((reader.schema.metadata or {}).get(KEY, b"{}"))
             self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         except (OSError, ValueError) as error:  # base classes of Arrow's errors
-            raise ValueError(f"{path}: expected a token file of python -m megatron_dft.data ({error})") from None
+            raise ValueError(f"{path}: expected a token file of megatron-dft data ({error})") from None
         if stored.pop("version", None) != VERSION:
             raise ValueError(
                 f"{path}: expected a token file of version {VERSION}; write it again with python -m megatron_dft.data"

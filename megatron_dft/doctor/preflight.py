@@ -232,7 +232,9 @@ def objective(settings: Any, config: DFTConfig | None, without_gpu: bool) -> Ite
 
 def files(settings: Any) -> Iterator[Finding]:
     """Check the data, tokenizer and checkpoint paths of the run."""
-    for path in () if settings.mock_data else sft.data_paths(settings):
+    paths = () if settings.mock_data else sft.data_paths(settings)
+    yield from _references([path for path in paths if sft.is_token_file(path)], settings)
+    for path in paths:
         if sft.is_token_file(path):
             yield from _tokens(path, settings)
         else:
@@ -293,6 +295,22 @@ def _tokens(path: str, settings: Any) -> Iterator[Finding]:
     trained = file.header.statistics["trained_tokens"]
     text = f"{path}: {len(file)} rows, --seq-length {file.header.seq_length}, {trained} tokens in the loss"
     yield Finding("ok", "files", text)
+
+
+def _references(paths: list[str], settings: Any) -> Iterator[Finding]:
+    """Check that the token files have the reference that the objective needs."""
+    if not paths:
+        return
+    from megatron_dft.hosts import token_data
+
+    try:
+        config = DFTConfig.from_args(settings)
+    except ValueError:  # reported by `objective`
+        return
+    try:
+        token_data.check_reference(paths, config.loss_type, config.of_reference)
+    except ValueError as error:
+        yield Finding("error", "files", str(error))
 
 
 def _conversations(path: str) -> Iterator[Finding]:

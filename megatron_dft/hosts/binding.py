@@ -41,6 +41,7 @@ from megatron_dft.metrics import (
     is_total,
     token_metrics,
 )
+from megatron_dft.ops.reference import IDS
 from megatron_dft.ops.vocab_parallel import vocab_parallel_dft_loss
 from megatron_dft.utils import load_function
 
@@ -134,7 +135,7 @@ def with_metrics(
     Raises:
         ValueError: for a callback that cannot be imported. In training: if `install` did not bind the loss of the
             model, or the shape of the loss mask is wrong. A token that the mask counts and that has no loss gets a NaN
-            loss; it raises in the first micro-batch, later in the hosts' checks (`LossHead.check_counted`).
+            loss; it raises in the first micro-batch, later in the hosts' checks (`LossHead.check_tokens`).
     """
     if not config.enabled:
         return forward_step
@@ -295,7 +296,7 @@ class _Report:
             first = not (self.checked or (mask.is_cuda and torch.cuda.is_current_stream_capturing()))
             if first:
                 self._check_labels(micro_batch)
-                head.check_counted()
+                head.check_tokens()
             if isinstance(losses, Tensor):  # lists and dicts stay as they are
                 _check_shape("output", losses, micro_batch.shape)
                 # A masked token contributes 0, even if its NLL is inf or NaN.
@@ -336,8 +337,14 @@ class _Report:
         return {name: _as_total(pair, share) if is_total(name) else pair for name, pair in pairs.items()}
 
     def _check_labels(self, micro_batch: MicroBatch) -> None:
-        """Raises ValueError for channels without a name; in the first micro-batch."""
-        named, number = self.config.channels, micro_batch.inputs.labels >> SHIFT
+        """Raises ValueError for channels without a name, or an unused reference; in the first micro-batch."""
+        labels = micro_batch.inputs.labels
+        if (labels > IDS).any():
+            raise ValueError(
+                f"--loss-type {self.config.loss_type}: a label carries a reference log-probability, which this "
+                "objective does not use; return labels without with_reference"
+            )
+        named, number = self.config.channels, labels >> SHIFT
         if named and (number > 0).any():
             raise ValueError(
                 f"--dft-channels {named}: a label has channel {int(number.max())}, which has no name; name every "

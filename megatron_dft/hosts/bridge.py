@@ -222,7 +222,7 @@ class Progress:
             losses.clear()
             losses.update(means)
         for head in self._heads():
-            head.check_counted()
+            head.check_tokens()
 
     def _begin(self, iteration: int) -> None:
         for installation in self.installations:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_dft.config import DFTConfig
+from megatron_dft.ops.stats import MEDIAN
 
 LOSS = "compute_language_model_loss"  # what `install` binds on a model
 KNOWN_HOSTS = "use Megatron-LM or megatron-core 0.17 to 0.19, or a megatron_dft that supports yours"
@@ -56,6 +57,12 @@ def check_settings(settings: Any, config: DFTConfig) -> None:
             f"--cross-entropy-fusion-impl {fusion}; omit --cross-entropy-loss-fusion (this loss is already fused)"
         )
     backend(config)
+    for name in ("hybrid_context_parallel", "dynamic_context_parallel"):
+        if getattr(settings, name, False) and config.enabled and MEDIAN in config.objective.needs:
+            raise ValueError(
+                f"--loss-type {config.loss_type} cannot be combined with --{name.replace('_', '-')}: ranks run "
+                "different numbers of micro-batches, and the median needs all of them; remove one of the two"
+            )
     cp = getattr(settings, "context_parallel_size", 1)
     if cp > 1 and not getattr(settings, "calculate_per_token_loss", False):
         raise ValueError(

@@ -73,10 +73,10 @@ class Progress:
         *,
         begin: Callable[[int], None],  # sets the iteration
         check_step: Callable[[], None],  # raises ValueError for a step that did not train the objective
-        check_masks: Callable[[], None],  # raises ValueError if a loss mask counted a token without a loss
+        check_tokens: Callable[[], None],  # raises ValueError for a token without a loss or a reference
     ) -> None:
         self.validation, self.means = validation, ChannelMeans(spec)
-        self.begin, self.check_step, self.check_masks = begin, check_step, check_masks
+        self.begin, self.check_step, self.check_tokens = begin, check_step, check_tokens
         self.begun = False
         self.channels = spec.channels[1:]  # those with a name
         self.named: Tensor | None = None  # their tokens so far
@@ -152,7 +152,7 @@ class Progress:
             losses, *rest = evaluate(*args, **kwargs)
             if losses:
                 losses = means_over_tokens(losses, self.validation)
-            self.check_masks()
+            self.check_tokens()
             return losses, *rest
 
         return wrapped
@@ -161,7 +161,7 @@ class Progress:
         from megatron.training import get_args
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            self.check_masks()
+            self.check_tokens()
             run = get_args()
             device = torch.device("cuda", torch.cuda.current_device())
             before = torch.tensor(getattr(run, TOTAL, 0), dtype=torch.float64, device=device)

@@ -34,7 +34,7 @@ from megatron_dft.metrics import TokenBatch
 from megatron_dft.ops.compaction import gather_sequence, loss_all_tokens, loss_valid_tokens
 from megatron_dft.ops.linear_fused import Split, WeightGradient, linear_loss_and_stats
 from megatron_dft.ops.objectives import Blended, Objective, Scheduled
-from megatron_dft.ops.reference import split_reference, with_reference
+from megatron_dft.ops.reference import pack, split_reference
 from megatron_dft.ops.stats import MEDIAN, TokenStats
 from megatron_dft.ops.vocab_parallel import LossOptions, loss_and_stats
 
@@ -256,7 +256,7 @@ class LossHead:
         if mask is not None:
             labels = labels.masked_fill(mask.reshape(labels.shape) == 0.0, self.options.ignore_index)
         if inputs.reference is not None:
-            labels = with_reference(labels, -inputs.reference)
+            labels = pack(labels, -inputs.reference)
         return labels.transpose(0, 1).contiguous()
 
     def _materialized(
@@ -312,7 +312,7 @@ class LossHead:
         any_token = without_loss.any()
         self.counted = any_token if self.counted is None else self.counted | any_token
 
-    def check_counted(self) -> None:
+    def check_tokens(self) -> None:
         """Raises ValueError if a loss mask counted a token that has no loss, or a label has no reference.
 
         One host-device sync for each of the two.

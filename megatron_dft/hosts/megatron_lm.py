@@ -57,10 +57,10 @@ class Run:
         for head in self.heads():
             head.check_trained()
 
-    def check_masks(self) -> None:
-        """Raises ValueError if a loss mask counted a token without a loss. One host-device sync."""
+    def check_tokens(self) -> None:
+        """Raises ValueError for a counted token without a loss, or without a reference."""
         for head in self.heads():
-            head.check_counted()
+            head.check_tokens()
 
     def begin(self) -> None:
         """Reset the result before a call of pretrain(): not applied yet."""
@@ -73,7 +73,7 @@ class Run:
                 f"--loss-type {self.config.loss_type}: pretrain() built no model through model_provider or "
                 "model.pre_wrap_hooks, so the objective was not applied; build the model through one of them"
             )
-        self.check_masks()
+        self.check_tokens()
         progress.check_channels()
         self.failure = ""
 
@@ -204,7 +204,7 @@ def _prepare(call: inspect.BoundArguments, settings: Any, run: Run, undo: contex
         validation,
         begin=run.begin_iteration,
         check_step=run.check_step,
-        check_masks=run.check_masks,
+        check_tokens=run.check_tokens,
     )
 
 

@@ -71,7 +71,10 @@ class DFTCallback(Callback, io.IOMixin):
         given = locals()
         self.config = DFTConfig(**{f.name: given[f.name] for f in dataclasses.fields(DFTConfig)})
         if self.config.of_reference:
-            raise ValueError(f"loss_type {loss_type}: the data sets of NeMo carry no reference log-probabilities")
+            raise ValueError(
+                f"loss_type {loss_type}: the data sets of NeMo carry no reference "
+                "log-probabilities; use another loss_type, or Megatron-LM or Megatron-Bridge"
+            )
         self.callback = load_function(callback, "callback") if callback else None
         self.installation: Installation | None = None
         self.sums: dict[str, Tensor] = {}  # [sum, count] of each metric over the micro-batches of a step

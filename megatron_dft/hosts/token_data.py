@@ -19,7 +19,7 @@ from megatron.core.datasets.utils import Split
 
 from megatron_dft.channels import with_channels
 from megatron_dft.config import DFTConfig
-from megatron_dft.data.token_file import Header, Sample, TokenFile, sample_of
+from megatron_dft.data.token_file import Header, Sample, TokenFile, named, sample_of
 from megatron_dft.ops.reference import with_reference
 
 UNUSED = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss", "fim_data", "mock_data")  # with token files
@@ -264,18 +264,19 @@ def check_reference(paths: list[str], loss_type: str, required: bool) -> None:
     """Raises ValueError if a required reference is missing, or the files have different ones."""
     if not required:
         return
-    again = "write it with megatron-dft reference FILE --model FOLDER --out FILE"
-    known: dict[str, Any] | None = None
-    for path in paths:
-        reference = TokenFile(path).header.reference
-        if reference is None:
-            raise ValueError(f"{path}: has no reference log-probabilities, which {loss_type} requires; {again}")
-        if known is not None and reference != known:
+    headers = [TokenFile(path).header for path in paths]
+    for path, header in zip(paths, headers, strict=True):
+        if header.reference is None:
             raise ValueError(
-                f"{path}: its reference model is {reference['model']} ({reference['weights']}), that of {paths[0]} is "
-                f"{known['model']} ({known['weights']}); {again} with one model for all files"
+                f"{path}: has no reference log-probabilities, which {loss_type} requires; write it with "
+                "megatron-dft reference FILE --model FOLDER --out FILE"
             )
-        known = reference
+        first = headers[0].reference or {}
+        if any(header.reference[x] != first[x] for x in ("weights", "dtype")):
+            raise ValueError(
+                f"{path}: its reference model is {named(header)}, that of {paths[0]} is {named(headers[0])}; write all "
+                "files with megatron-dft reference and one --model and --dtype"
+            )
 
 
 def channels_of(paths: list[str]) -> set[str]:

@@ -332,9 +332,9 @@ class Luffy(Objective):
 class EAFT(Reweighted):
     """L = sg(u^alpha) l, gate u^alpha, with the uncertainty u = min(1, H / ln 20) of the prediction. arXiv:2601.02151.
 
-    Confident predictions, of wrong targets in particular, get a small gradient.
+    The gate is small where the entropy is low, for correct targets too.
 
-    k=0: H is the entropy of the whole vocabulary. The paper reports a correlation of 0.999 with the form below.
+    k=0: H is the entropy of the whole vocabulary. The paper reports a correlation of 0.999 with the top-k form.
     k=20: u = H_k / ln k with the entropy H_k of the k most probable entries, renormalized: the paper's form, exact over
     tensor-parallel ranks. It sends k more values per token and reads the logits once more.
     """
@@ -360,9 +360,9 @@ class EAFT(Reweighted):
 
 @dataclass(frozen=True)
 class TrSFT(Objective):
-    """Trust-region SFT: L = l for p > alpha, (1 - p/alpha) + ln(1/alpha) below; gate min(1, p/alpha). TRAPO's.
+    """Trust-region SFT: L = l for p > alpha, (1 - p/alpha) + ln(1/alpha) below; gate min(1, p/alpha).
 
-    nll for targets that the model finds possible, prob for all others. The value is continuous. arXiv:2512.17636.
+    The SFT part of TRAPO, arXiv:2512.17636: nll for p > alpha, prob / alpha below. The value is continuous.
     """
 
     name = "trsft"
@@ -382,8 +382,8 @@ class TrSFT(Objective):
 class TALR(Reweighted):
     """Token-adaptive loss reweighting: L = sg(p^(1/tau)) l, gate p^(1/tau). arXiv:2509.20758.
 
-    tau is the median NLL of the valid tokens of a micro-batch, on all data- and context-parallel ranks. Half of the
-    tokens have a gate of at least 1/e. The gates are not normalized.
+    tau is the lower median of the NLL over the valid tokens of a micro-batch, on all data- and context-parallel ranks.
+    At least half of the tokens have a gate of at least 1/e. The gates are not normalized.
     """
 
     name = "talr"
@@ -398,10 +398,10 @@ class TALR(Reweighted):
 class ASFT(Objective):
     """Anchored SFT: L = sg(p) l + lambda (1/r - 1 + ln r), gate p + lambda (1/r - 1). After arXiv:2509.23753.
 
-    The second term is the k3 estimate of the KL divergence to the reference, on the target alone. The paper takes the
-    divergence over the whole vocabulary, which needs the reference model in memory; its gradient is not gate x error.
-    The gate is negative, down to -lambda, where r is large: the target is pushed down to the reference. clamp=1
-    replaces negative gates by 0. ln r is clamped to [-20, 20].
+    The second term is the k3 term of KL(model || reference), on the target alone. The published code takes
+    KL(reference || model) over the whole vocabulary. That needs the reference model in memory, and the gradient of that
+    divergence is not gate x error. The gate is negative where p < lambda and r > 1 / (1 - p/lambda), down to -lambda.
+    clamp=1 replaces negative gates by 0. The gate grows as lambda / r for small r; ln r is clamped to [-20, 20].
     """
 
     name = "asft"
@@ -444,8 +444,9 @@ class IW(Reweighted):
 class PSFT(Reweighted):
     """Proximal SFT: L = sg(w) l, gate w = r where r <= 1 + eps, else 0. arXiv:2508.17784, against the reference.
 
-    The paper clips against the policy before the last update; here the reference stays the same during training. A
-    token stops training once its probability is above 1 + eps times that of the reference.
+    The paper clips against the policy before the last update. Here the reference stays the same during training. A
+    token stops training once its probability is above 1 + eps times that of the reference. Targets with
+    p_ref > 1 / (1 + eps) are never clipped.
     """
 
     name = "psft"

@@ -29,7 +29,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_dft.ops import torch_backend
 from megatron_dft.ops.objectives import NLL, Objective, loss_and_gate, parse_objective
-from megatron_dft.ops.reference import split_reference
+from megatron_dft.ops.reference import IDS, split_reference
 from megatron_dft.ops.stats import COLLISION, ENTROPY, MEDIAN, REFERENCE, TokenStats, VocabShard, accumulation_dtype
 
 BACKENDS = ("auto", "torch", "triton")
@@ -105,8 +105,14 @@ class LossOptions:
         return self.objective.needs | self.statistics
 
     def split(self, target: Tensor, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Target without reference, and the reference log-probabilities if the objective needs them."""
-        return split_reference(target, accumulation_dtype(logits)) if REFERENCE in self.needs else (target, None)
+        """Target without reference, and the reference log-probabilities if the objective needs them.
+
+        A label without a reference becomes an invalid id, so its loss is NaN, also with `return_nll`.
+        """
+        if REFERENCE not in self.needs:
+            return target, None
+        target, reference = split_reference(target, accumulation_dtype(logits))
+        return target.masked_fill(reference.isnan(), IDS), reference
 
     def kernels(self, device: torch.device, dtype: torch.dtype) -> Kernels:
         """The backend for logits of this device and dtype.
@@ -330,6 +336,7 @@ def vocab_parallel_dft_loss(
             be a leaf. Autograd raises its version error if they are used again in a later backward. Under torch.compile
             the compiler places the gradient.
         batch_group: the data- and context-parallel ranks whose tokens share the median of `talr`; None: this rank.
+            All of them have to call the loss equally often.
 
     Returns:
         [...], the loss in nats, fp32 (fp64 for fp64 logits).
@@ -409,17 +416,18 @@ def token_loss(
 ) -> Tensor:  # [...]
     """Per-token loss [...] from a cross entropy [...] that was computed elsewhere, in nats.
 
-    Works for every objective of the target's probability alone. The derivative with respect to `nll` is the gate. The
-    loss is fp32 (fp64 for fp64), and 0 for tokens that are not `valid`.
+    Works for every objective of the target's probability alone. `talr` takes the median of the given tokens. The
+    derivative with respect to `nll` is the gate. The loss is fp32 (fp64 for fp64), and 0 for tokens that are not
+    `valid`.
 
     Raises:
-        ValueError: for an unknown objective, one that needs entropy or collision, or a scheduled one without a blend.
+        ValueError: for an unknown objective, one that needs more than p, or a scheduled one without a blend.
     """
     chosen = parse_objective(objective)
     if chosen.needs - {MEDIAN}:
         raise ValueError(
             f"token_loss: objective {str(chosen)!r} requires {', '.join(sorted(chosen.needs))}, which the NLL does not "
-            "contain; call vocab_parallel_dft_loss with the logits"
+            "contain; call vocab_parallel_dft_loss with the logits, and with labels of with_reference if it needs them"
         )
     return _TokenLoss.apply(nll, chosen, torch.ones_like(nll, dtype=torch.bool) if valid is None else valid)
 

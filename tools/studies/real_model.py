@@ -100,6 +100,7 @@ class Settings:
         }
     )
     swept_seeds: int = 3  # of the other learning rates
+    swept_tasks: tuple[str, ...] = ("problems", "gsm8k")
     noise: tuple[float, ...] = (0.0, 0.2, 0.4)
     objectives: tuple[str, ...] = ("nll", "dft", "dft:start=10,ramp=10", "deft", "tsallis:q=0.5", "mix:alpha=0.5")
     rates: tuple[float, ...] = (1e-4, 5e-5, 2e-4)  # the first for every objective
@@ -114,8 +115,9 @@ class Settings:
 
 REDUCED = Settings(
     reduced=True,
-    seeds={"problems pretrained": 2, "problems trained": 2, "gsm8k pretrained": 1},
+    seeds={"problems pretrained": 3, "problems trained": 3, "gsm8k pretrained": 1},
     swept_seeds=1,
+    swept_tasks=("problems",),
     noise=(0.0, 0.4),
     objectives=("nll", "dft", "dft:start=10,ramp=10"),
     rates=(2e-4, 1e-4),
@@ -151,18 +153,20 @@ def runs_of(settings: Settings) -> list[Run]:
     """All runs, ordered by seed; other learning rates come last. An interrupted study has complete seeds."""
     first, *others = settings.rates
 
-    def at(rate: float, objectives: Sequence[str], seeds: int) -> list[Run]:
+    def at(
+        rate: float, objectives: Sequence[str], seeds: int, tasks: Sequence[str] = ("problems", "gsm8k")
+    ) -> list[Run]:
         return [
             Run(*place.split(), noise, name, rate, seed)
             for seed in range(seeds)
             for place, count in settings.seeds.items()
-            if seed < count
+            if seed < count and place.split()[0] in tasks
             for noise in settings.noise
             for name in objectives
         ]
 
     return at(first, settings.objectives, max(settings.seeds.values())) + [
-        run for rate in others for run in at(rate, settings.swept, settings.swept_seeds)
+        run for rate in others for run in at(rate, settings.swept, settings.swept_seeds, settings.swept_tasks)
     ]
 
 

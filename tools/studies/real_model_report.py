@@ -36,6 +36,7 @@ from megatron_dft.metrics import BINS
 Json = dict[str, Any]
 DOCS = Places(RESULTS / "real-model.json", ROOT / "docs/real-model.md", ROOT / "docs/figures")
 MEASURES = {"sampled": "sampled replies", "greedy": "greedy replies"}
+LEARNED = 0.1  # exact match above which a task counts as learned
 PREFIX = "real-model"
 
 
@@ -139,7 +140,15 @@ def results_part(results: Json, places: Places) -> list[str]:
     ]
     for setting in settings_of(results):
         parts += [f"### {setting}\n", setting_table(results, setting)]
+        if not any(learned(results, setting, measure) for measure in MEASURES):
+            parts.append(f"No objective learned this task: no exact match is above {LEARNED}. Compare only the NLL.\n")
     return parts
+
+
+def learned(results: Json, setting: Setting, measure: str) -> bool:
+    """Whether an objective has an exact match above `LEARNED` at its best rate."""
+    names = results["settings"]["objectives"]
+    return max(statistics.fmean(best_scores(results, setting, name, measure)) for name in names) > LEARNED
 
 
 def setting_table(results: Json, setting: Setting) -> str:
@@ -264,7 +273,7 @@ def rates_part(results: Json) -> list[str]:
         for name in results["settings"]["swept"]:
             values = {rate: rate_scores(results, setting, name, rate) for rate in rates}
             known = {rate: v for rate, v in values.items() if v}
-            best = max(known, key=lambda rate: statistics.fmean(known[rate]))
+            best = max(known, key=lambda rate: statistics.fmean(known[rate])) if len(known) > 1 else None
             cells += [f"**{show(v)}**" if rate == best else show(v) if v else "" for rate, v in values.items()]
         rows.append([str(setting), *cells])
     head = [f"{name}, {rate:g}" for name in results["settings"]["swept"] for rate in rates]
@@ -280,7 +289,8 @@ def rates_part(results: Json) -> list[str]:
 
 def same_best_rate(results: Json, name: str) -> str:
     """In how many settings an objective has the best rate of nll."""
-    settings, rates = settings_of(results), results["settings"]["rates"]
+    rates = results["settings"]["rates"]
+    settings = [s for s in settings_of(results) if all(runs_at(results, s, name, rate) for rate in rates)]
 
     def best(setting: Setting, objective: str) -> float:
         return max(rates, key=lambda rate: statistics.fmean(rate_scores(results, setting, objective, rate)))
@@ -323,19 +333,25 @@ class Case(NamedTuple):
 
     name: str
     advice: str
-    winners: dict[str, list[str]]  # of each measure: the best and everything not significantly below
+    winners: dict[str, list[str]]  # of each measure: the best and all not significantly below; none if nothing learned
     tested: list[str]
+    half: int  # index into HALVES
 
 
 def cases_of(results: Json, dynamics: Json) -> list[Case]:
     """Every setting of both studies, in a fixed order."""
-    found = []
+    found, later = [], []
     names = results["settings"]["objectives"]
     for setting in settings_of(results):
         measured = before(results, setting)["advice"][str(setting.noise)]
         advice = advice_of(measured, measured["objectives"], names)
-        winners = {m: best_and_ties({n: best_scores(results, setting, n, m) for n in names})[1] for m in MEASURES}
-        found.append(Case(str(setting), advice, winners, names))
+        winners = {}
+        for measure in MEASURES:
+            best = {name: best_scores(results, setting, name, measure) for name in names}
+            winners[measure] = best_and_ties(best)[1] if learned(results, setting, measure) else []
+        of_rules = setting.task == "problems"  # the rules were chosen before GSM8K was run
+        case = Case(str(setting), advice, winners, names, half_of(len(found)) if of_rules else 1)
+        (found if of_rules else later).append(case)
     names = dynamics["settings"]["objectives"]
     for prior in ("strong", "middle", "weak"):
         for targets in DYNAMICS_TARGETS:
@@ -350,8 +366,9 @@ def cases_of(results: Json, dynamics: Json) -> list[Case]:
             for measure, key in keys.items():
                 values = {name: [run["last"][key] for run in runs[name]] for name in names}
                 winners[measure] = best_and_ties(values)[1]
-            found.append(Case(f"{FACTS}{prior} prior, {targets}", advice_of(every, objectives, names), winners, names))
-    return found
+            advice = advice_of(every, objectives, names)
+            found.append(Case(f"{FACTS}{prior} prior, {targets}", advice, winners, names, half_of(len(found))))
+    return found + later
 
 
 OF_DYNAMICS = {"accuracy": "train accuracy", "mean_p": "train p", "nll": "train nll"}
@@ -366,6 +383,8 @@ def advice_of(every: Json, objectives: Json, names: Sequence[str]) -> str:
 def outcome(case: Case, measure: str) -> str:
     if case.advice not in case.tested:
         return "not tested"
+    if not case.winners[measure]:
+        return NOTHING
     return "hit" if case.advice in case.winners[measure] else "miss"
 
 
@@ -373,14 +392,14 @@ def advisor_part(results: Json, dynamics: Json) -> list[str]:
     cases = cases_of(results, dynamics)
     head = ["setting", "half", "advice", *(x for text in MEASURES.values() for x in (f"best, {text}", "outcome"))]
     rows = []
-    for i, case in enumerate(cases):
+    for case in cases:
         cells = [x for m in MEASURES for x in (", ".join(case.winners[m]), outcome(case, m))]
-        rows.append([case.name, HALVES[half_of(i)], case.advice, *cells])
+        rows.append([case.name, HALVES[case.half], case.advice, *cells])
     counts = []
     for half in (0, 1):
         for measure, text in MEASURES.items():
-            outcomes = [outcome(case, measure) for i, case in enumerate(cases) if half_of(i) == half]
-            tested = len(outcomes) - outcomes.count("not tested")
+            outcomes = [outcome(case, measure) for case in cases if case.half == half]
+            tested = outcomes.count("hit") + outcomes.count("miss")
             counts.append(f"{text}, {HALVES[half]}: {outcomes.count('hit')} of {tested}")
     return [
         "## The advisor, compared with what won\n",
@@ -388,7 +407,8 @@ def advisor_part(results: Json, dynamics: Json) -> list[str]:
         "of `megatron-dft advise` for the start and its training data. Best: the objectives that won. This study "
         "compares objectives at the best rate of each, learning dynamics at one rate. An objective wins if it is not "
         "significantly below the best. In learning dynamics, the mean p of the correct answer replaces the score of "
-        "sampled replies. The rules were chosen on one half of the settings and are evaluated on both.\n",
+        "sampled replies. The rules were chosen on one half of the settings and are evaluated on both. "
+        f"{NOTHING.capitalize()}: no objective has an exact match above {LEARNED}.\n",
         table(head, rows),
         f"Hits: {'; '.join(counts)}.\n",
         "Hits of the advice, and of one objective for every setting:\n",
@@ -411,6 +431,7 @@ def always_table(cases: list[Case]) -> str:
     }
 
     def share(of: list[Case], choose: Callable[[Case], str], measure: str) -> str:
+        of = [case for case in of if case.winners[measure]]
         return f"{sum(choose(case) in case.winners[measure] for case in of)} of {len(of)}"
 
     rows = [
@@ -421,6 +442,7 @@ def always_table(cases: list[Case]) -> str:
 
 
 FACTS = "facts, "
+NOTHING = "nothing learned"
 HALVES = ("rules chosen on it", "held out")
 
 
