@@ -23,10 +23,13 @@ def with_channels(
     labels: Tensor,  # [...] int64 token ids; negative labels (-100) stay as they are
     channel: Tensor | int,  # [...] int64, or one for all: 0 has no name, 1 is the first name of `channels`, ...
 ) -> Tensor:  # [...] int64
-    """Labels that carry their channel. A data set of your own returns them as `labels`."""
+    """Labels that carry their channel. A data set of your own returns them as `labels`. One host-device sync."""
     if labels.dtype != torch.int64:
         raise ValueError(f"labels: expected int64 token ids, got {labels.dtype}; convert them with .long()")
-    marked = labels + (torch.as_tensor(channel, dtype=torch.int64, device=labels.device) << SHIFT)
+    numbers = torch.as_tensor(channel, dtype=torch.int64, device=labels.device)
+    if ((numbers < 0) | (numbers > MASK >> SHIFT)).any():
+        raise ValueError(f"channel: expected numbers from 0 to {MASK >> SHIFT}, got {numbers.min()} to {numbers.max()}")
+    marked = labels + (numbers << SHIFT)
     return torch.where(labels < 0, labels, marked)
 
 

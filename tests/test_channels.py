@@ -33,6 +33,12 @@ def test_with_channels_rejects_int32_labels():
         with_channels(torch.zeros(2, dtype=torch.int32), 1)
 
 
+@pytest.mark.parametrize("channel", [-1, 1 << 16])
+def test_with_channels_rejects_numbers_beyond_16_bits(channel):
+    with pytest.raises(ValueError, match="channel: expected numbers from 0 to 65535, got"):
+        with_channels(torch.tensor([5]), channel)
+
+
 def test_channel_names_puts_other_first():
     assert channel_names(None) == ()
     assert channel_names("maths, code") == ("other", "maths", "code")

@@ -114,7 +114,7 @@ def test_loss_operator_passes_opcheck(shape, backend):
     logits, target, _ = (x.to(DEVICE) for x in example(*shape))
     if not target.numel():
         logits, target = logits[:0], target[:0]
-    arguments = (logits.float().requires_grad_(), target.clamp(max=8), "deft", None, -100, True, 9, backend)
+    arguments = (logits.float().requires_grad_(), target.clamp(max=8), "deft", None, -100, True, 9, backend, None)
     torch.library.opcheck(compiled._loss, arguments)
 
 

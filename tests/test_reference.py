@@ -257,7 +257,7 @@ def test_file_stores_nll_of_transformers(files):
     assert plain.header.reference is None and file.header.reference["model"] == "model"
     assert file.header.reference["dtype"] == "float32" and len(plain) == len(file)
     for i in range(len(file)):
-        stored, first = file[i].reference.astype("float64"), 0
+        stored, first = file[i].reference_nll.astype("float64"), 0
         assert all(
             (getattr(file[i], x) == getattr(plain[i], x)).all() for x in ("input_ids", "loss_weights", "lengths")
         )

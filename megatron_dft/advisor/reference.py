@@ -92,7 +92,7 @@ def write(args: argparse.Namespace) -> str:
             for row, parts in zip(window, sequences, strict=True):
                 values = np.concatenate([next(nll) for _ in parts])
                 total, count = total + float(values.sum()), count + int((row.loss_weights > 0).sum())
-                yield replace(row, reference=np.clip(values, 2.0**-24, 65504.0).astype(np.float16))
+                yield replace(row, reference_nll=np.clip(values, 2.0**-24, 65504.0).astype(np.float16))
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with Unfinished(args.out) as unfinished:

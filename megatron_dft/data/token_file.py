@@ -6,7 +6,7 @@ A row is one training sequence:
     loss_weights  float16  weight of each token as a target: 0 or 1. 0 for the first token of a conversation
     lengths       int32    tokens per conversation
     channels      int32    channel of each conversation, an index into `Header.channels`
-    reference     float16  NLL of each trained token under the reference model, nats; only in files of
+    reference_nll float16  NLL of each trained token under the reference model, nats; only in files of
                            `megatron-dft reference`
 
 The schema's metadata contains the `Header`: the settings of the file and the statistics of the data.
@@ -28,7 +28,7 @@ import pyarrow as pa
 VERSION = 1
 ROWS = 256  # per record batch
 COLUMNS = {"input_ids": pa.int32(), "loss_weights": pa.float16(), "lengths": pa.int32(), "channels": pa.int32()}
-REFERENCE = "reference"
+REFERENCE = "reference_nll"
 KEY = b"megatron_dft"
 
 
@@ -40,7 +40,7 @@ class Row:
     loss_weights: np.ndarray
     lengths: np.ndarray
     channels: np.ndarray
-    reference: np.ndarray | None = None
+    reference_nll: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,8 @@ class Sample:
         labels: int64 [s]; the next token, or -100 if it is not in the loss.
         loss_mask: float32 [s]; the weight of each label.
         channels: int64 [s]; channel of each label, an index into `Header.channels`.
-        reference: float32 [s]; NLL of each label under the reference model; NaN: none. None: the file has no reference.
+        reference_nll: float32 [s]; NLL of each label under the reference model, NaN where there is none; None: no
+            reference in the file.
         cu_seqlens: int32 [conversations + 1]; cumulative lengths of the conversations, padding included. The last
             conversation extends to the end of the row.
     """
@@ -176,7 +177,7 @@ class Sample:
     position_ids: np.ndarray
     channels: np.ndarray
     cu_seqlens: np.ndarray
-    reference: np.ndarray | None = None
+    reference_nll: np.ndarray | None = None
 
 
 def sample_of(row: Row, header: Header) -> Sample:
@@ -195,11 +196,11 @@ def sample_of(row: Row, header: Header) -> Sample:
     loss_mask[targets] = weights
     labels = np.full(length, -100, dtype=np.int64)
     labels[targets] = np.where(weights > 0, row.input_ids[trains], -100)
-    reference = None
-    if row.reference is not None:
-        reference = np.full(length, np.nan, dtype=np.float32)
-        reference[targets] = row.reference[trains]
+    reference_nll = None
+    if row.reference_nll is not None:
+        reference_nll = np.full(length, np.nan, dtype=np.float32)
+        reference_nll[targets] = row.reference_nll[trains]
     sizes = np.diff(cu_seqlens)
     position_ids = np.arange(length) - np.repeat(cu_seqlens[:-1], sizes)
     channels = np.repeat(row.channels.astype(np.int64), sizes)
-    return Sample(tokens, labels, loss_mask, position_ids, channels, cu_seqlens, reference)
+    return Sample(tokens, labels, loss_mask, position_ids, channels, cu_seqlens, reference_nll)

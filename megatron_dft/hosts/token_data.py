@@ -86,8 +86,8 @@ def tensors_of(
         numbers = numpy.array([_number(name, channels) for name in header.channels])
         labels = with_channels(labels, torch.from_numpy(numbers[sample.channels]))
     if reference:
-        assert sample.reference is not None
-        labels = with_reference(labels, torch.from_numpy(sample.reference))
+        assert sample.reference_nll is not None
+        labels = with_reference(labels, torch.from_numpy(sample.reference_nll))
     return {
         "tokens": torch.from_numpy(sample.tokens),
         "labels": labels,
