@@ -106,7 +106,8 @@ def page(results: Json, dynamics: Json, places: Places) -> str:
 def introduction(results: Json, places: Places) -> list[str]:
     facts, settings = results["facts"], results["settings"]
     seconds = sum(run["seconds"] for run in results["runs"])
-    command = f"python tools/studies/real_model.py{' --reduced' * settings['reduced']}"
+    gsm8k = any(place.startswith("gsm8k") for place in settings["seeds"])
+    command = f"python tools/studies/real_model.py{' --reduced' * settings['reduced']}{' --data FOLDER' * gsm8k}"
     seeds = ", ".join(f"{place.replace(' ', ', ')}: {count}" for place, count in settings["seeds"].items())
     return [
         f"`{command}{' --docs' * (places == DOCS)}` writes this page from `{os.path.relpath(places.numbers, ROOT)}`. "
@@ -115,7 +116,8 @@ def introduction(results: Json, places: Places) -> list[str]:
         f"{facts['date']}, commit {facts['commit']}.\n",
         "**Task.** Two-step word problems with a worked reply that ends in the number "
         "(`examples/word_problems.py`)"
-        + (", and GSM8K" if any(place.startswith("gsm8k") for place in settings["seeds"]) else "")
+        + f", and GSM8K, questions and replies of at most {settings['longest']} tokens"
+        * gsm8k
         + ". A share of the training replies belongs to another problem (wrong). Held-out replies are all correct. "
         "The start *pretrained* is the model as it comes; *trained* was first trained with nll on "
         f"{settings['trained_examples']} other problems with correct replies.\n",
@@ -125,8 +127,8 @@ def introduction(results: Json, places: Places) -> list[str]:
         f"at temperature 1 ({settings['samples']} replies per problem and seed). ± is one standard error over "
         "problems, of the mean over seeds. *Known* is the NLL of the base model's own replies to 16 general questions: "
         "the more it rises, the more was forgotten.\n",
-        f"**Limits.** One model of 135M parameters, one kind of task, {settings['steps']} steps. The standard error "
-        f"does not contain the variance between seeds, which can be much larger: {widest(results)}.\n",
+        f"**Limits.** One model of 135M parameters, arithmetic word problems only, {settings['steps']} steps. The "
+        f"standard error does not contain the variance between seeds, which can be much larger: {widest(results)}.\n",
     ]
 
 
@@ -155,7 +157,10 @@ def setting_table(results: Json, setting: Setting) -> str:
     """One row per objective, the best in bold with everything that is not significantly below it."""
     start = before(results, setting)
     names = results["settings"]["objectives"]
-    ties = {m: best_and_ties({n: scores(results, setting, n, m) for n in names})[1] for m in MEASURES}
+    ties = {
+        m: best_and_ties({n: scores(results, setting, n, m) for n in names})[1] if learned(results, setting, m) else []
+        for m in MEASURES
+    }
     rows = [["before", show(start["sampled"]), show(start["greedy"]), *numbers_of([start])]]
     for name in names:
         cells = {m: show(scores(results, setting, name, m)) for m in MEASURES}
