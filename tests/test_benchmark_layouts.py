@@ -1,5 +1,6 @@
 """The layout benchmark on two ranks: collectives are counted, a killed run resumes, disagreements are reported."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import report  # noqa: E402
 from benchmark_layouts import disagreements, read, usual_layouts  # noqa: E402
 from megatron_step import Layout, Task  # noqa: E402
 
+psutil = pytest.importorskip("psutil")
 pytest.importorskip("megatron.training")  # with pretrain()
 pytestmark = [pytest.mark.host, pytest.mark.slow]
 
@@ -50,8 +52,12 @@ def files(tmp_path_factory):
     deadline = time.monotonic() + 240.0
     while not out.exists() and killed.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
+    ranks = psutil.Process(killed.pid).children(recursive=True)  # each in a session of its own
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
+    for rank in ranks:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            rank.kill()
     log = out.parent / "log.txt"
     before = read(out)
     assert before, log.read_text()[-3000:]
@@ -89,9 +95,21 @@ def test_benchmark_layouts_losses_and_grad_norms_agree(files):
 @pytest.mark.parametrize("key", ["loss", "grad_norm"])
 def test_disagreements_names_implementation_and_quantity(files, key):
     rows = [dict(row) for row in files[0]]
-    rows[-1][key] = str(float(rows[-1][key]) * 1.001)
+    (last,) = (row for row in rows if row["implementation"] == "ours: trsft" and row["dp"] == "2")
+    last[key] = str(float(last[key]) * 1.001)
     (found,) = disagreements(rows)
-    assert rows[-1]["implementation"] in found and f"expected a {key} of" in found
+    assert "ours: trsft" in found and f"expected a {key} of" in found
+
+
+@pytest.mark.parametrize(("name", "dimension"), [("ours: cayley", "cp"), ("ours: talr", "dp")])
+def test_disagreements_allows_other_gradients_where_objective_depends_on_layout(files, name, dimension):
+    rows = [dict(row) for row in files[0]]
+    for row in (row for row in rows if row["implementation"] == name):
+        row["grad_norm"] = str(float(row["grad_norm"]) * (1.1 if row[dimension] == "2" else 1.0))
+    assert disagreements(rows) == []
+    for row in (row for row in rows if row["implementation"] == name and row["tp"] == "2"):
+        row["grad_norm"] = str(float(row["grad_norm"]) * 1.1)
+    assert disagreements(rows)
 
 
 def test_benchmark_layouts_counts_collectives_of_loss(files):
