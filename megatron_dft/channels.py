@@ -5,8 +5,8 @@
 Megatron scripts pass known tensors to the model and drop all others. Labels reach every place: they are broadcast to
 tensor-parallel ranks, split for context parallelism, flattened for packed sequences, and read on the last pipeline
 stage. A label has 64 bits, of which a token id needs 20. The channel has the bits 32 to 47, a reference those above
-(ops/reference.py). If channels are configured
-(`--dft-channels`), `install` removes it before the model receives the labels. No other tensor is sent.
+(ops/reference.py). If channels are configured (`--dft-channels`), `install` removes the channel before the model
+receives the labels. No other tensor is sent.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from faults import FAULTS
 
 import megatron_dft
 
@@ -95,6 +96,13 @@ def test_public_names_are_unique_and_documented():
             assert inspect.getdoc(value) and not inspect.getdoc(value).startswith(f"{value.__name__}(")
     for objective in megatron_dft.OBJECTIVES.values():
         assert objective.__doc__.strip().split("\n")[0] and not objective.__doc__.startswith(f"{objective.__name__}(")
+
+
+def test_text_of_every_fault_occurs_once():
+    """Faults of faults.py run nightly. A renamed line would leave its fault without effect until then."""
+    places = {fault.name: (PACKAGE / f"{fault.module}.py").read_text().count(fault.old) for fault in FAULTS}
+    assert {name: count for name, count in places.items() if count != 1} == {}
+    assert len(places) == len(FAULTS)
 
 
 def test_loss_functions_take_options_as_keywords_only():

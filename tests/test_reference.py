@@ -150,6 +150,22 @@ def test_label_without_reference_makes_only_its_token_nan(specification):
     assert torch.equal(loss[others], expected[0][others]) and torch.equal(gradient[others], expected[1][others])
 
 
+def test_ignored_token_id_needs_no_reference():
+    logits, target, upstream = make_case()
+    padding = torch.where(target < 0, 7, target)  # 7 is ignored, and carries no reference
+    expected = run(lambda x, t: loss_of(x, t, "iw"), logits, target, upstream)
+    target_7 = (padding >= 0) & (padding % 2**48 == 7) & (target >= 0)
+    loss, gradient = run(lambda x, t: loss_of(x, t, "iw", ignore_index=7), logits, padding, upstream)
+    assert loss.isfinite().all() and not gradient[(target < 0) | target_7].any()
+    assert torch.equal(loss[~target_7], expected[0][~target_7])
+
+
+def test_invalid_target_is_named():
+    logits, target, _ = make_case()
+    with pytest.raises(ValueError, match=r"target: expected int64 token ids, got torch\.float32"):
+        loss_of(logits, target.float(), "iw")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("specification", ["asft", "iw", "psft"])
 def test_improbable_target_and_improbable_reference_are_finite(specification, dtype):

@@ -3,8 +3,8 @@
     megatron-dft reference train.arrow --model FOLDER --out train-reference.arrow
 
 Train on the result with --loss-type asft, iw or psft. The reference is usually the model before training. FOLDER holds
-a model of Hugging Face transformers. The command runs it on one CPU or GPU, forward only, one conversation at a time,
-and stores the NLL of each trained token as fp16. An earlier reference of the file is replaced.
+a model of Hugging Face transformers. The command runs it on one CPU or GPU, forward only. Conversations are not packed:
+each has a row of its own. The NLL of each trained token is stored as fp16. An earlier reference is replaced.
 """
 
 from __future__ import annotations

@@ -92,20 +92,20 @@ def write(path: Path, header: Header, rows: Iterable[Row]) -> None:
         for row in rows:
             batch.append(row)
             if len(batch) == ROWS:
-                writer.write_batch(_record_batch(batch, schema, columns_of(header)))
+                writer.write_batch(_record_batch(batch, schema))
                 batch.clear()
         if batch:
-            writer.write_batch(_record_batch(batch, schema, columns_of(header)))
+            writer.write_batch(_record_batch(batch, schema))
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
-def _record_batch(rows: list[Row], schema: pa.Schema, kinds: dict[str, pa.DataType]) -> pa.RecordBatch:
+def _record_batch(rows: list[Row], schema: pa.Schema) -> pa.RecordBatch:
     columns = []
-    for name, kind in kinds.items():
-        parts = [getattr(row, name) for row in rows]
+    for field in schema:
+        parts = [getattr(row, field.name) for row in rows]
         offsets = np.cumsum([0, *map(len, parts)], dtype=np.int32)
-        values = np.concatenate(parts).astype(kind.to_pandas_dtype(), copy=False)
+        values = np.concatenate(parts).astype(field.type.value_type.to_pandas_dtype(), copy=False)
         columns.append(pa.ListArray.from_arrays(offsets, pa.array(values)))
     return pa.record_batch(columns, schema=schema)
 

@@ -111,8 +111,9 @@ class LossOptions:
         """
         if REFERENCE not in self.needs:
             return target, None
+        check_inputs(logits, target)
         target, reference = split_reference(target, accumulation_dtype(logits))
-        return target.masked_fill(reference.isnan(), IDS), reference
+        return target.masked_fill(reference.isnan() & (target != self.ignore_index), IDS), reference
 
     def kernels(self, device: torch.device, dtype: torch.dtype) -> Kernels:
         """The backend for logits of this device and dtype.
