@@ -1,4 +1,4 @@
-"""The command megatron-dft: train, bridge, data, reference, advise, doctor.
+"""The command megatron-dft: train, bridge, data, reference, clean, advise, doctor.
 
 Each command is the main() of a module, which torchrun starts with `-m`: see `COMMANDS`.
 """
@@ -16,6 +16,7 @@ COMMANDS = {
     "bridge": ("megatron_dft.launch_bridge", "fine-tune a Megatron-Bridge recipe with another training objective"),
     "data": ("megatron_dft.data", "tokenize and pack chat data"),
     "reference": ("megatron_dft.advisor.reference", "add the log-probabilities of a reference model to a token file"),
+    "clean": ("megatron_dft.data.clean", "remove from the loss what a reference model does not predict better"),
     "advise": ("megatron_dft.advisor", "recommend an objective for a data set"),
     "doctor": ("megatron_dft.doctor", "check a run before it starts"),
 }

@@ -15,8 +15,8 @@ from typing import Any
 
 from torch.distributed import ProcessGroup
 
-from megatron_dft.channels import channel_names
-from megatron_dft.metrics import LEVELS, MetricSpec
+from megatron_dft.labels import REDUCTIONS
+from megatron_dft.metrics import LEVELS, MetricSpec, channel_names
 from megatron_dft.ops.linear_fused import VOCAB_CHUNK, Split
 from megatron_dft.ops.objectives import OBJECTIVES, Objective, parse_objective
 from megatron_dft.ops.stats import REFERENCE
@@ -69,6 +69,16 @@ class DFTConfig:
     keep_chunks: int = _setting(
         0, int, "Chunks of linear_fused that keep their logits for backward and are not recomputed."
     )
+    weights: bool = _setting(
+        False, bool, "Multiply the gradient of each token by its weight in the data. Metrics stay unweighted."
+    )
+    reduction: str = _setting(
+        "token",
+        str,
+        "Mean of the token losses in the gradient: over tokens; over conversations (sample: the mean of their means); "
+        "over tokens weighed by 1/sqrt(trained tokens of their conversation). Metrics stay means over tokens.",
+        REDUCTIONS,
+    )
     metrics: str = _setting(
         "basic", str, "Metrics: full adds entropy, collision, and histograms of probability and gradient.", LEVELS
     )
@@ -114,6 +124,16 @@ class DFTConfig:
     def of_reference(self) -> bool:
         """Whether the objective needs reference log-probabilities, which labels carry."""
         return self.enabled and REFERENCE in self.objective.needs
+
+    @property
+    def weighted(self) -> bool:
+        """Whether labels carry weights."""
+        return self.weights or self.by_conversation
+
+    @property
+    def by_conversation(self) -> bool:
+        """Whether the gradient depends on the lengths of conversations, which labels then carry."""
+        return self.reduction != REDUCTIONS[0]
 
     @cached_property
     def metric_spec(self) -> MetricSpec:

@@ -11,6 +11,8 @@
     dft/ratio     mean of r, for objectives with a reference, like dft/kl
     dft/clipped   share of tokens with r outside the limits of the objective (iw, psft)
     dft/blend     b of a scheduled objective: 0 is nll, 1 the objective
+    dft/weight    mean weight of a token in the gradient, with --dft-weights or --dft-reduction. All other metrics are
+                  means over tokens without these weights
 
 `MetricSpec`, as configured with `metrics` and `channels`:
 
@@ -40,6 +42,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_dft.labels import CHANNELS
 from megatron_dft.ops.objectives import Blended, Objective
 from megatron_dft.ops.stats import COLLISION, ENTROPY, TokenStats
 
@@ -49,6 +52,26 @@ CHANNEL_METRICS = ("nll", "loss", "prob", "tokens")
 VALID_TOKENS = "dft/valid_tokens"
 EFFECTIVE_TOKENS = "dft/effective_tokens"
 CHANNEL = "dft/channel/"
+OTHER = "other"  # channel 0
+
+
+def channel_names(specification: str | None) -> tuple[str, ...]:
+    """Channel names by number from "maths,code", with `other` first; empty without a specification.
+
+    Raises:
+        ValueError: for an empty name, one that is given twice, or too many names.
+    """
+    if specification is None:
+        return ()
+    names = [name.strip() for name in specification.split(",")]
+    if "" in names or OTHER in names or len(set(names)) < len(names):
+        raise ValueError(
+            f"channels: expected distinct names, e.g. maths,code ({OTHER!r} is reserved for all others), got "
+            f"{specification!r}"
+        )
+    if len(names) >= CHANNELS:
+        raise ValueError(f"channels: expected at most {CHANNELS - 1} names, got {len(names)}")
+    return (OTHER, *names)
 
 
 def channel_metric(channel: str, name: str) -> str:
@@ -87,6 +110,7 @@ def token_metrics(
     stats: TokenStats,  # of [...]
     objective: Objective,
     loss_mask: Tensor,  # [...], weight of each token; 0 excludes it, whatever its statistics are
+    token_weight: Tensor | None = None,  # [...] of each token in the gradient; None: 1, not reported
 ) -> dict[str, Tensor]:  # of [2]: sum, count
     """The metrics of every run, of one micro-batch."""
     assert stats.loss is not None and stats.gate is not None
@@ -101,6 +125,8 @@ def token_metrics(
             columns["dft/clipped"] = clipped.to(stats.loss.dtype)
     if isinstance(objective, Blended):
         columns["dft/blend"] = objective.blend.to(stats.loss.dtype).expand_as(stats.loss)
+    if token_weight is not None:
+        columns["dft/weight"] = token_weight.to(stats.loss.dtype)
     weight = loss_mask.float() * stats.valid
     sums = torch.where(weight > 0.0, torch.stack(list(columns.values())) * weight, 0.0).flatten(1).sum(1)
     pairs = torch.stack([sums, weight.sum().expand_as(sums)], 1)

@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from megatron_dft.channels import with_channels
+from megatron_dft.labels import with_channels
 
 
 class NoisyCounting(torch.utils.data.Dataset):

@@ -26,11 +26,11 @@ from tiny_models import (
 )
 
 from megatron_dft import DFTConfig, TokenStats, install
-from megatron_dft.channels import with_channels
 from megatron_dft.hosts import compat
 from megatron_dft.hosts.binding import _Report, vocab_parallel_cross_entropy, with_metrics
 from megatron_dft.hosts.iterations import ChannelMeans
 from megatron_dft.hosts.loss_head import Inputs, MicroBatch, head_of
+from megatron_dft.labels import with_channels
 from megatron_dft.metrics import MetricAccumulator
 from megatron_dft.ops.objectives import DFT
 

@@ -19,6 +19,8 @@ FLAGS = {
     "linear_fused": (["--dft-linear-fused"], True),
     "vocab_chunk": (["--dft-vocab-chunk", "4096", "--dft-linear-fused"], 4096),
     "keep_chunks": (["--dft-keep-chunks", "2", "--dft-linear-fused"], 2),
+    "weights": (["--dft-weights"], True),
+    "reduction": (["--dft-reduction", "sample"], "sample"),
     "metrics": (["--dft-metrics", "full"], "full"),
     "channels": (["--dft-channels", "maths,code"], "maths,code"),
     "callback": (["--dft-callback", "json:dumps"], "json:dumps"),

@@ -157,10 +157,10 @@ REFUSED = {
     },
     "bad channel: expected a name without a comma, got 'c,d'": {"messages": TALK, "channel": "c,d"},
     "bad channel: expected a name without a comma, got 3": {"messages": TALK, "channel": 3},
-    "unsupported weight: message 1: weight: expected 0, 1, false or true, got 0.5": {
-        "messages": [USER, {**REPLY, "weight": 0.5}]
+    "unsupported weight: message 1: weight: expected a number >= 0, false or true, got -0.5": {
+        "messages": [USER, {**REPLY, "weight": -0.5}]
     },
-    "unsupported weight: message 1: weight: expected 0, 1, false or true, got '0'": {
+    "unsupported weight: message 1: weight: expected a number >= 0, false or true, got '0'": {
         "messages": [USER, {**REPLY, "weight": "0"}]
     },
     "weight and train contradict each other": {"messages": [USER, {**REPLY, "weight": 0, "train": True}]},

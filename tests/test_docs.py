@@ -33,7 +33,7 @@ def test_docs_python_blocks_run(name, block):
 
 
 def test_docs_python_blocks_are_found():
-    assert {name for name, _ in BLOCKS} == {"README.md", "docs/data.md", "docs/own-loop.md"}
+    assert {name for name, _ in BLOCKS} == {"README.md", "docs/data.md", "docs/own-loop.md", "docs/weighting.md"}
 
 
 @pytest.mark.parametrize("name", OF_HOSTS)
@@ -79,6 +79,8 @@ def flags_of_megatron():
 @pytest.mark.parametrize("name", [name for name, text in PAGES.items() if any(commands(text))])
 def test_docs_commands_have_existing_flags(name):
     data = pytest.importorskip("megatron_dft.data.__main__")
+    from megatron_dft.data import clean
+
     ours = launch.parser()._option_string_actions.keys() | launch_bridge._parser()._option_string_actions.keys()
     ours |= {"--world-size", "--timeout", "--version"} | advise._parser(script=True)._option_string_actions.keys()
     known = ours | flags_of_megatron() | data._parser()._option_string_actions.keys()
@@ -88,6 +90,8 @@ def test_docs_commands_have_existing_flags(name):
             only = advise._parser(model=True)._option_string_actions.keys()
         if "reference" in command.split()[1]:
             only = reference._parser()._option_string_actions.keys()
+        if "clean" in command.split()[1]:
+            only = clean._parser()._option_string_actions.keys()
         for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", command):
             assert flag in only, command
 

@@ -24,9 +24,9 @@ from tiny_models import (
 )
 
 from megatron_dft import DFTConfig, install
-from megatron_dft.channels import with_channels
 from megatron_dft.hosts import compat
 from megatron_dft.hosts.binding import head_of, with_metrics
+from megatron_dft.labels import with_channels
 
 pytest.importorskip("megatron.core")
 

@@ -272,8 +272,8 @@ def test_micro_batch_has_no_host_device_sync_after_first(megatron, mtp):
     from tiny_models import BATCH, SEQUENCE, batch, gpt, loss_func
 
     from megatron_dft import DFTConfig, install
-    from megatron_dft.channels import with_channels
     from megatron_dft.hosts.binding import with_metrics
+    from megatron_dft.labels import with_channels
 
     settings = {"compact_masked_tokens": False, "metrics": "full", "channels": "a,b", "mtp": "same"}
     config = DFTConfig("dft:start=1,ramp=4", **settings)

@@ -13,9 +13,9 @@ import megatron_dft
 
 PACKAGE = Path(megatron_dft.__file__).parent
 LAYERS = (
-    ("version", "utils"),
+    ("version", "utils", "labels"),
     ("ops",),
-    ("channels", "metrics"),
+    ("metrics",),
     ("config", "data"),
     ("hosts",),
     ("testing",),

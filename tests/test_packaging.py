@@ -97,7 +97,8 @@ def test_console_script_prints_help(environment, command):
     done = run(environment, "megatron-dft", *command.split(), "--help")
     assert done.returncode == 0 and done.stdout.startswith("usage: "), done.stderr
     if not command:
-        assert all(name in done.stdout for name in ("train", "bridge", "data", "reference", "advise", "doctor"))
+        names = ("train", "bridge", "data", "reference", "clean", "advise", "doctor")
+        assert all(name in done.stdout for name in names)
 
 
 def test_console_script_rejects_unknown_command(environment):

@@ -14,9 +14,8 @@ from formulas import REFERENCE_FORMULAS, example, loss_and_gradient, referenced,
 from ranks import ROOT, run_ranks
 
 from megatron_dft import DFTConfig, linear_dft_loss, parse_objective, token_loss, vocab_parallel_dft_loss
-from megatron_dft.channels import split_channels, with_channels
+from megatron_dft.labels import split_channels, split_reference, with_channels, with_reference
 from megatron_dft.metrics import token_metrics
-from megatron_dft.ops.reference import split_reference, with_reference
 from megatron_dft.ops.vocab_parallel import LossOptions, loss_and_stats
 
 TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}
@@ -348,9 +347,9 @@ def test_run_without_reference_ends_with_the_reason(host):
     code, output = host.start(f"{flags} --train-data-path {host.folder / 'plain.arrow'}", script=EXAMPLE)
     assert code and "plain.arrow: has no reference log-probabilities, which psft requires" in output
     settings = SimpleNamespace(loss_type="psft")
-    (finding,) = preflight._references([str(host.folder / "plain.arrow")], settings)
+    (finding,) = preflight._labels([str(host.folder / "plain.arrow")], settings)
     assert finding.level == "error" and "plain.arrow: has no reference" in finding.text
-    assert not list(preflight._references([str(host.folder / "reference.arrow")], settings))
+    assert not list(preflight._labels([str(host.folder / "reference.arrow")], settings))
     mock = flags.replace("--sft ", "--mock-data ")
     code, output = host.start(mock, script=EXAMPLE)
     assert code and "--loss-type psft:eps=0.28: a label carries no reference log-probability" in output
@@ -361,7 +360,7 @@ def test_files_of_different_references_are_rejected(files, tmp_path):
     from tiny_chat_model import write_tiny_llama
 
     from megatron_dft.advisor import reference
-    from megatron_dft.hosts.token_data import check_reference
+    from megatron_dft.hosts.token_data import carried
 
     write_tiny_llama(tmp_path / "other", tied=False)
     plain = str(files / "plain.arrow")
@@ -369,14 +368,14 @@ def test_files_of_different_references_are_rejected(files, tmp_path):
         [plain, "--model", str(tmp_path / "other"), "--out", str(tmp_path / "other.arrow"), "--device", "cpu"]
     )
     paths = [str(files / "reference.arrow"), str(tmp_path / "other.arrow")]
-    check_reference(paths[:1], "iw", True)
-    check_reference([plain], "dft", False)
+    carried(paths[:1], DFTConfig("iw"))
+    carried([plain], DFTConfig("dft"))
     with pytest.raises(ValueError, match=r"other\.arrow: its reference model is other \(.*reference\.arrow is model"):
-        check_reference(paths, "iw", True)
+        carried(paths, DFTConfig("iw"))
     bf16 = str(tmp_path / "bf16.arrow")
     reference.main([plain, "--model", str(files / "model"), "--out", bf16, "--device", "cpu", "--dtype", "bf16"])
     with pytest.raises(ValueError, match=r"model \(\w+, bfloat16\), that of .* is model \(\w+, float32\)"):
-        check_reference([*paths[:1], bf16], "iw", True)
+        carried([*paths[:1], bf16], DFTConfig("iw"))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from megatron_dft.data import sources
-from megatron_dft.data.prepare import MAX_PRINTED, Outcome, Plan, encode_records
+from megatron_dft.data.prepare import MAX_PRINTED, Outcome, Plan, as_arrays, encode_records
 from megatron_dft.data.token_file import Header, Row, TokenFile
 from megatron_dft.data.tokens import ConversationTokenizer
 
@@ -142,8 +142,8 @@ def _add(sample: Sample, outcome: Outcome) -> None:
         if count == MAX_PRINTED:
             print("further rejected records are counted, not printed", file=sys.stderr)
     for stored in outcome.sequences:
-        numbers = np.frombuffer(stored, dtype=np.int32)
-        sample.add(TokenSequence((np.abs(numbers) - 1).astype(np.int64), numbers > 0, outcome.channel))
+        ids, weights = as_arrays(stored)
+        sample.add(TokenSequence(ids.astype(np.int64), weights > 0, outcome.channel))
 
 
 def of_token_files(files: list[TokenFile], tokens: int) -> Sample:

@@ -95,6 +95,9 @@ def show(report: dict[str, Any], out: Path) -> None:
             "template renders a turn differently when another one follows"
         )
     print("tokens per sequence: " + ", ".join(f"{name} {value:.0f}" for name, value in length.items()))
+    if (weights := report["weights"])["min"] != 1.0 or weights["max"] != 1.0:
+        numbers = ", ".join(f"{name} {value:.3g}" for name, value in weights.items())
+        print(f"weights of trained tokens: {numbers}; train with --dft-weights")
     for name, numbers in report["channels"].items():
         print(
             f"  {name}: {numbers['sequences']} sequences, {numbers['tokens']} tokens, "

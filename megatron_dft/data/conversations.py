@@ -11,14 +11,16 @@ Optional fields of a record:
     system                 the system message; also `system_prompt`
     tools                  JSON schemas of functions, for the chat template
     chat_template_kwargs   variables of the chat template, e.g. {"enable_thinking": false}
-    weight, loss, train    0 or false: the conversation is not in the loss. Also `training`, `trainable`, `loss_weight`
+    weight, loss, train    0 or false: the conversation is not in the loss. Another number multiplies its gradient, with
+                           --dft-weights. Also `training`, `trainable`, `loss_weight`
 
 Optional fields of a message, besides role and content (text, or a list of text parts):
 
     reasoning_content      also `reasoning`, `thinking`, `thought`. The chat template must render it
     tool_calls             the chat template must render them
     tool_call_id, name     for the chat template, which may omit them
-    weight, loss, train    0 or false: the turn is context and not in the loss
+    weight, loss, train    0 or false: the turn is context and not in the loss. Another number: as for a record; the
+                           two are multiplied
 
 No message in `prompt` is in the loss.
 
@@ -29,6 +31,7 @@ such as `id` or `source`, are ignored, and their names are reported.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,6 +55,7 @@ OF_RECORD = {"channel", "system", "system_prompt", "tools", "chat_template_kwarg
 ANSWERS = ("completion", "response", "output")
 REASONING = ("reasoning_content", "reasoning", "thinking", "thought")
 WEIGHTS = ("weight", "loss", "train", "training", "trainable", "loss_weight")
+LIGHTEST, HEAVIEST = 1e-4, 1e4  # weights, which a token file stores as fp16
 ROLE_AND_CONTENT = {"role", "content", "from", "value"}
 TEMPLATE_FIELDS = ("tool_calls", "tool_call_id", "name")
 # Arguments of apply_chat_template, which chat_template_kwargs cannot set.
@@ -80,6 +84,7 @@ class Conversation:
         turns: indices of the assistant messages in the loss.
         channel: channel, if the record names one.
         kwargs: tools and variables of the chat template.
+        weights: weight of a turn in the gradient, by its index; others have 1.
         ignored: fields of the record and of its messages that have no effect.
     """
 
@@ -87,6 +92,7 @@ class Conversation:
     turns: list[int]
     channel: str | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
+    weights: dict[int, float] = field(default_factory=dict)
     ignored: set[str] = field(default_factory=set)
 
 
@@ -105,12 +111,17 @@ def conversation_of(record: Mapping[str, Any]) -> Conversation:
         context = [{"role": "system", "content": record[systems[0]]}, *context]
     conversation = Conversation([], [], _channel(record), _template_kwargs(record))
     conversation.ignored.update(record.keys() - OF_RECORD - UNSUPPORTED_OF_RECORD - {*WEIGHTS, *TURNS})
-    weighs = _weight(record, "the conversation")
+    of_record = _weight(record, "the conversation")
     for i, message in enumerate([*context, *messages]):
-        shown, trains = _message(message, i, conversation.ignored)
+        shown, weight = _message(message, i, conversation.ignored)
         conversation.messages.append(shown)
-        if shown["role"] == "assistant" and trains and weighs and i >= len(context):
+        if shown["role"] == "assistant" and (weight := weight * of_record) and i >= len(context):
+            if not LIGHTEST <= weight <= HEAVIEST:
+                raise ValueError(
+                    f"unsupported weight: message {i}: expected 0, or {LIGHTEST:g} to {HEAVIEST:g}, got {weight:g}"
+                )
             conversation.turns.append(i)
+            conversation.weights[i] = weight
     if systems and (len(systems) > 1 or sum(m["role"] == "system" for m in conversation.messages) > 1):
         raise ValueError(f"two system messages: one in {systems[0]!r} and another one; keep one of them")
     _check_order(conversation.messages)
@@ -170,8 +181,8 @@ def _from_json(text: str, name: str) -> Any:
         raise ValueError(f"bad JSON text: expected a list in {name!r}") from None
 
 
-def _message(message: Any, i: int, ignored: set[str]) -> tuple[dict[str, Any], bool]:
-    """The message for the chat template, and whether it may be in the loss."""
+def _message(message: Any, i: int, ignored: set[str]) -> tuple[dict[str, Any], float]:
+    """The message for the chat template, and its weight in the loss."""
     if not isinstance(message, dict):
         raise ValueError(f"bad message: message {i}: expected an object, got {type(message).__name__}")
     if "role" in message and "from" in message:
@@ -187,21 +198,21 @@ def _message(message: Any, i: int, ignored: set[str]) -> tuple[dict[str, Any], b
         if name != text_field and _is_set(message[name], name):
             raise ValueError(f"unsupported field: message {i}: {name!r}; remove it from the data")
     shown: dict[str, Any] = {"role": role, "content": _content(message.get(text_field), i)}
-    trains = True
+    weight = 1.0
     if not message.keys() <= ROLE_AND_CONTENT:
         _add_template_fields(shown, message, i)
         ignored.update(
             message.keys() - ROLE_AND_CONTENT - UNSUPPORTED_OF_MESSAGE - {*TEMPLATE_FIELDS, *REASONING, *WEIGHTS}
         )
-        trains = _weight(message, f"message {i}")
-        if role != "assistant" and trains and any(message.get(name) is not None for name in WEIGHTS):
+        weight = _weight(message, f"message {i}")
+        if role != "assistant" and weight and any(message.get(name) is not None for name in WEIGHTS):
             raise ValueError(
                 f"unsupported weight: message {i}: a message of role {role} cannot be in the loss; remove its weight"
             )
     text = shown["content"].replace("<think>", "").replace("</think>", "").strip()
     if role == "assistant" and not text and not {"tool_calls", "reasoning_content"} & shown.keys():
         raise ValueError(f"empty reply: message {i}")
-    return shown, trains
+    return shown, weight
 
 
 def _add_template_fields(shown: dict[str, Any], message: dict[str, Any], i: int) -> None:
@@ -283,15 +294,17 @@ def _channel(record: Mapping[str, Any]) -> str | None:
     raise ValueError(f"bad channel: expected a name without a comma, got {channel!r}")
 
 
-def _weight(fields: Mapping[str, Any], where: str) -> bool:
-    """Whether a record or message may be in the loss."""
+def _weight(fields: Mapping[str, Any], where: str) -> float:
+    """The weight of a record or message in the loss."""
     given = {name: fields[name] for name in WEIGHTS if fields.get(name) is not None}
     for name, value in given.items():
-        if not isinstance(value, (bool, int, float)) or value not in (0, 1):
-            raise ValueError(f"unsupported weight: {where}: {name}: expected 0, 1, false or true, got {value!r}")
-    if len(set(map(bool, given.values()))) > 1:
+        if not isinstance(value, (bool, int, float)) or not 0 <= value < math.inf:
+            raise ValueError(
+                f"unsupported weight: {where}: {name}: expected a number >= 0, false or true, got {value!r}"
+            )
+    if len(set(given.values())) > 1:
         raise ValueError(f"unsupported weight: {where}: {' and '.join(given)} contradict each other")
-    return all(given.values())
+    return float(next(iter(given.values()), 1.0))
 
 
 def _check_order(messages: list[dict[str, Any]]) -> None:

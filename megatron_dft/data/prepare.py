@@ -1,6 +1,6 @@
 """Preparation of a token file from files of chat data.
 
-Worker processes parse, render and tokenize. This process reads, packs and writes. Tokens are in a temporary file beside
+Worker processes parse, render and tokenize. This process reads, packs and writes. Tokens are in temporary files beside
 the output until all lengths are known. Memory grows by about 1 KiB per sequence, independent of its length.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
+import math
 import multiprocessing
 import os
 import socket
@@ -35,6 +36,7 @@ from megatron_dft.data.tokens import ConversationTokenizer, Encoded
 BATCH = 256  # records per task of a worker
 BATCHES_BEFORE_WORKERS = 8  # batches before worker processes are started
 MAX_PRINTED = 10  # rejected records that are printed
+SPILLS = {"ids": np.int32, "weights": np.float16}  # temporary files, an entry per token
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,17 @@ class Statistics:
     trained: array = field(default_factory=lambda: array("i"))
     channels: array = field(default_factory=lambda: array("i"))
     names: dict[str, int] = field(default_factory=dict)
+    weights: list[float] = field(default_factory=lambda: [math.inf, 0.0, 0.0])  # min, max, sum over trained tokens
+
+    def add_weights(self, weights: np.ndarray) -> None:
+        """Add the weights of the trained tokens of a sequence."""
+        self.trained.append(len(weights))
+        low, high, total = self.weights
+        self.weights = [
+            min(low, float(weights.min())),
+            max(high, float(weights.max())),
+            total + float(weights.sum(dtype=np.float64)),
+        ]
 
     def report(self, rows: int, seq_length: int) -> dict[str, Any]:
         """The statistics as JSON: counts of records, sequences and tokens, lengths, packing efficiency."""
@@ -134,6 +147,7 @@ class Statistics:
                 "mean": float(lengths.mean()),
                 **{name: float(np.quantile(lengths, q, method="nearest")) for name, q in quantiles.items()},
             },
+            "weights": {"min": self.weights[0], "max": self.weights[1], "mean": self.weights[2] / int(trained.sum())},
             "channels": by_channel,
             "rows": rows,
             "seq_length": seq_length,
@@ -154,17 +168,18 @@ def prepare(plan: Plan, tokenizer: ConversationTokenizer) -> dict[str, Any]:
     plan.out.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(Unfinished(path)) for name, path in _targets(plan.out).items()}
-        spill = stack.enter_context(Unfinished(plan.out.with_name(f"{plan.out.name}.tokens")))
+        spills = [stack.enter_context(Unfinished(plan.out.with_name(f"{plan.out.name}.{x}"))) for x in SPILLS]
         statistics = Statistics()
-        with files["rejected"].path.open("w") as rejected, spill.path.open("wb") as tokens:
-            _tokenize(plan, tokenizer, statistics, rejected, tokens)
+        with contextlib.ExitStack() as opened:
+            rejected = opened.enter_context(files["rejected"].path.open("w"))
+            _tokenize(plan, tokenizer, statistics, rejected, [opened.enter_context(x.path.open("wb")) for x in spills])
         if statistics.rejected:
             files["rejected"].finish()
         _check(plan, statistics)
         sizes = [-(-length // plan.multiple) * plan.multiple for length in statistics.lengths]
         rows = best_fit(sizes, plan.seq_length) if plan.pack else [[i] for i in range(len(sizes))]
+        ids, weights = (np.memmap(x.path, kind, mode="r") for x, kind in zip(spills, SPILLS.values(), strict=True))
         report = statistics.report(len(rows), plan.seq_length)
-        stored = np.memmap(spill.path, dtype=np.int32, mode="r")
         header = Header(
             seq_length=plan.seq_length,
             multiple=plan.multiple,
@@ -172,14 +187,14 @@ def prepare(plan: Plan, tokenizer: ConversationTokenizer) -> dict[str, Any]:
             tensor_model_parallel_size=plan.tensor_model_parallel_size,
             sequence_parallel=plan.sequence_parallel,
             pad_id=tokenizer.pad_id,
-            max_id=max(int(stored.max()), -int(stored.min()), tokenizer.pad_id + 1) - 1,
+            max_id=max(int(ids.max()), tokenizer.pad_id),
             channels=list(statistics.names),
             fingerprint=tokenizer.fingerprint(),
             statistics=report,
         )
         if plan.pack:  # best fit orders them by length
             np.random.default_rng(0).shuffle(rows)
-        token_file.write(files["out"].path, header, _rows(rows, statistics, stored))
+        token_file.write(files["out"].path, header, _rows(rows, statistics, ids, weights))
         files["out"].finish()
         files["report"].path.write_text(json.dumps(report, indent=2) + "\n")
         files["report"].finish()
@@ -239,7 +254,7 @@ class Outcome(NamedTuple):
     """The sequences of a record, or why it is rejected.
 
     Attributes:
-        sequences: tokens as bytes of int32, as returned by `_stored`.
+        sequences: tokens and weights as bytes, as returned by `_stored`.
         reasons: why the record, or some of its sequences, are rejected.
         ignored: fields without effect.
         cut: whether a sequence was truncated.
@@ -248,16 +263,16 @@ class Outcome(NamedTuple):
     file: str
     number: int
     channel: str
-    sequences: list[bytes]
+    sequences: list[tuple[bytes, bytes]]
     reasons: list[str]
     ignored: set[str]
     cut: bool
 
 
 def _tokenize(
-    plan: Plan, tokenizer: ConversationTokenizer, statistics: Statistics, rejected: IO[str], tokens: IO[bytes]
+    plan: Plan, tokenizer: ConversationTokenizer, statistics: Statistics, rejected: IO[str], spills: list[IO[bytes]]
 ) -> None:
-    """Append the tokens of all records as signed numbers: id + 1, negative for tokens that are not in the loss."""
+    """Append the token ids of all records to the first spill, their weights to the second."""
     for outcome in _progress(_outcomes(plan, tokenizer), plan.files):
         statistics.records += 1
         statistics.rejected += bool(outcome.reasons)
@@ -267,10 +282,11 @@ def _tokenize(
         for reason in outcome.reasons:
             _reject(statistics, rejected, outcome, reason, plan.out)
         for stored in outcome.sequences:
-            numbers = np.frombuffer(stored, dtype=np.int32)
-            tokens.write(stored)
-            statistics.lengths.append(len(numbers))
-            statistics.trained.append(int((numbers > 0).sum()))
+            for spill, part in zip(spills, stored, strict=True):
+                spill.write(part)
+            weights = as_arrays(stored)[1]
+            statistics.lengths.append(len(weights))
+            statistics.add_weights(weights[weights > 0])
             statistics.channels.append(statistics.names.setdefault(outcome.channel, len(statistics.names)))
 
 
@@ -355,7 +371,7 @@ def encode_records(records: list[Record], plan: Plan, tokenizer: ConversationTok
             outcomes.append(Outcome(record.file, record.number, "", [], [reason], set(), False))
             continue
         channel = conversation.channel or plan.channel or sources.channel_of(record.file)
-        kept: list[bytes] = []
+        kept: list[tuple[bytes, bytes]] = []
         reasons: list[str] = []
         cut = False
         for sequence in sequences:
@@ -377,20 +393,29 @@ def _unusable(sequence: Encoded, seq_length: int, truncate: bool) -> str:
     return ""
 
 
-def _stored(sequence: Encoded, seq_length: int) -> bytes:
-    numbers = -1 - np.array(sequence.ids[:seq_length], dtype=np.int32)
-    for first, last in sequence.spans:
-        np.negative(numbers[first:last], out=numbers[first:last])
-    return numbers.tobytes()
+def _stored(sequence: Encoded, seq_length: int) -> tuple[bytes, bytes]:
+    """Token ids and weights as bytes."""
+    ids = np.array(sequence.ids[:seq_length], dtype=SPILLS["ids"])
+    weights = np.zeros(len(ids), dtype=SPILLS["weights"])
+    for (first, last), weight in zip(sequence.spans, sequence.weights, strict=True):
+        weights[first:last] = weight
+    return ids.tobytes(), weights.tobytes()
 
 
-def _rows(rows: list[list[int]], statistics: Statistics, stored: np.ndarray) -> Iterator[Row]:
+def as_arrays(stored: tuple[bytes, bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids and weights of a sequence of an `Outcome`."""
+    ids, weights = stored
+    return np.frombuffer(ids, SPILLS["ids"]), np.frombuffer(weights, SPILLS["weights"])
+
+
+def _rows(rows: list[list[int]], statistics: Statistics, ids: np.ndarray, weights: np.ndarray) -> Iterator[Row]:
     lengths = np.asarray(statistics.lengths)
     channels = np.asarray(statistics.channels)
     ends = np.cumsum(lengths)
     for row in rows:
-        numbers = np.concatenate([stored[ends[i] - lengths[i] : ends[i]] for i in row])
-        yield Row(np.abs(numbers) - 1, (numbers > 0).astype(np.float16), lengths[row], channels[row])
+        parts = [slice(ends[i] - lengths[i], ends[i]) for i in row]
+        row_ids, row_weights = (np.concatenate([x[part] for part in parts]) for x in (ids, weights))
+        yield Row(row_ids, row_weights, lengths[row], channels[row])
 
 
 def _progress(outcomes: Iterable[tuple[int, list[Outcome]]], files: list[str]) -> Iterator[Outcome]:

@@ -62,6 +62,8 @@ def shown(records: Iterable[Record], tokenizer: ConversationTokenizer, channel: 
         for i, sequence in enumerate(sequences):
             place = f" (sequence {i + 1} of {len(sequences)}, one per assistant turn)" if len(sequences) > 1 else ""
             title = f"{where}{place}: {name}, {len(sequence.ids)} tokens, {sequence.trained} in the loss"
+            if set(sequence.weights) - {1.0}:
+                title += f", weights {', '.join(f'{weight:g}' for weight in sequence.weights)}"
             yield Shown(title, list(_parts(tokenizer.tokenizer, sequence)))
 
 

@@ -3,7 +3,7 @@
 A row is one training sequence:
 
     input_ids     int32    concatenated tokens of its conversations, without padding
-    loss_weights  float16  weight of each token as a target: 0 or 1. 0 for the first token of a conversation
+    loss_weights  float16  weight of each token as a target; 0: not in the loss, as the first token of a conversation
     lengths       int32    tokens per conversation
     channels      int32    channel of each conversation, an index into `Header.channels`
     reference_nll float16  NLL of each trained token under the reference model, nats; only in files of
@@ -70,6 +70,12 @@ class Header:
     fingerprint: dict[str, Any]
     statistics: dict[str, Any]
     reference: dict[str, Any] | None = None
+
+    @property
+    def weighted(self) -> bool:
+        """Whether the file contains weights other than 0 and 1."""
+        weights = self.statistics.get("weights", {"min": 1.0, "max": 1.0})
+        return weights["min"] != 1.0 or weights["max"] != 1.0
 
 
 def named(header: Header) -> str:
@@ -163,7 +169,8 @@ class Sample:
     Attributes:
         tokens, position_ids: int64 [s]; positions start at 0 in each conversation.
         labels: int64 [s]; the next token, or -100 if it is not in the loss.
-        loss_mask: float32 [s]; the weight of each label.
+        loss_mask: float32 [s]; 1 for a label in the loss, else 0.
+        weights: float32 [s]; weight of each label in the loss, 1 for others.
         channels: int64 [s]; channel of each label, an index into `Header.channels`.
         reference_nll: float32 [s]; NLL of each label under the reference model, NaN where there is none; None: no
             reference in the file.
@@ -174,6 +181,7 @@ class Sample:
     tokens: np.ndarray
     labels: np.ndarray
     loss_mask: np.ndarray
+    weights: np.ndarray
     position_ids: np.ndarray
     channels: np.ndarray
     cu_seqlens: np.ndarray
@@ -191,11 +199,12 @@ def sample_of(row: Row, header: Header) -> Sample:
     tokens = np.full(length, header.pad_id, dtype=np.int64)
     tokens[places] = row.input_ids
     trains = within > 0
-    targets, weights = places[trains] - 1, row.loss_weights[trains]
-    loss_mask = np.zeros(length, dtype=np.float32)
-    loss_mask[targets] = weights
+    targets, given = places[trains] - 1, row.loss_weights[trains].astype(np.float32)
+    loss_mask, weights = np.zeros(length, dtype=np.float32), np.ones(length, dtype=np.float32)
+    loss_mask[targets] = given > 0
+    weights[targets] = np.where(given > 0, given, 1)
     labels = np.full(length, -100, dtype=np.int64)
-    labels[targets] = np.where(weights > 0, row.input_ids[trains], -100)
+    labels[targets] = np.where(given > 0, row.input_ids[trains], -100)
     reference_nll = None
     if row.reference_nll is not None:
         reference_nll = np.full(length, np.nan, dtype=np.float32)
@@ -203,4 +212,4 @@ def sample_of(row: Row, header: Header) -> Sample:
     sizes = np.diff(cu_seqlens)
     position_ids = np.arange(length) - np.repeat(cu_seqlens[:-1], sizes)
     channels = np.repeat(row.channels.astype(np.int64), sizes)
-    return Sample(tokens, labels, loss_mask, position_ids, channels, cu_seqlens, reference_nll)
+    return Sample(tokens, labels, loss_mask, weights, position_ids, channels, cu_seqlens, reference_nll)

@@ -29,10 +29,12 @@ class Encoded:
     Attributes:
         ids: token ids.
         spans: disjoint ranges of trained tokens, in order.
+        weights: weight of each span in the loss.
     """
 
     ids: list[int]
     spans: list[Span]
+    weights: list[float]
 
     @property
     def trained(self) -> int:
@@ -84,13 +86,21 @@ class ConversationTokenizer:
         texts = [sample.text for result in results if isinstance(result, list) for sample in result]
         encodings = iter(self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False))
         return [
-            result if isinstance(result, ValueError) else [_tokens_of(next(encodings), sample) for sample in result]
-            for result in results
+            result
+            if isinstance(result, ValueError)
+            else [_tokens_of(next(encodings), sample, _weights_of(sample, conversation)) for sample in result]
+            for result, conversation in zip(results, conversations, strict=True)
         ]
 
     def _rendered(self, conversation: Conversation) -> list[Rendered]:
         if self.template is not None:
-            return self.template.render(conversation.messages, conversation.turns, **conversation.kwargs)
+            samples = self.template.render(conversation.messages, conversation.turns, **conversation.kwargs)
+            if len(set(conversation.weights.values())) > 1 and any(-1 in sample.turns for sample in samples):
+                raise ValueError(
+                    "the marks {% generation %} of the chat template cannot be assigned to turns of different weights; "
+                    "use one weight per conversation"
+                )
+            return samples
         extra = [name for message in conversation.messages for name in message if name not in ("role", "content")]
         if extra or conversation.kwargs:
             name = [*extra, *conversation.kwargs][0]
@@ -153,19 +163,25 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def _tokens_of(encoding: Any, sample: Rendered) -> Encoded:
-    """Convert spans of characters to spans of tokens."""
-    spans: list[Span] = []
-    for begin, end in sample.spans:
+def _weights_of(sample: Rendered, conversation: Conversation) -> list[float]:
+    """The weight of each span. All are equal if the marks of the template do not determine their turns."""
+    return [conversation.weights.get(conversation.turns[0] if i == -1 else i, 1.0) for i in sample.turns]
+
+
+def _tokens_of(encoding: Any, sample: Rendered, weights: list[float]) -> Encoded:
+    """Convert spans of characters to spans of tokens. A token of two turns has the weight of the first."""
+    spans: list[tuple[int, int, float]] = []
+    for (begin, end), weight in zip(sample.spans, weights, strict=True):
         first, last = _inside(encoding, sample.text, begin, end)
         if first == last:
             continue
         if spans and first <= spans[-1][1]:
-            first = spans.pop()[0]
-        spans.append((first, last))
+            first = spans[-1][1] if spans[-1][2] != weight else spans.pop()[0]
+        spans.append((first, last, weight))
     if spans and spans[0][0] == 0:
-        spans[0] = (1, spans[0][1])
-    return Encoded(encoding.ids, [span for span in spans if span[0] < span[1]])
+        spans[0] = (1, *spans[0][1:])
+    spans = [span for span in spans if span[0] < span[1]]
+    return Encoded(encoding.ids, [span[:2] for span in spans], [span[2] for span in spans])
 
 
 def _inside(encoding: Any, text: str, begin: int, end: int) -> Span:

@@ -233,7 +233,7 @@ def objective(settings: Any, config: DFTConfig | None, without_gpu: bool) -> Ite
 def files(settings: Any) -> Iterator[Finding]:
     """Check the data, tokenizer and checkpoint paths of the run."""
     paths = () if settings.mock_data else sft.data_paths(settings)
-    yield from _references([path for path in paths if sft.is_token_file(path)], settings)
+    yield from _labels([path for path in paths if sft.is_token_file(path)], settings)
     for path in paths:
         if sft.is_token_file(path):
             yield from _tokens(path, settings)
@@ -297,8 +297,8 @@ def _tokens(path: str, settings: Any) -> Iterator[Finding]:
     yield Finding("ok", "files", text)
 
 
-def _references(paths: list[str], settings: Any) -> Iterator[Finding]:
-    """Check that the token files have the reference that the objective needs."""
+def _labels(paths: list[str], settings: Any) -> Iterator[Finding]:
+    """Check that the token files have the reference and the weights that are configured."""
     if not paths:
         return
     from megatron_dft.hosts import token_data
@@ -308,7 +308,7 @@ def _references(paths: list[str], settings: Any) -> Iterator[Finding]:
     except ValueError:  # reported by `objective`
         return
     try:
-        token_data.check_reference(paths, config.loss_type, config.of_reference)
+        token_data.carried(paths, config)
     except ValueError as error:
         yield Finding("error", "files", str(error))
 

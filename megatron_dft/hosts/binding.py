@@ -29,10 +29,10 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_dft.channels import SHIFT
 from megatron_dft.config import DFTConfig
 from megatron_dft.hosts import compat
-from megatron_dft.hosts.loss_head import IGNORE_INDEX, LossHead, MicroBatch, Schedule, head_of
+from megatron_dft.hosts.loss_head import LossHead, MicroBatch, Schedule, head_of
+from megatron_dft.labels import CHANNEL, IDS, IGNORE_INDEX, REFERENCE, WEIGHT
 from megatron_dft.metrics import (
     VALID_TOKENS,
     MetricAccumulator,
@@ -41,7 +41,6 @@ from megatron_dft.metrics import (
     is_total,
     token_metrics,
 )
-from megatron_dft.ops.reference import IDS
 from megatron_dft.ops.vocab_parallel import vocab_parallel_dft_loss
 from megatron_dft.utils import load_function
 
@@ -309,6 +308,8 @@ class _Report:
                 compat.check_num_tokens(values[1], mask)
             self.checked = self.checked or first
             ours = self._pairs(micro_batch, mask, values[1] if len(values) > 1 else mask.sum())
+            if micro_batch.inputs.count is not None:
+                values[1] = micro_batch.inputs.count
             if not torch.is_grad_enabled():
                 if self.validation is not None:
                     both = {**report, **ours}.items()
@@ -323,10 +324,9 @@ class _Report:
         training, stats, spec = torch.is_grad_enabled(), micro_batch.stats, self.config.metric_spec
         if self.callback is not None:
             self.callback(micro_batch.tokens(mask, training))
-        channel = micro_batch.inputs.channel
-        weights = micro_batch.pick(mask)
-        pairs = token_metrics(stats, micro_batch.objective, weights)
-        sums = spec.sums(stats, weights, None if channel is None else micro_batch.pick(channel))
+        mask = micro_batch.pick(mask)
+        pairs = token_metrics(stats, micro_batch.objective, mask, micro_batch.weight)
+        sums = spec.sums(stats, mask, micro_batch.channel)
         pairs |= zip(spec.names, sums, strict=True)
         if not training:
             return {name: pair for name, pair in pairs.items() if in_validation(name)}
@@ -337,18 +337,25 @@ class _Report:
         return {name: _as_total(pair, share) if is_total(name) else pair for name, pair in pairs.items()}
 
     def _check_labels(self, micro_batch: MicroBatch) -> None:
-        """Raises ValueError for channels without a name, or an unused reference; in the first micro-batch."""
+        """Raises ValueError for labels that carry what is not configured; in the first micro-batch."""
         labels = micro_batch.inputs.labels
-        if (labels > IDS).any():
+        rest = labels[labels > IDS]
+        if not rest.numel():
+            return
+        if (rest >> REFERENCE > 0).any():
             raise ValueError(
                 f"--loss-type {self.config.loss_type}: a label carries a reference log-probability, which this "
                 "objective does not use; return labels without with_reference"
             )
-        named, number = self.config.channels, labels >> SHIFT
-        if named and (number > 0).any():
+        if (rest >> WEIGHT > 0).any():
             raise ValueError(
-                f"--dft-channels {named}: a label has channel {int(number.max())}, which has no name; name every "
-                "channel of the data"
+                f"--loss-type {self.config.loss_type}: a label carries a weight; add --dft-weights, or return labels "
+                "without with_weights"
+            )
+        if self.config.channels:
+            raise ValueError(
+                f"--dft-channels {self.config.channels}: a label has channel {int((rest >> CHANNEL).max())}, which "
+                "has no name; name every channel of the data"
             )
 
 

@@ -97,14 +97,14 @@ def prepare(cfg: Any, config: DFTConfig) -> list[str]:
         )
     if getattr(cfg.dist, "use_decentralized_pg", False):
         raise ValueError("dist.use_decentralized_pg=true is not supported; set it to false")
-    lines = list(_set_required(cfg))
+    lines = list(_set_required(cfg, config))
     for section in (cfg.model, cfg.ddp, cfg.dist):  # compat reads attributes by name
         compat.check_settings(section, config)
     return lines
 
 
-def _set_required(cfg: Any) -> Iterator[str]:
-    """Set what context parallelism requires of the loss, DDP and packing; yield a line per changed setting."""
+def _set_required(cfg: Any, config: DFTConfig) -> Iterator[str]:
+    """Set what a reduction and context parallelism require of loss, DDP and packing; yield a line per change."""
 
     def put(section: str, owner: Any, name: str, value: Any, reason: str) -> Iterator[str]:
         before = getattr(owner, name)
@@ -114,6 +114,9 @@ def _set_required(cfg: Any) -> Iterator[str]:
 
     model, data = cfg.model, cfg.dataset
     sizes = {model.context_parallel_size, getattr(cfg.dist, "eval_context_parallel_size", None) or 1}
+    if config.by_conversation:
+        reason = f"because dft.reduction={config.reduction} divides the gradient by one number for the whole batch"
+        yield from put("model", model, "calculate_per_token_loss", True, reason)
     if max(sizes) > 1:
         reason = "because under context parallelism ranks hold different numbers of valid tokens"
         yield from put("model", model, "calculate_per_token_loss", True, reason)

@@ -25,10 +25,11 @@ from megatron_dft.config import DFTConfig
 from megatron_dft.data.token_file import TokenFile, sample_of
 from megatron_dft.hosts.sft import check_channels
 from megatron_dft.hosts.token_data import (
+    Carried,
     Layout,
+    carried,
     channels_of,
     check_layout,
-    check_reference,
     check_tokenizer,
     check_vocabulary,
     row_number,
@@ -59,7 +60,7 @@ class TokenFileDataset(DatasetProvider):
 
     def __post_init__(self) -> None:
         self._model: Any = None
-        self._config = DFTConfig()
+        self._carried = Carried()
 
     @property
     def seq_length(self) -> int:
@@ -76,7 +77,7 @@ class TokenFileDataset(DatasetProvider):
 
         Args:
             cfg: the ConfigContainer of this object, with every override applied.
-            config: the settings of the objective; None: no channels and no reference.
+            config: the settings of the objective; None: labels carry token ids alone.
 
         Raises:
             ValueError: if a file does not fit the run.
@@ -114,9 +115,8 @@ class TokenFileDataset(DatasetProvider):
                     trust_remote_code=cfg.tokenizer.trust_remote_code,
                 )
         config = config or DFTConfig()
-        check_reference(paths, config.loss_type, config.of_reference)
         check_channels(config.metric_spec.channels, channels_of(paths), "dft.channels")
-        self._model, self._config = model, config
+        self._model, self._carried = model, carried(paths, config)
 
     def build_datasets(self, context: DatasetBuildContext) -> tuple[Dataset | None, Dataset | None, None]:
         """The data sets for training and validation, with the number of samples that Bridge requests."""
@@ -136,7 +136,7 @@ class TokenFileDataset(DatasetProvider):
             return None
         file = TokenFile(path)
         check_vocabulary(path, file.header, self._model.vocab_size)
-        return TokenRows(file, samples, seed, self._config)
+        return TokenRows(file, samples, seed, self._carried)
 
 
 class TokenRows(Dataset):
@@ -145,12 +145,11 @@ class TokenRows(Dataset):
     Args:
         samples: length of the data set.
         seed: random seed of the row order per epoch; None: the order of the file.
-        config: the settings of the objective.
+        carried: what the labels carry.
     """
 
-    def __init__(self, file: TokenFile, samples: int, seed: int | None, config: DFTConfig) -> None:
-        self.file, self.samples, self.seed = file, samples, seed
-        self.channels, self.reference = config.metric_spec.channels, config.of_reference
+    def __init__(self, file: TokenFile, samples: int, seed: int | None, carried: Carried) -> None:
+        self.file, self.samples, self.seed, self.carried = file, samples, seed, carried
 
     def __len__(self) -> int:
         return self.samples
@@ -160,7 +159,7 @@ class TokenRows(Dataset):
         cu_seqlens = torch.from_numpy(sample.cu_seqlens)
         max_seqlen = torch.tensor(numpy.diff(sample.cu_seqlens).max())
         return {
-            **tensors_of(sample, self.file.header, self.channels, self.reference),
+            **tensors_of(sample, self.file.header, self.carried),
             "cu_seqlens_q": cu_seqlens,
             "cu_seqlens_kv": cu_seqlens,
             "max_seqlen_q": max_seqlen,

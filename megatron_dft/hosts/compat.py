@@ -69,17 +69,23 @@ def check_settings(settings: Any, config: DFTConfig) -> None:
             f"--loss-type {config.loss_type} with --context-parallel-size {cp} requires --calculate-per-token-loss; "
             "without it Megatron divides by each rank's token count, which gives a wrong gradient for uneven loss masks"
         )
+    if config.by_conversation and not getattr(settings, "calculate_per_token_loss", True):
+        raise ValueError(
+            f"--dft-reduction {config.reduction} requires --calculate-per-token-loss, under which Megatron divides the "
+            "gradient by one number for the whole batch; add it"
+        )
     if getattr(settings, "overlap_moe_expert_parallel_comm", False):
-        if config.channels:
-            raise ValueError(
-                "--dft-channels cannot be combined with --overlap-moe-expert-parallel-comm, whose schedule plan "
-                "bypasses forward, where channels are removed from the labels; remove one of the two"
-            )
-        if config.of_reference:
-            raise ValueError(
-                f"--loss-type {config.loss_type} cannot be combined with --overlap-moe-expert-parallel-comm, whose "
-                "schedule plan bypasses forward, where the reference is removed from the labels; remove one of the two"
-            )
+        for flag, needed in (
+            ("--dft-channels", config.channels),
+            ("--dft-weights", config.weights),
+            (f"--dft-reduction {config.reduction}", config.by_conversation),
+            (f"--loss-type {config.loss_type}", config.of_reference),
+        ):
+            if needed:
+                raise ValueError(
+                    f"{flag} cannot be combined with --overlap-moe-expert-parallel-comm, whose schedule plan bypasses "
+                    "forward, where labels are separated from what they carry; remove one of the two"
+                )
         if has_mtp(settings) and config.mtp == "nll":
             raise ValueError(
                 "--dft-mtp nll cannot be combined with --overlap-moe-expert-parallel-comm, under which the loss cannot "

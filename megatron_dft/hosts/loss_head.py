@@ -5,7 +5,7 @@
                                                                                       layer (compaction), or logits are
                                                                                       not materialized (linear_fused)
 
-`Inputs` are labels, loss mask, channels and reference of one forward pass. `_target` transposes the labels and ignores
+`Inputs` are the arguments of one forward pass, and what its labels carried. `_target` transposes the labels and ignores
 those with loss mask 0. Loss, gradient and statistics cover valid tokens only. Labels of multi-token prediction also
 reach this loss.
 
@@ -27,18 +27,32 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_dft.channels import split_channels
 from megatron_dft.config import DFTConfig
 from megatron_dft.hosts import compat
+from megatron_dft.labels import (
+    IGNORE_INDEX,
+    pack_reference,
+    split_channels,
+    split_counts,
+    split_reference,
+    split_weights,
+)
 from megatron_dft.metrics import TokenBatch
 from megatron_dft.ops.compaction import gather_sequence, loss_all_tokens, loss_valid_tokens
 from megatron_dft.ops.linear_fused import Split, WeightGradient, linear_loss_and_stats
 from megatron_dft.ops.objectives import Blended, Objective, Scheduled
-from megatron_dft.ops.reference import pack, split_reference
 from megatron_dft.ops.stats import MEDIAN, TokenStats
 from megatron_dft.ops.vocab_parallel import LossOptions, loss_and_stats
 
-IGNORE_INDEX = -100
+ADD = {  # what to do if labels lack something
+    "reference log-probability": (
+        "train on token files of megatron-dft reference, or return labels of with_reference from your data set"
+    ),
+    "weight": (
+        "train on token files of megatron-dft data, or return labels of with_weights (--dft-weights) or "
+        "with_conversations (--dft-reduction) from your data set"
+    ),
+}
 
 
 class Schedule:
@@ -82,6 +96,8 @@ class Inputs:
     loss_mask: Tensor | None  # as many elements as the labels
     channel: Tensor | None  # [b, s] int64; None: no channels are configured
     reference: Tensor | None = None  # [b, s] log-probability under the reference model; None: not needed
+    weight: Tensor | None = None  # [b, s] of each token in the gradient; None: 1
+    count: Tensor | None = None  # [] int32, divisor of the gradient; None: the number of tokens
 
 
 @dataclass(frozen=True)
@@ -103,6 +119,16 @@ class MicroBatch:
         """Per-token values in [b, s] order and any shape -> in the shape and order of `stats`."""
         x = x.reshape(self.shape).transpose(0, 1).reshape(-1)
         return (x if self.rows is None else x.index_select(0, self.rows)).view(self.stats.valid.shape)
+
+    @property
+    def channel(self) -> Tensor | None:
+        """Channel of each token of `stats`."""
+        return None if self.inputs.channel is None else self.pick(self.inputs.channel)
+
+    @property
+    def weight(self) -> Tensor | None:
+        """Weight of each token of `stats` in the gradient."""
+        return None if self.inputs.weight is None else self.pick(self.inputs.weight)
 
     def tokens(self, loss_mask: Tensor, training: bool) -> TokenBatch:
         """All tokens [b, s]: the argument of a callback."""
@@ -128,14 +154,15 @@ class LossHead:
         self.compact = compat.compacts(model, config)
         self.split = config.split() if config.linear_fused else None
         self.channels = len(config.metric_spec.channels)
-        self.of_reference = config.of_reference
+        self.of_reference, self.weighted = config.of_reference, config.weighted
+        self.by_conversation = config.by_conversation
         self.host_loss = model.compute_language_model_loss
         self.separate_mtp = compat.has_mtp(model.config) and config.mtp == "nll"
         self.inputs: Inputs | None = None  # of the current forward pass, until its loss is computed
         self._bypassed: list[Tensor | None] = []  # the weight, if hidden states arrive instead of logits
         self.computed, self.trained = 0, 0  # losses with a graph, and those that received a gradient
         self.counted: Tensor | None = None  # whether a loss mask counted a token that has no loss
-        self.unknown: Tensor | None = None  # whether a label carried no reference
+        self.missing: dict[str, Tensor] = {}  # whether a label carried no reference, or no weight
         self._recording = False
         self._micro_batches: list[MicroBatch] = []
 
@@ -163,27 +190,40 @@ class LossHead:
         return taken[0] if taken else None
 
     def receive(self, labels: Tensor, loss_mask: Tensor | None) -> Inputs:
-        """Record the arguments of a forward pass. The returned labels have no channels and no reference.
+        """Record the arguments of a forward pass. The returned labels are token ids and -100.
 
         Raises:
-            ValueError: for a loss mask whose size is not that of the labels.
+            ValueError: for a loss mask whose size is not that of the labels, or a reduction without `with_metrics`.
         """
         if loss_mask is not None and loss_mask.numel() != labels.numel():
             raise ValueError(
                 f"loss_mask: expected one weight for each of the labels {tuple(labels.shape)}, got "
                 f"{tuple(loss_mask.shape)}"
             )
-        reference = channel = None
+        reference = channel = weight = count = None
+        if self.by_conversation:
+            if not self._recording:
+                raise ValueError(
+                    "--dft-reduction: the divisor of the gradient is the num_tokens of loss_func; wrap forward_step by "
+                    "with_metrics(forward_step, config)"
+                )
+            labels, count = split_counts(labels)
         if self.of_reference:
             labels, reference = split_reference(labels)
-            unknown = reference.isnan()
-            if loss_mask is not None:
-                unknown &= loss_mask.reshape(labels.shape) != 0.0
-            self.unknown = unknown.any() if self.unknown is None else self.unknown | unknown.any()
+            self._note_missing("reference log-probability", reference.isnan(), loss_mask)
+        if self.weighted:
+            labels, weight = split_weights(labels)
+            self._note_missing("weight", weight.isnan(), loss_mask)
         if self.channels:
             labels, channel = split_channels(labels, self.channels)
-        self.inputs = Inputs(labels, loss_mask, channel, reference)
+        self.inputs = Inputs(labels, loss_mask, channel, reference, weight, count)
         return self.inputs
+
+    def _note_missing(self, name: str, missing: Tensor, loss_mask: Tensor | None) -> None:
+        """Record, on the device, whether a label [b, s] with a loss carried no reference or weight."""
+        if loss_mask is not None:
+            missing = missing & (loss_mask.reshape(missing.shape) != 0.0)
+        self.missing[name] = self.missing.get(name, False) | missing.any()
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """labels [b, s], logits [s, b, V/tp], or hidden states after `bypass` -> NLL [b, s]."""
@@ -256,7 +296,7 @@ class LossHead:
         if mask is not None:
             labels = labels.masked_fill(mask.reshape(labels.shape) == 0.0, self.options.ignore_index)
         if inputs.reference is not None:
-            labels = pack(labels, -inputs.reference)
+            labels = pack_reference(labels, -inputs.reference)
         return labels.transpose(0, 1).contiguous()
 
     def _materialized(
@@ -292,7 +332,7 @@ class LossHead:
     def _finish(self, loss: Tensor, stats: TokenStats, rows: Tensor | None, inputs: Inputs) -> Tensor:
         """Record the statistics, count the backward pass, and return the loss [s, b] as [b, s].
 
-        The loss of multi-token prediction is not recorded or counted.
+        The loss of multi-token prediction is not recorded, counted or weighted.
         """
         if self.inputs is None or inputs is self.inputs:  # not of multi-token prediction, whose loss is computed first
             self.inputs = None
@@ -302,7 +342,8 @@ class LossHead:
             if loss.requires_grad:
                 self.computed += 1
                 loss.register_hook(self._count_backward)
-        return loss.transpose(0, 1).contiguous()
+        loss = loss.transpose(0, 1).contiguous()
+        return loss if inputs.weight is None else _Weighted.apply(loss, inputs.weight)
 
     def _count_backward(self, gradient: Tensor) -> None:
         self.trained += 1
@@ -313,15 +354,13 @@ class LossHead:
         self.counted = any_token if self.counted is None else self.counted | any_token
 
     def check_tokens(self) -> None:
-        """Raises ValueError if a loss mask counted a token that has no loss, or a label has no reference.
+        """Raises ValueError if a loss mask counted a token that has no loss, or a label has no reference or weight.
 
-        One host-device sync for each of the two.
+        One host-device sync for each of them.
         """
-        if self.unknown is not None and self.unknown:
-            raise ValueError(
-                f"--loss-type {self.schedule}: a label carries no reference log-probability; train on token files of "
-                "megatron-dft reference, or return labels of with_reference from your data set"
-            )
+        for name, missing in self.missing.items():
+            if missing:
+                raise ValueError(f"--loss-type {self.schedule}: a label carries no {name}; {ADD[name]}")
         if self.counted is not None and self.counted:
             raise ValueError(
                 "loss_func: its loss mask counts tokens that have no loss, because their label is -100 or the "
@@ -336,6 +375,20 @@ class LossHead:
                 f"gradient in {self.trained}; forward_step trains on another loss: return the model's output, or omit "
                 "--loss-type"
             )
+
+
+class _Weighted(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by the weight of each token."""
+
+    @staticmethod
+    def forward(ctx, loss: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        (weight,) = ctx.saved_tensors
+        return torch.where(upstream == 0.0, 0.0, upstream * weight), None
 
 
 class MainGrad(WeightGradient):
@@ -371,11 +424,15 @@ def head_of(chunk: torch.nn.Module | None) -> LossHead | None:
 
 
 def ignore_masked(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of the batch with masked labels set to -100, for a host that does not pass the loss mask to the model."""
+    """A copy of the batch with masked labels set to -100, for a host that does not pass the loss mask to the model.
+
+    Counts of conversations stay.
+    """
     labels, loss_mask = batch.get("labels"), batch.get("loss_mask")
     if labels is None or loss_mask is None or labels.shape != loss_mask.shape:
         return dict(batch)
-    return {**batch, "labels": labels.masked_fill(loss_mask == 0, IGNORE_INDEX)}
+    masked = (loss_mask == 0) & (labels > IGNORE_INDEX)
+    return {**batch, "labels": labels.masked_fill(masked, IGNORE_INDEX)}
 
 
 def _linear(layer: Any, rows: Tensor, weight: Tensor | None, tp_group: ProcessGroup | None) -> Tensor:

@@ -64,6 +64,8 @@ class DFTCallback(Callback, io.IOMixin):
         linear_fused: bool = False,
         vocab_chunk: Optional[int] = None,  # noqa: UP045
         keep_chunks: int = 0,
+        weights: bool = False,
+        reduction: str = "token",
         metrics: str = "basic",
         channels: Optional[str] = None,  # noqa: UP045
         callback: Optional[str] = None,  # noqa: UP045
@@ -74,6 +76,11 @@ class DFTCallback(Callback, io.IOMixin):
             raise ValueError(
                 f"loss_type {loss_type}: the data sets of NeMo carry no reference "
                 "log-probabilities; use another loss_type, or Megatron-LM or Megatron-Bridge"
+            )
+        if self.config.by_conversation:
+            raise ValueError(
+                f"reduction {reduction}: NeMo divides by the number of tokens; remove it, or use Megatron-LM or "
+                "Megatron-Bridge"
             )
         self.callback = load_function(callback, "callback") if callback else None
         self.installation: Installation | None = None
@@ -112,10 +119,9 @@ class DFTCallback(Callback, io.IOMixin):
                 continue  # no per-token loss of this batch on this chunk; the end of the step raises if none was found
             if self.callback is not None:
                 self.callback(micro_batch.tokens(loss_mask, torch.is_grad_enabled()))
-            spec, stats, weights = self.config.metric_spec, micro_batch.stats, micro_batch.pick(loss_mask)
-            channel = micro_batch.inputs.channel
-            pairs = token_metrics(stats, micro_batch.objective, weights)
-            sums = spec.sums(stats, weights, None if channel is None else micro_batch.pick(channel))
+            spec, stats, mask = self.config.metric_spec, micro_batch.stats, micro_batch.pick(loss_mask)
+            pairs = token_metrics(stats, micro_batch.objective, mask, micro_batch.weight)
+            sums = spec.sums(stats, mask, micro_batch.channel)
             pairs |= zip(spec.names, sums, strict=True)
             for name, pair in pairs.items():
                 self.sums[name] = self.sums.get(name, 0.0) + pair.double()

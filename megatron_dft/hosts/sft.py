@@ -8,7 +8,7 @@ Without these checks Megatron rejects a line of invalid JSON but does not name i
 line without messages or contents, and trains on no token of a line without an assistant message. Empty lines are
 skipped. Formats that train on every token (`default`, `identity`) are not checked: their templates may read any fields.
 
-The checks and the channels of the labels (`channels.py`) wrap the data set provider that pretrain() receives. The data
+The checks and the channels of the labels (`labels.py`) wrap the data set provider that pretrain() receives. The data
 sets are otherwise unchanged.
 """
 
@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 
-from megatron_dft.channels import OTHER, with_channels
 from megatron_dft.config import DFTConfig
+from megatron_dft.labels import with_channels
+from megatron_dft.metrics import OTHER
 from megatron_dft.utils import nearest
 
 ROLES = ("system", "user", "assistant", "tool")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy
@@ -17,21 +17,51 @@ from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatr
 from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
 
-from megatron_dft.channels import with_channels
 from megatron_dft.config import DFTConfig
 from megatron_dft.data.token_file import Header, Sample, TokenFile, named, sample_of
-from megatron_dft.ops.reference import with_reference
+from megatron_dft.labels import with_channels, with_conversations, with_reference, with_weights
 
 UNUSED = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss", "fim_data", "mock_data")  # with token files
 HUGGING_FACE = ("HuggingFaceTokenizer", "SFTTokenizer")  # values of --tokenizer-type with a folder as --tokenizer-model
 
 
+@dataclass(frozen=True)
+class Carried:
+    """What the labels of a run carry beside token ids.
+
+    Attributes:
+        config: the settings of the objective.
+        tokens: mean number of trained tokens of a conversation, in all files of the run.
+    """
+
+    config: DFTConfig = field(default_factory=DFTConfig)
+    tokens: int = 1
+
+
+def carried(paths: list[str], config: DFTConfig) -> Carried:
+    """What the labels of a run on these token files carry.
+
+    Raises:
+        ValueError: if the files do not have what the configuration requires, or have weights that it does not use.
+    """
+    headers = [TokenFile(path).header for path in paths]
+    _check_reference(paths, headers, config)
+    for path, header in zip(paths, headers, strict=True):
+        if header.weighted and not config.weights:
+            raise ValueError(
+                f"{path}: contains weights; add --dft-weights (dft.weights), or prepare the data without them"
+            )
+    if config.weights and not any(header.weighted for header in headers):
+        raise ValueError(f"--dft-weights (dft.weights): all weights in {', '.join(paths)} are 1; remove the setting")
+    totals = [sum(header.statistics[x] for header in headers) for x in ("trained_tokens", "sequences")]
+    return Carried(config, max(round(totals[0] / totals[1]), 1))
+
+
 @dataclass
 class TokenDatasetConfig(BlendedMegatronDatasetConfig):
-    """Megatron's data set configuration, and the channel names by number."""
+    """Megatron's data set configuration, and what labels carry."""
 
-    channels: tuple[str, ...] = ()
-    reference: bool = False  # whether labels carry the reference
+    carried: Carried = field(default_factory=Carried)
 
 
 class TokenDataset(MegatronDataset):
@@ -57,7 +87,7 @@ class TokenDataset(MegatronDataset):
         cu_seqlens = numpy.full(header.seq_length + 1, header.seq_length, dtype=numpy.int32)  # fixed size, for collate
         cu_seqlens[: len(sample.cu_seqlens)] = sample.cu_seqlens
         return {
-            **tensors_of(sample, header, self.config.channels, self.config.reference),
+            **tensors_of(sample, header, self.config.carried),
             "cu_seqlens": torch.from_numpy(cu_seqlens),
             "max_seqlen": torch.tensor(numpy.diff(sample.cu_seqlens).max()),
         }
@@ -74,20 +104,21 @@ def _order(count: int, seed: int, epoch: int) -> numpy.ndarray:
     return numpy.random.default_rng((seed, epoch)).permutation(count)
 
 
-def tensors_of(
-    sample: Sample, header: Header, channels: tuple[str, ...], reference: bool = False
-) -> dict[str, torch.Tensor]:
-    """Tokens, labels, loss mask and position ids of a sample, [s] each.
-
-    Labels carry the named channels, and with `reference` the NLL under the reference model.
-    """
-    labels = torch.from_numpy(sample.labels)
-    if channels:
+def tensors_of(sample: Sample, header: Header, carried: Carried) -> dict[str, torch.Tensor]:
+    """Tokens, labels, loss mask and position ids of a sample, [s] each. Labels carry what is configured."""
+    labels, config = torch.from_numpy(sample.labels), carried.config
+    if channels := config.metric_spec.channels:
         numbers = numpy.array([_number(name, channels) for name in header.channels])
         labels = with_channels(labels, torch.from_numpy(numbers[sample.channels]))
-    if reference:
+    if config.of_reference:
         assert sample.reference_nll is not None
         labels = with_reference(labels, torch.from_numpy(sample.reference_nll))
+    weights = torch.from_numpy(sample.weights)
+    if config.by_conversation:
+        cu_seqlens = torch.from_numpy(sample.cu_seqlens)
+        labels = with_conversations(labels, cu_seqlens, config.reduction, carried.tokens, weights)
+    elif config.weights:
+        labels = with_weights(labels, weights)
     return {
         "tokens": torch.from_numpy(sample.tokens),
         "labels": labels,
@@ -111,7 +142,7 @@ def provider(settings: Any, paths: list[str], config: DFTConfig) -> Callable[...
     Raises:
         ValueError: if a file does not fit the run.
     """
-    check_reference(paths, config.loss_type, config.of_reference)
+    labels = carried(paths, config)
     for path in paths:
         check_fit(path, TokenFile(path).header, settings)
     check_validation(settings)
@@ -136,8 +167,7 @@ def provider(settings: Any, paths: list[str], config: DFTConfig) -> Callable[...
             multiple_validation_sets=args.multiple_validation_sets,
             full_validation=args.full_validation,
             num_dataset_builder_threads=args.num_dataset_builder_threads,
-            channels=config.metric_spec.channels,
-            reference=config.of_reference,
+            carried=labels,
         )
         return BlendedMegatronDatasetBuilder(
             TokenDataset, sample_counts, lambda: mpu.get_tensor_model_parallel_rank() == 0, dataset_config
@@ -260,15 +290,14 @@ def check_vocabulary(path: str, header: Header, padded_vocab_size: int) -> None:
         )
 
 
-def check_reference(paths: list[str], loss_type: str, required: bool) -> None:
+def _check_reference(paths: list[str], headers: list[Header], config: DFTConfig) -> None:
     """Raises ValueError if a required reference is missing, or the files have different ones."""
-    if not required:
+    if not config.of_reference:
         return
-    headers = [TokenFile(path).header for path in paths]
     for path, header in zip(paths, headers, strict=True):
         if header.reference is None:
             raise ValueError(
-                f"{path}: has no reference log-probabilities, which {loss_type} requires; write it with "
+                f"{path}: has no reference log-probabilities, which {config.loss_type} requires; write it with "
                 "megatron-dft reference FILE --model FOLDER --out FILE"
             )
         first = headers[0].reference or {}

@@ -27,9 +27,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from megatron_dft.labels import IDS, split_reference
 from megatron_dft.ops import torch_backend
 from megatron_dft.ops.objectives import NLL, Objective, loss_and_gate, parse_objective
-from megatron_dft.ops.reference import IDS, split_reference
 from megatron_dft.ops.stats import COLLISION, ENTROPY, MEDIAN, REFERENCE, TokenStats, VocabShard, accumulation_dtype
 
 BACKENDS = ("auto", "torch", "triton")
