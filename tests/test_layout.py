@@ -19,13 +19,13 @@ LAYERS = (
     ("config", "data"),
     ("hosts",),
     ("testing",),
-    ("launch", "launch_bridge"),
+    ("launch", "launch_bridge", "plugins"),
     ("advisor", "doctor"),
     ("cli",),
     ("__main__", "__init__"),
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
-HOST_PACKAGES = {"megatron", "nemo", "transformers", "transformer_engine", "datasets", "apex", "lightning"}
+HOST_PACKAGES = {"megatron", "nemo", "swift", "transformers", "transformer_engine", "datasets", "apex", "lightning"}
 ALLOWED = {
     "hosts": HOST_PACKAGES,
     "testing": {"megatron"},

@@ -53,6 +53,12 @@ def adapted(model):
     return model
 
 
+def capped(model):
+    """Give the model a method in which models of mcore-bridge change their logits."""
+    model.__class__ = type("Capped", (type(model),), {"_forward_output_layer": lambda self, hidden: None})
+    return model
+
+
 def configured(**settings):
     def change(model):
         vars(model.config).update(settings)
@@ -91,6 +97,7 @@ def bert():
 NEITHER = {  # models without support for compaction and linear-fused, and the reason in the error
     "overlap": (gpt, configured(overlap_moe_expert_parallel_comm=True), "--overlap-moe-expert-parallel-comm"),
     "deferral": (gpt, configured(defer_embedding_wgrad_compute=True), "--defer-embedding-wgrad-compute"),
+    "capped logits": (gpt, capped, "Capped, which changes the logits of its output layer"),
     "adapter": (gpt, adapted, "an output layer that is LowRankOutput (fp8, fp4, an adapter)"),
 }
 if HAS_HYBRID:

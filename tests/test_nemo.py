@@ -220,3 +220,13 @@ class TestRecipes:
         assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
         text = out.read_text()
         assert "megatron_dft.hosts.nemo.DFTCallback" in text and "loss_type: dft" in text
+
+    def test_recipe_factory_on_command_line_adds_callback(self, nemo, tmp_path):
+        out = tmp_path / "out.yaml"
+        command = [str(Path(sys.executable).parent / "nemo"), "llm", "finetune", "--dryrun", "--to-yaml", str(out)]
+        command += ["--factory", "dft(recipe=llama3_8b,loss_type=tsallis:q=0.5)", "trainer.num_nodes=2"]
+        run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+        text = out.read_text()
+        assert "megatron_dft.hosts.nemo.DFTCallback" in text and "loss_type: tsallis:q=0.5" in text
+        assert "num_nodes: 2" in text

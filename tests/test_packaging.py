@@ -92,12 +92,12 @@ def test_loss_runs_without_megatron(environment):
     assert "site-packages" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["", "train", "bridge", "advise", "reference", "doctor"])
+@pytest.mark.parametrize("command", ["", "train", "bridge", "plugin", "advise", "reference", "doctor"])
 def test_console_script_prints_help(environment, command):
     done = run(environment, "megatron-dft", *command.split(), "--help")
     assert done.returncode == 0 and done.stdout.startswith("usage: "), done.stderr
     if not command:
-        names = ("train", "bridge", "data", "reference", "clean", "advise", "doctor")
+        names = ("train", "bridge", "plugin", "data", "reference", "clean", "advise", "doctor")
         assert all(name in done.stdout for name in names)
 
 

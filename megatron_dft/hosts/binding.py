@@ -210,7 +210,8 @@ def _before_forward(
     if labels is None:
         return args, kwargs
     loss_mask = call.arguments.get("loss_mask")
-    if loss_mask is None and compat.has_mtp(module.config) and "loss_mask" in signature.parameters:
+    masks = "loss_mask" not in signature.parameters or compat.masks_mtp_labels(module)
+    if loss_mask is None and compat.has_mtp(module.config) and not masks:
         # Without a mask Megatron trains multi-token-prediction heads on ignored labels.
         loss_mask = (labels != IGNORE_INDEX).to(torch.float32)
         call.arguments["loss_mask"] = loss_mask

@@ -28,6 +28,7 @@ OTHER_LOSSES = {
     "export_kd_teacher_load": "--export-kd-teacher-load (ModelOpt distillation)",
     "perform_rl_step": "--perform-rl-step (reinforcement learning)",
 }
+LOGITS = "_forward_output_layer"  # method of mcore-bridge's GPTModel; subclasses cap or scale the logits in it
 OUTPUT_PROCESSOR = "output_processor"  # argument of GPTModel.forward, from 0.18 on: hidden states instead of logits
 
 
@@ -304,6 +305,11 @@ def has_mtp(settings: Any) -> bool:
     return bool(getattr(settings, "mtp_num_layers", None))
 
 
+def masks_mtp_labels(model: Any) -> bool:
+    """Whether the model itself excludes ignored labels from multi-token prediction, as mcore-bridge's models do."""
+    return any(cls.__module__.startswith("mcore_bridge.") for cls in type(model).__mro__)
+
+
 def _obstacle(model: Any) -> str | None:
     """Why the loss of this model cannot be computed from its hidden states; None: it can."""
     name, parameters = type(model).__name__, inspect.signature(model.forward).parameters
@@ -311,6 +317,9 @@ def _obstacle(model: Any) -> str | None:
         return f"{name}, which is not a decoder with labels and an output layer"
     if OUTPUT_PROCESSOR not in parameters and has_mtp(model.config):
         return f"{name} with multi-token prediction, whose heads share the output layer"
+    owner = next((cls for cls in type(model).__mro__ if LOGITS in vars(cls)), None)
+    if owner is not None and owner.__name__ != "GPTModel":
+        return f"{name}, which changes the logits of its output layer"
     if getattr(model.config, "overlap_moe_expert_parallel_comm", False):
         return "--overlap-moe-expert-parallel-comm, which bypasses the forward pass of the model"
     if getattr(model.config, "defer_embedding_wgrad_compute", False):

@@ -30,9 +30,9 @@ from megatron_dft.metrics import token_metrics
 from megatron_dft.utils import load_function
 
 try:
-    import nemo.collections.llm  # noqa: F401
     import nemo_run as run
     from lightning.pytorch import Callback
+    from nemo.collections import llm
     from nemo.lightning import io
 except ModuleNotFoundError as error:
     try:
@@ -204,6 +204,27 @@ def with_dft(recipe: Any, **settings: Any) -> Any:
     callbacks = recipe.trainer.callbacks or []
     recipe.trainer.callbacks = [*(callbacks if isinstance(callbacks, list) else [callbacks]), dft(**settings)]
     return recipe
+
+
+def _recipe_of(command: Any) -> Any:
+    """A factory of NeMo-Run: a recipe for llm.finetune or llm.pretrain with an objective.
+
+    Its arguments are the name of a recipe and the fields of DFTConfig.
+    """
+
+    def with_objective(recipe: str, **settings: Any) -> run.Partial:
+        return with_dft(run.cli.resolve_factory(command, recipe)(), **settings)
+
+    name = inspect.Parameter("recipe", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=str)
+    with_objective.__signature__ = inspect.Signature([name, *_parameters], return_annotation=run.Partial)  # type: ignore[attr-defined]
+    with_objective.__annotations__ = {p.name: p.annotation for p in (name, *_parameters)} | {"return": run.Partial}
+    return with_objective
+
+
+# Names on NeMo-Run's command line, which imports this module as an entry point.
+run.cli.factory(dft, target=Callback, name="dft")
+for _command in (llm.finetune, llm.pretrain):
+    run.cli.factory(_recipe_of(_command), target=_command, name="dft")
 
 
 def _set(owner: Any, name: str, value: Any) -> None:
