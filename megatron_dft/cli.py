@@ -17,7 +17,7 @@ COMMANDS = {
     "plugin": ("megatron_dft.plugins", "print the path of the plugin for ms-swift"),
     "data": ("megatron_dft.data", "tokenize and pack chat data"),
     "reference": ("megatron_dft.advisor.reference", "add the log-probabilities of a reference model to a token file"),
-    "clean": ("megatron_dft.data.clean", "remove from the loss what a reference model does not predict better"),
+    "clean": ("megatron_dft.data.clean", "remove from the loss the tokens that a better model does not predict better"),
     "advise": ("megatron_dft.advisor", "recommend an objective for a data set"),
     "doctor": ("megatron_dft.doctor", "check a run before it starts"),
 }

@@ -75,8 +75,8 @@ class DFTConfig:
     reduction: str = _setting(
         "token",
         str,
-        "Mean of the token losses in the gradient: over tokens; over conversations (sample: the mean of their means); "
-        "over tokens weighed by 1/sqrt(trained tokens of their conversation). Metrics stay means over tokens.",
+        "What the gradient is a mean of. token: tokens. sample: conversations, each the mean of its tokens. "
+        "square-root: tokens weighted by 1/sqrt(trained tokens of their conversation). Metrics stay means over tokens.",
         REDUCTIONS,
     )
     metrics: str = _setting(
@@ -132,7 +132,7 @@ class DFTConfig:
 
     @property
     def by_conversation(self) -> bool:
-        """Whether the gradient depends on the lengths of conversations, which labels then carry."""
+        """Whether the gradient is another mean than over tokens; labels then carry weights and counts."""
         return self.reduction != REDUCTIONS[0]
 
     @cached_property

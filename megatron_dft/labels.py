@@ -1,11 +1,12 @@
 """Labels that carry more than a token id: data source, weight and reference of the token.
 
-    bits  0 to 23   token id
+    bits  0 to 21   token id
+    bits 22 to 23   reduction that the weight is for, a place in `REDUCTIONS`
     bits 24 to 31   channel, the data source; 0 is reported as `other`
     bits 32 to 47   weight in the gradient: 6 bits exponent, 10 bits fraction; 0: no weight
     bits 48 to 62   NLL under a reference model, fp16; 0: no reference
     -100            not in the loss
-    -100 - n        not in the loss; a conversation that counts n in the divisor of the gradient
+    -100 - n        not in the loss; adds n to the divisor of the gradient, for its conversation
 
 Megatron scripts pass known tensors to the model and drop all others. Labels reach every place: they are broadcast to
 tensor-parallel ranks, split for context parallelism, flattened for packed sequences, and read on the last pipeline
@@ -13,20 +14,21 @@ stage. `install` separates what is configured before the model receives the labe
 --dft-reduction, an objective with a reference). A label with a part that is not configured is no valid token id, and
 its loss is NaN. No other tensor is sent.
 
-Weights and references have 11 significant bits: an error of at most 0.05%.
+A weight and a reference have 11 significant bits each: an error of at most 0.05%.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 
 import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
-CHANNEL, WEIGHT, REFERENCE = 24, 32, 48  # first bits
+KIND, CHANNEL, WEIGHT, REFERENCE = 22, 24, 32, 48  # first bits
 CHANNELS = 1 << (WEIGHT - CHANNEL)
-IDS = (1 << CHANNEL) - 1
+IDS = (1 << KIND) - 1
 NLL_LIMITS = 2.0**-24, 65504.0  # the bits of 0.0 are those of a label without a reference
 WEIGHT_LIMITS = 2.0**-30, 2.0**30
 REDUCTIONS = ("token", "sample", "square-root")
@@ -61,49 +63,48 @@ def with_weights(
         ValueError: for labels that are not int64, another shape of `weight`, or a weight outside of [2^-30, 2^30].
     """
     _check(labels)
-    if weight.shape != labels.shape:
-        raise ValueError(f"weight: expected the shape of the labels, {tuple(labels.shape)}, got {tuple(weight.shape)}")
-    smallest, largest = WEIGHT_LIMITS
-    unusable = (labels >= 0) & ~((weight >= smallest) & (weight <= largest))
-    if unusable.any():
-        raise ValueError(
-            f"weight: expected weights from 2^-30 to 2^30, got {weight[unusable][0].item():g}; exclude a token by the "
-            "label -100 and the loss mask 0"
-        )
-    # The exponent of fp32, less 96, in 6 bits; the fraction rounded to 10 bits.
-    bits = weight.float().clamp(smallest, largest).view(torch.int32).to(torch.int64)
-    return _replaced(labels, WEIGHT, REFERENCE, ((bits + (1 << 12)) >> 13) - (96 << 10))
+    _check_shape("weight", weight, labels)
+    return _weighted(labels, weight, 0)
 
 
 def with_conversations(
     labels: Tensor,  # [s] int64, may carry channels and references; -100 if not in the loss
-    cu_seqlens: Tensor,  # [conversations + 1], from 0 to s
+    cu_seqlens: Tensor,  # [conversations + 1] offsets, from 0 to s
     reduction: str,  # "sample" or "square-root"
-    tokens: int,  # typical number of trained tokens of a conversation
+    mean_length: int,  # mean number of trained tokens of a conversation, the same in the whole run
     weight: Tensor | None = None,  # [s] of each label
 ) -> Tensor:  # [s] int64
     """Labels for --dft-reduction: weights by the lengths of conversations, and the divisor of the gradient.
 
-    n is the number of labels of a conversation that are in the loss. A conversation counts c in the divisor, and each
-    of its tokens has the weight c / n, times `weight`:
+    n is the number of trained tokens of a conversation. The conversation adds c to the divisor. Its tokens have the
+    weight c / n, times `weight`:
 
-        sample        c = tokens                  mean over conversations of their mean over tokens
-        square-root   c = sqrt(tokens n)          tokens are weighed by 1 / sqrt(n)
+        sample        c = mean_length               mean over conversations of their mean over tokens
+        square-root   c = sqrt(mean_length n)       tokens are weighted by 1 / sqrt(n)
 
-    c is rounded to an integer, because Megatron's divisor is one. `tokens` is the same in the whole run. It cancels in
-    the gradient. It keeps the divisor near the number of tokens, which Megatron scales auxiliary losses for.
+    `mean_length` cancels in the gradient. It keeps the divisor near the number of tokens, by which Megatron scales
+    auxiliary losses. The divisor is an integer: c is rounded so that the sum over the labels has an error below 1.
 
-    The last label of a conversation that is not in the loss carries the count.
+    The last -100 label of a conversation carries its count.
 
     Raises:
-        ValueError: for an unknown reduction, or a conversation in which every label is in the loss.
+        ValueError: for an unknown reduction, offsets that do not fit the labels, a mean length below 1 or above 2^16, a
+            conversation in which every label is in the loss, or an invalid weight.
     """
     if reduction not in REDUCTIONS[1:]:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS[1:])}, got {reduction!r}")
     _check(labels)
-    labels, trained = labels.clone(), labels >= 0
-    share = torch.ones(labels.shape, dtype=torch.float64, device=labels.device)
     bounds = cu_seqlens.tolist()
+    if labels.dim() != 1 or bounds[:1] != [0] or bounds[-1] != len(labels) or bounds != sorted(bounds):
+        raise ValueError(
+            f"cu_seqlens: expected offsets that increase from 0 to the number of labels, {tuple(labels.shape)}, got "
+            f"{bounds}"
+        )
+    if not 1 <= mean_length <= 1 << 16:
+        raise ValueError(f"mean_length: expected 1 to 65536 tokens, got {mean_length}")
+    labels, trained = labels.clone(), labels >= 0
+    factor = torch.ones(labels.shape, dtype=torch.float64, device=labels.device)
+    total = 0.0
     for first, last in itertools.pairwise(bounds):
         part = slice(first, last)
         n = int(trained[part].sum())
@@ -114,10 +115,15 @@ def with_conversations(
                 f"labels: all {n} labels of the conversation at {first} are in the loss; its last label has no next "
                 "token and is -100"
             )
-        count = max(round(tokens if reduction == "sample" else (tokens * n) ** 0.5), 1)
-        share[part] = count / n
+        exact = mean_length if reduction == "sample" else math.sqrt(mean_length * n)
+        factor[part] = exact / n
+        count = math.floor(total + exact + 0.5) - math.floor(total + 0.5)
         labels[first + int((~trained[part]).nonzero()[-1])] = IGNORE_INDEX - count
-    return with_weights(labels, share if weight is None else share * weight)
+        total += exact
+    if weight is not None:
+        _check_shape("weight", weight, labels)
+        factor = factor * weight
+    return _weighted(labels, factor, REDUCTIONS.index(reduction))
 
 
 def with_reference(
@@ -132,8 +138,7 @@ def with_reference(
         ValueError: for labels that are not int64, another shape of `nll`, or a negative one.
     """
     _check(labels)
-    if nll.shape != labels.shape:
-        raise ValueError(f"nll: expected the shape of the labels, {tuple(labels.shape)}, got {tuple(nll.shape)}")
+    _check_shape("nll", nll, labels)
     if (nll < 0.0).any():
         raise ValueError(f"nll: expected nats >= 0, got {nll.min().item():g}; pass -log p, not log p")
     return pack_reference(labels, nll)
@@ -159,11 +164,19 @@ def split_channels(
     return torch.where(known, rest, labels), torch.where(known, channel, 0)
 
 
-def split_weights(labels: Tensor) -> tuple[Tensor, Tensor]:  # labels [...] int64, weight [...] fp32
-    """Separate labels and weights. The weight is NaN if a label carries none, and 1 for negative labels."""
+def split_weights(
+    labels: Tensor,  # [...] int64, may carry weights
+    reduction: str = REDUCTIONS[0],
+) -> tuple[Tensor, Tensor]:  # labels [...] int64, weight [...] fp32
+    """Separate labels and weights.
+
+    The weight is NaN if a label carries none, or one for another reduction, and 1 for negative labels.
+    """
     rest, bits = _split(labels, WEIGHT, REFERENCE)
+    rest, kind = _split(rest, KIND, CHANNEL)
     weight = ((bits + (96 << 10)) << 13).to(torch.int32).view(torch.float32)
-    return rest, weight.masked_fill(bits == 0, torch.nan).masked_fill(labels < 0, 1.0)
+    missing = (bits == 0) | (kind != REDUCTIONS.index(reduction))
+    return rest, weight.masked_fill(missing, torch.nan).masked_fill(labels < 0, 1.0)
 
 
 def split_counts(labels: Tensor) -> tuple[Tensor, Tensor]:  # labels [...] int64, sum of the counts [] int32
@@ -188,6 +201,25 @@ def split_reference(
 def _check(labels: Tensor) -> None:
     if labels.dtype != torch.int64:
         raise ValueError(f"labels: expected int64 token ids, got {labels.dtype}; convert them with .long()")
+
+
+def _weighted(labels: Tensor, weight: Tensor, kind: int) -> Tensor:
+    smallest, largest = WEIGHT_LIMITS
+    unusable = (labels >= 0) & ~((weight >= smallest) & (weight <= largest))
+    if unusable.any():
+        raise ValueError(
+            f"weight: expected weights from 2^-30 to 2^30, got {weight[unusable][0].item():g}; exclude a token by the "
+            "label -100 and the loss mask 0"
+        )
+    # The exponent of fp32, less 96, in 6 bits; the fraction rounded to 10 bits.
+    bits = weight.float().clamp(smallest, largest).view(torch.int32).to(torch.int64)
+    labels = _replaced(labels, WEIGHT, REFERENCE, ((bits + (1 << 12)) >> 13) - (96 << 10))
+    return _replaced(labels, KIND, CHANNEL, torch.full_like(labels, kind))
+
+
+def _check_shape(name: str, values: Tensor, labels: Tensor) -> None:
+    if values.shape != labels.shape:
+        raise ValueError(f"{name}: expected the shape of the labels, {tuple(labels.shape)}, got {tuple(values.shape)}")
 
 
 def _mask(first: int, last: int) -> int:

@@ -57,8 +57,8 @@ def files(tmp_path):
 
 
 def run(files, *argv, base="base", reference="better"):
-    arguments = [str(files / f"{base}.arrow"), str(files / f"{reference}.arrow"), *argv]
-    clean.main([*arguments, "--out", str(files / "out" / "clean.arrow")])
+    arguments = [str(files / f"{base}.arrow"), str(files / f"{reference}.arrow")]
+    clean.main([*arguments, "--out", str(files / "out" / "clean.arrow"), *(x.format(folder=files) for x in argv)])
     return TokenFile(str(files / "out" / "clean.arrow"))
 
 
@@ -98,9 +98,11 @@ def test_tokens_with_largest_decrease_stay(files, keep, capsys):
         (("--keep", "0"), {}, "--keep 0: expected a share above 0 and up to 1"),
         (("--keep", "nan"), {}, "--keep nan: expected a share"),
         ((), {"reference": "plain"}, "plain.arrow: has no log-probabilities; write it with megatron-dft reference"),
-        ((), {"reference": "base"}, r"both have the log-probabilities of one \(one, float32\)"),
-        ((), {"reference": "longer"}, "expected one token file with two references, got different data"),
-        ((), {"reference": "other"}, "row 0 differs; expected one file, two references"),
+        ((), {"reference": "bf16"}, r"one \(one, float32\) and copy \(one, bfloat16\) have the same weights; use two"),
+        ((), {"reference": "longer"}, "expected the same data with two models, got different data"),
+        ((), {"reference": "other"}, "row 0 differs; expected the same data with two models"),
+        ((), {"base": "missing"}, "missing.arrow: no such file"),
+        (("--out", "{folder}"), {}, "this is not a regular file; choose another name"),
     ],
 )
 def test_files_that_do_not_fit_are_rejected(files, argv, names, message):
@@ -109,6 +111,8 @@ def test_files_that_do_not_fit_are_rejected(files, argv, names, message):
     old = TokenFile(str(files / "better.arrow")).header
     write(files / "other.arrow", old, stored)
     write(files / "longer.arrow", replace(old, seq_length=20), stored)
+    same = replace(old, reference={"model": "copy", "weights": "one", "dtype": "bfloat16"})
+    write(files / "bf16.arrow", same, stored)
     with pytest.raises(SystemExit, match=f"megatron_dft.clean: .*{message}"):
         run(files, *argv, **names)
     assert not (files / "out" / "clean.arrow").exists()

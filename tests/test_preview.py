@@ -26,12 +26,14 @@ def write(folder, *records):
 
 def test_preview_marks_trained_text_and_reports_rejected_records(folder, capsys):
     first = talk("one", "two", "what", "no")
-    first[1]["weight"] = 0
+    first[1]["weight"], first[3]["weight"] = 0, 0.5
     argv = write(folder, {"messages": first, "channel": "maths"}, {"messages": []}, {"messages": talk("a", "b")})
     command.main([*argv, "--preview", "2"])
     shown = capsys.readouterr().out
     assert f"--- {folder / 'x.jsonl'}:1: maths, " in shown and " tokens, 3 in the loss\n" in shown
-    assert "<|im_start|>assistant\ntwo<|im_end|>\n" in shown and "<|im_start|>assistant\n[no<|im_end|>\n]" in shown
+    assert (
+        "<|im_start|>assistant\ntwo<|im_end|>\n" in shown and "<|im_start|>assistant\n[no<|im_end|>\n] x 0.5" in shown
+    )
     assert f"{folder / 'x.jsonl'}:2: rejected: no messages" in shown and ":3" not in shown
 
 

@@ -368,14 +368,14 @@ def test_files_of_different_references_are_rejected(files, tmp_path):
         [plain, "--model", str(tmp_path / "other"), "--out", str(tmp_path / "other.arrow"), "--device", "cpu"]
     )
     paths = [str(files / "reference.arrow"), str(tmp_path / "other.arrow")]
-    carried(paths[:1], DFTConfig("iw"))
-    carried([plain], DFTConfig("dft"))
+    carried(paths[:1], paths[:1], DFTConfig("iw"))
+    carried([plain], [plain], DFTConfig("dft"))
     with pytest.raises(ValueError, match=r"other\.arrow: its reference model is other \(.*reference\.arrow is model"):
-        carried(paths, DFTConfig("iw"))
+        carried(paths, paths, DFTConfig("iw"))
     bf16 = str(tmp_path / "bf16.arrow")
     reference.main([plain, "--model", str(files / "model"), "--out", bf16, "--device", "cpu", "--dtype", "bf16"])
     with pytest.raises(ValueError, match=r"model \(\w+, bfloat16\), that of .* is model \(\w+, float32\)"):
-        carried([*paths[:1], bf16], DFTConfig("iw"))
+        carried([*paths[:1], bf16], paths[:1], DFTConfig("iw"))
 
 
 @pytest.mark.parametrize(

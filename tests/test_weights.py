@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from megatron_dft.labels import split_counts, with_conversations, with_weights
 
 pytest.importorskip("megatron.core")
 
-TOKENS = {"sample": 60, "square-root": 10**6}  # so that c / n has 11 bits, and that rounding c does not matter
+MEAN_LENGTH = 60
 ENDS = ((5, 8), (8,), (3, 6, 8))  # of the conversations in each row
 LAST = torch.tensor([[0, 0, 0, 0, 1, 0, 0, 1], [0] * 7 + [1], [0, 0, 1, 0, 0, 1, 0, 1]]).bool()
 
@@ -40,7 +41,7 @@ def carried(labels, weights, config):
             row,
             torch.tensor([0, *ends]),
             config.reduction,
-            TOKENS[config.reduction],
+            MEAN_LENGTH,
             weight if config.weights else None,
         )
         for row, weight, ends in zip(labels, weights, ENDS, strict=True)
@@ -49,7 +50,7 @@ def carried(labels, weights, config):
 
 
 def trained(config):
-    """Gradients after two micro-batches of Megatron's schedule, divided as Megatron divides them, and the report."""
+    """Gradients after two micro-batches of Megatron's schedule, divided as Megatron divides them; report; divisor."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     model, divisors = gpt(calculate_per_token_loss=True), []
@@ -71,7 +72,7 @@ def trained(config):
         forward_only=False,
     )
     (divisor,) = divisors
-    return {name: p.grad / divisor for name, p in model.named_parameters() if p.grad is not None}, report
+    return {name: p.grad / divisor for name, p in model.named_parameters() if p.grad is not None}, report, divisor
 
 
 def defined(reduction, weighted):
@@ -88,7 +89,7 @@ def defined(reduction, weighted):
                 scale, count = {"token": (1.0, n), "sample": (1 / n, 1.0), "square-root": (n**-0.5, n**0.5)}[reduction]
                 total, divisor = total + scale * loss[part].sum(), divisor + count
     (total / divisor).backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, divisor
 
 
 def on_a_rank(reduction, weighted, variant):
@@ -110,10 +111,12 @@ def on_a_rank(reduction, weighted, variant):
     ],
 )
 def test_gradient_is_mean_of_the_reduction(reduction, weighted, variant, ranks):
-    for ours, report, plain, expected in run_ranks(ranks, on_a_rank, reduction, weighted, variant):
+    for ours, report, divisor, plain, (expected, exact) in run_ranks(ranks, on_a_rank, reduction, weighted, variant):
+        exact *= {"token": 1, "sample": MEAN_LENGTH, "square-root": MEAN_LENGTH**0.5}[reduction]
+        assert divisor == pytest.approx(exact, abs=0.5 * 2 * BATCH if reduction == "square-root" else 0.0)
         for name, gradient in expected.items():
-            scale = gradient.abs().max()
-            same(ours[name] / scale, gradient / scale, 2e-5 if reduction != "square-root" else 1e-3)
+            scale = gradient.abs().max() * exact / divisor
+            same(ours[name] / scale, gradient / scale * exact / divisor, 5e-4 if reduction == "square-root" else 2e-5)
         for pairs, without in zip(report, plain, strict=True):  # metrics are means over tokens, without weights
             weight = pairs.pop("dft/weight")
             assert pairs.keys() == without.keys() and weight[1] == pairs["dft/loss"][1]
@@ -162,12 +165,19 @@ def messages():
     def half(labels):
         return with_weights(labels, torch.full(labels.shape, 0.5))
 
+    def by_conversation(labels):
+        offsets = torch.tensor([0, SEQUENCE])
+        labels = labels.index_fill(1, torch.tensor([SEQUENCE - 1]), -100)
+        return torch.stack([with_conversations(row, offsets, "sample", 5) for row in labels])
+
     def alone():
         forward(install([gpt(calculate_per_token_loss=True)], sample).chunks[0], *batch())
 
     return {
         "no weight": message(lambda: micro_batch(weights, torch.clone)),
         "no weight, sample": message(lambda: micro_batch(sample, torch.clone)),
+        "no conversations": message(lambda: micro_batch(sample, half)),
+        "conversations": message(lambda: micro_batch(weights, by_conversation)),
         "unused": message(lambda: micro_batch(DFTConfig("dft"), half)),
         "used": message(lambda: micro_batch(weights, half)),
         "no with_metrics": message(alone),
@@ -181,8 +191,23 @@ def found():
 
 
 def test_label_without_weight_ends_the_run(found):
-    for name in ("no weight", "no weight, sample"):
-        assert "--loss-type dft: a label carries no weight; train on token files of megatron-dft data" in found[name]
+    data = "a label carries no weight; train on token files of megatron-dft data, return labels of"
+    for name in ("no weight", "conversations"):
+        assert found[name].startswith(f"--dft-weights: {data} with_weights from your data set")
+    for name in ("no weight, sample", "no conversations"):
+        assert found[name].startswith(f"--dft-reduction sample: {data} with_conversations(..., 'sample')")
+
+
+def without_metrics():
+    start()
+    model = install([gpt()], DFTConfig("dft", weights=True)).chunks[0]
+    tokens, labels, loss_mask = batch()
+    return forward(model, tokens, labels, loss_mask).isnan(), loss_mask
+
+
+def test_label_without_weight_is_nan_without_with_metrics():
+    nan, loss_mask = run_ranks(1, without_metrics)[0]
+    assert torch.equal(nan, loss_mask != 0)
 
 
 def test_unused_weight_is_rejected(found):
@@ -232,8 +257,23 @@ def test_turns_have_their_weights():
         found = tokenized(template, *turns, of_record=2.0)
         assert [weight for _, weight in found] == [0.5, 6.0]
         assert ["yes" in found[0][0], "maybe" in found[1][0]] == [True, True]
-    (adjacent,) = {tuple(tokenized(JOINED, ("one", "yes", 0.5), ("", "no", 2.0)))}
-    assert adjacent == (("yes<|eot|>", 0.5), ("no<|eot|>", 2.0))
+    adjacent = tokenized(JOINED, ("one", "yes", 0.5), ("", "no", 2.0))
+    assert adjacent == [("yes<|eot|>", 0.5), ("no<|eot|>", 2.0)]
+
+
+def test_weights_with_a_boolean_are_combined():
+    from megatron_dft.data.conversations import conversation_of
+
+    user, reply = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    for fields, weight in (
+        ({"train": True, "weight": 0.5}, 0.5),
+        ({"loss_scale": 2}, 2.0),
+        ({"loss": 1, "train": 1}, 1.0),
+    ):
+        assert conversation_of({"messages": [user, {**reply, **fields}]}).weights == {1: weight}
+    for fields in ({"train": False, "weight": 0.5}, {"train": True, "weight": 0}, {"loss": 2, "weight": 0.5}):
+        with pytest.raises(ValueError, match="contradict each other"):
+            conversation_of({"messages": [user, {**reply, **fields}]})
 
 
 @pytest.mark.parametrize(
@@ -242,7 +282,7 @@ def test_turns_have_their_weights():
         (-1, 1, r"unsupported weight: message 1: weight: expected a number >= 0"),
         (math.nan, 1, r"unsupported weight: message 1: weight: expected a number >= 0"),
         ("high", 1, "expected a number >= 0, false or true, got 'high'"),
-        (1e-3, 1e-3, r"unsupported weight: message 1: expected 0, or 0.0001 to 10000, got 1e-06"),
+        (1e-3, 1e-3, r"message 1: expected 0, or 0.0001 to 10000, got 1e-06 \(weight of the message times"),
     ],
 )
 def test_invalid_weights_are_rejected(weight, of_record, message):
@@ -336,6 +376,30 @@ def test_pipeline_stages_use_the_divisor_of_the_last_stage(host):
     curves(host, f"{flags}{save}")
     load = f"{flags}--load {host.folder / 'checkpoint'} --finetune "
     agree(curves(host, f"{load}--pipeline-model-parallel-size 2", ranks=2), curves(host, load), 2e-5)
+
+
+@pytest.mark.host
+@pytest.mark.slow
+@pytest.mark.parametrize("reduction", ["sample", "square-root"])
+def test_conversations_without_trained_tokens_are_not_counted(host, reduction):
+    """A file as after `megatron-dft clean`: every third conversation has no trained token, so its gradient is 0."""
+    from host_runs import agree
+
+    from megatron_dft.data import token_file
+
+    file = token_file.TokenFile(str(host.folder / "plain.arrow"))
+    rows, places = [], 0
+    for i in range(len(file)):
+        row = file[i]
+        kept = np.repeat(np.arange(places, places + len(row.lengths)) % 3 > 0, row.lengths)
+        places += len(row.lengths)
+        rows.append(replace(row, loss_weights=row.loss_weights * kept))
+    token_file.write(host.folder / "empties.arrow", file.header, rows)
+    flags = f"--dft-reduction {reduction} "
+    one = curves(host, flags, file="empties")
+    agree(curves(host, f"{flags}--context-parallel-size 2", file="empties", ranks=2), one, 2e-5)
+    assert all(0.0 < value < 10.0 for value in one["dft/weight"])
+    assert one["dft/valid_tokens"][0] < curves(host, flags, file="plain")["dft/valid_tokens"][0]
 
 
 @pytest.mark.host

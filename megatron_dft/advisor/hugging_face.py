@@ -322,7 +322,10 @@ def check_tokenizer(args: argparse.Namespace, token_files: Sequence[str]) -> Non
     folder, option = _tokenizer_folder(args)
     tokenizer = options.auto_tokenizer(folder, option, local_files_only=True)
     for file in token_files:
-        check_fingerprint(file, TokenFile(file).header.fingerprint, tokenizer, f"{option} {folder}")
+        try:
+            check_fingerprint(file, TokenFile(file).header.fingerprint, tokenizer, f"{option} {folder}")
+        except ValueError as error:
+            raise ValueError(f"{error}, or pass the folder of the data's tokenizer as --tokenizer") from None
 
 
 def check_fit(data: str, folder: str, config: Any, max_id: int, longest: int) -> None:

@@ -12,7 +12,7 @@ Optional fields of a record:
     tools                  JSON schemas of functions, for the chat template
     chat_template_kwargs   variables of the chat template, e.g. {"enable_thinking": false}
     weight, loss, train    0 or false: the conversation is not in the loss. Another number multiplies its gradient, with
-                           --dft-weights. Also `training`, `trainable`, `loss_weight`
+                           --dft-weights. Also `training`, `trainable`, `loss_weight`, `loss_scale`
 
 Optional fields of a message, besides role and content (text, or a list of text parts):
 
@@ -54,7 +54,7 @@ TURNS = ("messages", "conversations", "instruction", "prompt")  # a record has e
 OF_RECORD = {"channel", "system", "system_prompt", "tools", "chat_template_kwargs"}
 ANSWERS = ("completion", "response", "output")
 REASONING = ("reasoning_content", "reasoning", "thinking", "thought")
-WEIGHTS = ("weight", "loss", "train", "training", "trainable", "loss_weight")
+WEIGHTS = ("weight", "loss", "train", "training", "trainable", "loss_weight", "loss_scale")
 LIGHTEST, HEAVIEST = 1e-4, 1e4  # weights, which a token file stores as fp16
 ROLE_AND_CONTENT = {"role", "content", "from", "value"}
 TEMPLATE_FIELDS = ("tool_calls", "tool_call_id", "name")
@@ -84,7 +84,7 @@ class Conversation:
         turns: indices of the assistant messages in the loss.
         channel: channel, if the record names one.
         kwargs: tools and variables of the chat template.
-        weights: weight of a turn in the gradient, by its index; others have 1.
+        weights: weight of a turn in the gradient, by its index; 1 if it is not listed.
         ignored: fields of the record and of its messages that have no effect.
     """
 
@@ -115,10 +115,12 @@ def conversation_of(record: Mapping[str, Any]) -> Conversation:
     for i, message in enumerate([*context, *messages]):
         shown, weight = _message(message, i, conversation.ignored)
         conversation.messages.append(shown)
-        if shown["role"] == "assistant" and (weight := weight * of_record) and i >= len(context):
+        weight *= of_record
+        if shown["role"] == "assistant" and weight > 0.0 and i >= len(context):
             if not LIGHTEST <= weight <= HEAVIEST:
                 raise ValueError(
-                    f"unsupported weight: message {i}: expected 0, or {LIGHTEST:g} to {HEAVIEST:g}, got {weight:g}"
+                    f"unsupported weight: message {i}: expected 0, or {LIGHTEST:g} to {HEAVIEST:g}, got {weight:g} "
+                    "(weight of the message times that of the record)"
                 )
             conversation.turns.append(i)
             conversation.weights[i] = weight
@@ -302,9 +304,11 @@ def _weight(fields: Mapping[str, Any], where: str) -> float:
             raise ValueError(
                 f"unsupported weight: {where}: {name}: expected a number >= 0, false or true, got {value!r}"
             )
-    if len(set(given.values())) > 1:
+    distinct = {float(value) for value in given.values()}
+    factors = distinct - {1.0}  # 1 and true: in the loss
+    if len(factors) > 1 or (0.0 in distinct and len(distinct) > 1):
         raise ValueError(f"unsupported weight: {where}: {' and '.join(given)} contradict each other")
-    return float(next(iter(given.values()), 1.0))
+    return factors.pop() if factors else 1.0
 
 
 def _check_order(messages: list[dict[str, Any]]) -> None:

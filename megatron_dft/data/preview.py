@@ -37,12 +37,12 @@ class Shown:
 
     Attributes:
         title: file, number, and counts.
-        parts: pieces of text in order, and whether each is in the loss.
+        parts: pieces of text in order, with their weight in the loss.
         reason: why the record is rejected.
     """
 
     title: str
-    parts: list[tuple[str, bool]]
+    parts: list[tuple[str, float]]
     reason: str = ""
 
 
@@ -62,18 +62,20 @@ def shown(records: Iterable[Record], tokenizer: ConversationTokenizer, channel: 
         for i, sequence in enumerate(sequences):
             place = f" (sequence {i + 1} of {len(sequences)}, one per assistant turn)" if len(sequences) > 1 else ""
             title = f"{where}{place}: {name}, {len(sequence.ids)} tokens, {sequence.trained} in the loss"
-            if set(sequence.weights) - {1.0}:
-                title += f", weights {', '.join(f'{weight:g}' for weight in sequence.weights)}"
             yield Shown(title, list(_parts(tokenizer.tokenizer, sequence)))
 
 
-def _parts(tokenizer: Any, sequence: Encoded) -> Iterator[tuple[str, bool]]:
+def _parts(tokenizer: Any, sequence: Encoded) -> Iterator[tuple[str, float]]:
     done = 0
-    for first, last in sequence.spans:
-        yield tokenizer.decode(sequence.ids[done:first]), False
-        yield tokenizer.decode(sequence.ids[first:last]), True
+    for (first, last), weight in zip(sequence.spans, sequence.weights, strict=True):
+        yield tokenizer.decode(sequence.ids[done:first]), 0.0
+        yield tokenizer.decode(sequence.ids[first:last]), weight
         done = last
-    yield tokenizer.decode(sequence.ids[done:]), False
+    yield tokenizer.decode(sequence.ids[done:]), 0.0
+
+
+def _factor(weight: float) -> str:
+    return "" if weight == 1.0 else f" x {weight:g}"
 
 
 def visible(text: str) -> str:
@@ -82,11 +84,11 @@ def visible(text: str) -> str:
 
 
 def as_text(item: Shown, coloured: bool) -> str:
-    """Text for a terminal: trained text is green, or in brackets without colours."""
+    """Text for a terminal: trained text is green, or in brackets without colours. A weight stands behind it."""
     begin, end = (GREEN, PLAIN) if coloured else ("[", "]")
     if item.reason:
         return f"--- {visible(item.title)}: rejected: {visible(item.reason)}"
-    text = "".join(begin + visible(part) + end if trains else visible(part) for part, trains in item.parts)
+    text = "".join(begin + visible(part) + end + _factor(w) if w else visible(part) for part, w in item.parts)
     return f"--- {visible(item.title)}\n{text}"
 
 
@@ -98,7 +100,9 @@ def as_html(items: Iterable[Shown]) -> str:
         if item.reason:
             body.append(f'<p class="reason">rejected: {_escaped(item.reason)}</p>')
             continue
-        parts = (f"<mark>{_escaped(part)}</mark>" if trains else _escaped(part) for part, trains in item.parts if part)
+        parts = (
+            f"<mark>{_escaped(part)}</mark>{_factor(w)}" if w else _escaped(part) for part, w in item.parts if part
+        )
         body.append(f"<pre>{''.join(parts)}</pre>")
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>megatron_dft: preview</title>\n'

@@ -308,7 +308,7 @@ def _labels(paths: list[str], settings: Any) -> Iterator[Finding]:
     except ValueError:  # reported by `objective`
         return
     try:
-        token_data.carried(paths, config)
+        token_data.carried(paths, sft.data_paths(settings, training=True), config)
     except ValueError as error:
         yield Finding("error", "files", str(error))
 

@@ -203,7 +203,7 @@ def _bind(model: Any, config: DFTConfig, schedule: Schedule) -> Binding:
 def _before_forward(
     module: Any, args: tuple, kwargs: dict[str, Any], *, head: LossHead, signature: inspect.Signature, labels_name: str
 ) -> tuple[tuple, dict[str, Any]]:
-    """Record labels and loss mask, remove channels from the labels, prepare a loss from hidden states."""
+    """Record labels and loss mask, reduce the labels to token ids, prepare a loss from hidden states."""
     call = signature.bind_partial(*args, **kwargs)
     head.reset()
     labels = call.arguments.get(labels_name)

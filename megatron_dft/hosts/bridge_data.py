@@ -116,7 +116,7 @@ class TokenFileDataset(DatasetProvider):
                 )
         config = config or DFTConfig()
         check_channels(config.metric_spec.channels, channels_of(paths), "dft.channels")
-        self._model, self._carried = model, carried(paths, config)
+        self._model, self._carried = model, carried(paths, [self.train_path], config)
 
     def build_datasets(self, context: DatasetBuildContext) -> tuple[Dataset | None, Dataset | None, None]:
         """The data sets for training and validation, with the number of samples that Bridge requests."""

@@ -73,7 +73,9 @@ class Progress:
         *,
         begin: Callable[[int], None],  # sets the iteration
         check_step: Callable[[], None],  # raises ValueError for a step that did not train the objective
-        check_tokens: Callable[[], None],  # raises ValueError for a token without a loss or a reference
+        check_tokens: Callable[
+            [], None
+        ],  # raises ValueError for a token without a loss, or a label that lacks something
     ) -> None:
         self.validation, self.means = validation, ChannelMeans(spec)
         self.begin, self.check_step, self.check_tokens = begin, check_step, check_tokens

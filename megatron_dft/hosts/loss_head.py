@@ -44,16 +44,6 @@ from megatron_dft.ops.objectives import Blended, Objective, Scheduled
 from megatron_dft.ops.stats import MEDIAN, TokenStats
 from megatron_dft.ops.vocab_parallel import LossOptions, loss_and_stats
 
-ADD = {  # what to do if labels lack something
-    "reference log-probability": (
-        "train on token files of megatron-dft reference, or return labels of with_reference from your data set"
-    ),
-    "weight": (
-        "train on token files of megatron-dft data, or return labels of with_weights (--dft-weights) or "
-        "with_conversations (--dft-reduction) from your data set"
-    ),
-}
-
 
 class Schedule:
     """The objective of an installation, with its blend on the device if it is scheduled."""
@@ -92,7 +82,7 @@ class Schedule:
 class Inputs:
     """Arguments of the forward of a model."""
 
-    labels: Tensor  # [b, s] int64, without channels
+    labels: Tensor  # [b, s] int64, token ids and -100
     loss_mask: Tensor | None  # as many elements as the labels
     channel: Tensor | None  # [b, s] int64; None: no channels are configured
     reference: Tensor | None = None  # [b, s] log-probability under the reference model; None: not needed
@@ -154,7 +144,7 @@ class LossHead:
         self.compact = compat.compacts(model, config)
         self.split = config.split() if config.linear_fused else None
         self.channels = len(config.metric_spec.channels)
-        self.of_reference, self.weighted = config.of_reference, config.weighted
+        self.of_reference, self.weighted, self.reduction = config.of_reference, config.weighted, config.reduction
         self.by_conversation = config.by_conversation
         self.host_loss = model.compute_language_model_loss
         self.separate_mtp = compat.has_mtp(model.config) and config.mtp == "nll"
@@ -162,7 +152,7 @@ class LossHead:
         self._bypassed: list[Tensor | None] = []  # the weight, if hidden states arrive instead of logits
         self.computed, self.trained = 0, 0  # losses with a graph, and those that received a gradient
         self.counted: Tensor | None = None  # whether a loss mask counted a token that has no loss
-        self.missing: dict[str, Tensor] = {}  # whether a label carried no reference, or no weight
+        self.missing: dict[str, Tensor] = {}  # error messages, and whether a label lacks what is configured
         self._recording = False
         self._micro_batches: list[MicroBatch] = []
 
@@ -210,20 +200,35 @@ class LossHead:
             labels, count = split_counts(labels)
         if self.of_reference:
             labels, reference = split_reference(labels)
-            self._note_missing("reference log-probability", reference.isnan(), loss_mask)
+            self._note_missing(
+                f"--loss-type {self.schedule}: a label carries no reference log-probability; train on token files of "
+                "megatron-dft reference, or return labels of with_reference from your data set",
+                reference,
+                loss_mask,
+            )
         if self.weighted:
-            labels, weight = split_weights(labels)
-            self._note_missing("weight", weight.isnan(), loss_mask)
+            labels, weight = split_weights(labels, self.reduction)
+            source = f"with_conversations(..., {self.reduction!r})" if self.by_conversation else "with_weights"
+            weight = self._note_missing(
+                f"{'--dft-reduction ' + self.reduction if self.by_conversation else '--dft-weights'}: a label carries "
+                f"no weight; train on token files of megatron-dft data, return labels of {source} from your data set, "
+                "or remove the setting",
+                weight,
+                loss_mask,
+            )
         if self.channels:
             labels, channel = split_channels(labels, self.channels)
         self.inputs = Inputs(labels, loss_mask, channel, reference, weight, count)
         return self.inputs
 
-    def _note_missing(self, name: str, missing: Tensor, loss_mask: Tensor | None) -> None:
-        """Record, on the device, whether a label [b, s] with a loss carried no reference or weight."""
+    def _note_missing(self, message: str, values: Tensor, loss_mask: Tensor | None) -> Tensor:
+        """Record, on the device, whether a value [b, s] of a token with a loss is NaN; return 1 for other NaNs."""
+        missing = values.isnan()
         if loss_mask is not None:
-            missing = missing & (loss_mask.reshape(missing.shape) != 0.0)
-        self.missing[name] = self.missing.get(name, False) | missing.any()
+            excluded = loss_mask.reshape(values.shape) == 0.0
+            values, missing = values.masked_fill(missing & excluded, 1.0), missing & ~excluded
+        self.missing[message] = self.missing.get(message, False) | missing.any()
+        return values
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """labels [b, s], logits [s, b, V/tp], or hidden states after `bypass` -> NLL [b, s]."""
@@ -358,9 +363,9 @@ class LossHead:
 
         One host-device sync for each of them.
         """
-        for name, missing in self.missing.items():
+        for message, missing in self.missing.items():
             if missing:
-                raise ValueError(f"--loss-type {self.schedule}: a label carries no {name}; {ADD[name]}")
+                raise ValueError(message)
         if self.counted is not None and self.counted:
             raise ValueError(
                 "loss_func: its loss mask counts tokens that have no loss, because their label is -100 or the "
@@ -378,12 +383,12 @@ class LossHead:
 
 
 class _Weighted(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by the weight of each token."""
+    """The identity, whose gradient is multiplied by the weight of each token. NaN where the weight is NaN."""
 
     @staticmethod
     def forward(ctx, loss: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
-        return loss.view_as(loss)
+        return loss.masked_fill(weight.isnan(), torch.nan)
 
     @staticmethod
     def backward(ctx, upstream: Tensor):

@@ -30,9 +30,9 @@ from megatron_dft.metrics import token_metrics
 from megatron_dft.utils import load_function
 
 try:
+    import nemo.collections.llm as llm
     import nemo_run as run
     from lightning.pytorch import Callback
-    from nemo.collections import llm
     from nemo.lightning import io
 except ModuleNotFoundError as error:
     try:
@@ -136,6 +136,7 @@ class DFTCallback(Callback, io.IOMixin):
             return
         for head in self._heads():
             head.check_trained()
+            head.check_tokens()
         prefix = "val_" if step.forward_only else ""
         pairs, spec = self._over_all_ranks(), self.config.metric_spec
         configured = torch.stack([pairs.pop(name) for name in spec.names]) if spec.names else torch.empty(0, 2)

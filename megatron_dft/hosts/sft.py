@@ -29,7 +29,8 @@ from megatron_dft.utils import nearest
 
 ROLES = ("system", "user", "assistant", "tool")
 MEGATRON_FORMATS = ("nemotron-nano-v2", "nemotron-h-aligned")  # Megatron masks all but the assistant's messages
-DATA = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
+TRAINING = ("data_path", "train_data_path")
+EVALUATION = ("valid_data_path", "test_data_path")
 
 
 def check_settings(settings: Any) -> None:
@@ -40,10 +41,14 @@ def check_settings(settings: Any) -> None:
         )
 
 
-def data_paths(settings: Any) -> list[str]:
-    """The files in Megatron's data path settings: lists of paths, or of alternating weights and paths."""
+def data_paths(settings: Any, training: bool = False) -> list[str]:
+    """The files in Megatron's data path settings: lists of paths, or of alternating weights and paths.
+
+    Args:
+        training: only those of the training data.
+    """
     paths: list[str] = []
-    for given in _path_lists(settings):
+    for given in _path_lists(settings, training):
         items = given.split() if isinstance(given, str) else list(given or ())
         if len(items) % 2 == 0 and all(map(_is_number, items[::2])):
             items = items[1::2]
@@ -51,15 +56,15 @@ def data_paths(settings: Any) -> list[str]:
     return paths
 
 
-def _path_lists(settings: Any) -> Iterator[Any]:
-    for name in DATA:
+def _path_lists(settings: Any, training: bool) -> Iterator[Any]:
+    for name in TRAINING if training else (*TRAINING, *EVALUATION):
         yield getattr(settings, name, None)
     if path := getattr(settings, "data_args_path", None):
         with open(path) as file:
             yield file.read()
     if path := getattr(settings, "per_split_data_args_path", None):
         with open(path) as file:
-            yield from json.load(file).values()
+            yield from (given for split, given in json.load(file).items() if split == "train" or not training)
 
 
 def _is_number(text: str) -> bool:
@@ -98,7 +103,7 @@ def dataset_provider(provider: Callable[..., Any], settings: Any, config: DFTCon
     from megatron_dft.hosts import token_data
 
     check_channels(channels, token_data.channels_of(paths), "--dft-channels", settings.rank == 0)
-    return token_data.provider(settings, paths, config)
+    return token_data.provider(settings, paths, data_paths(settings, training=True), config)
 
 
 def with_checks(provider: Callable[..., Any], settings: Any, channels: tuple[str, ...]) -> Callable[..., Any]:

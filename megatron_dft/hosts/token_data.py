@@ -31,30 +31,36 @@ class Carried:
 
     Attributes:
         config: the settings of the objective.
-        tokens: mean number of trained tokens of a conversation, in all files of the run.
+        mean_length: mean number of trained tokens of a conversation in the training data.
     """
 
     config: DFTConfig = field(default_factory=DFTConfig)
-    tokens: int = 1
+    mean_length: int = 1
 
 
-def carried(paths: list[str], config: DFTConfig) -> Carried:
-    """What the labels of a run on these token files carry.
+def carried(paths: list[str], training: list[str], config: DFTConfig) -> Carried:
+    """Check what the token files of a run contain.
+
+    Args:
+        paths: all token files.
+        training: those of the training data; none: the run evaluates only.
 
     Raises:
         ValueError: if the files do not have what the configuration requires, or have weights that it does not use.
     """
-    headers = [TokenFile(path).header for path in paths]
-    _check_reference(paths, headers, config)
-    for path, header in zip(paths, headers, strict=True):
-        if header.weighted and not config.weights:
-            raise ValueError(
-                f"{path}: contains weights; add --dft-weights (dft.weights), or prepare the data without them"
-            )
-    if config.weights and not any(header.weighted for header in headers):
-        raise ValueError(f"--dft-weights (dft.weights): all weights in {', '.join(paths)} are 1; remove the setting")
-    totals = [sum(header.statistics[x] for header in headers) for x in ("trained_tokens", "sequences")]
-    return Carried(config, max(round(totals[0] / totals[1]), 1))
+    headers = {path: TokenFile(path).header for path in paths}
+    _check_reference(headers, config)
+    weighted = [path for path in training if headers[path].weighted]
+    if weighted and not config.weights:
+        raise ValueError(
+            f"{weighted[0]}: contains weights; add --dft-weights (dft.weights), or prepare the data without them"
+        )
+    if config.weights and training and not weighted:
+        raise ValueError(f"--dft-weights (dft.weights): all weights in {', '.join(training)} are 1; remove the setting")
+    trained, sequences = (
+        sum(headers[path].statistics[name] for path in training or paths) for name in ("trained_tokens", "sequences")
+    )
+    return Carried(config, max(round(trained / sequences), 1))
 
 
 @dataclass
@@ -116,7 +122,7 @@ def tensors_of(sample: Sample, header: Header, carried: Carried) -> dict[str, to
     weights = torch.from_numpy(sample.weights)
     if config.by_conversation:
         cu_seqlens = torch.from_numpy(sample.cu_seqlens)
-        labels = with_conversations(labels, cu_seqlens, config.reduction, carried.tokens, weights)
+        labels = with_conversations(labels, cu_seqlens, config.reduction, carried.mean_length, weights)
     elif config.weights:
         labels = with_weights(labels, weights)
     return {
@@ -131,18 +137,19 @@ def _number(name: str, channels: tuple[str, ...]) -> int:
     return channels.index(name) if name in channels else 0
 
 
-def provider(settings: Any, paths: list[str], config: DFTConfig) -> Callable[..., Any]:
+def provider(settings: Any, paths: list[str], training: list[str], config: DFTConfig) -> Callable[..., Any]:
     """The data set provider for `pretrain()`.
 
     Args:
         settings: Megatron's arguments.
         paths: the token files in `settings`.
+        training: those of the training data.
         config: the settings of the objective.
 
     Raises:
         ValueError: if a file does not fit the run.
     """
-    labels = carried(paths, config)
+    contents = carried(paths, [] if settings.skip_train else training, config)
     for path in paths:
         check_fit(path, TokenFile(path).header, settings)
     check_validation(settings)
@@ -167,7 +174,7 @@ def provider(settings: Any, paths: list[str], config: DFTConfig) -> Callable[...
             multiple_validation_sets=args.multiple_validation_sets,
             full_validation=args.full_validation,
             num_dataset_builder_threads=args.num_dataset_builder_threads,
-            carried=labels,
+            carried=contents,
         )
         return BlendedMegatronDatasetBuilder(
             TokenDataset, sample_counts, lambda: mpu.get_tensor_model_parallel_rank() == 0, dataset_config
@@ -290,21 +297,22 @@ def check_vocabulary(path: str, header: Header, padded_vocab_size: int) -> None:
         )
 
 
-def _check_reference(paths: list[str], headers: list[Header], config: DFTConfig) -> None:
+def _check_reference(headers: dict[str, Header], config: DFTConfig) -> None:
     """Raises ValueError if a required reference is missing, or the files have different ones."""
     if not config.of_reference:
         return
-    for path, header in zip(paths, headers, strict=True):
+    (first_path, first_header), *_ = headers.items()
+    for path, header in headers.items():
         if header.reference is None:
             raise ValueError(
                 f"{path}: has no reference log-probabilities, which {config.loss_type} requires; write it with "
                 "megatron-dft reference FILE --model FOLDER --out FILE"
             )
-        first = headers[0].reference or {}
+        first = first_header.reference or {}
         if any(header.reference[x] != first[x] for x in ("weights", "dtype")):
             raise ValueError(
-                f"{path}: its reference model is {named(header)}, that of {paths[0]} is {named(headers[0])}; write all "
-                "files with megatron-dft reference and one --model and --dtype"
+                f"{path}: its reference model is {named(header)}, that of {first_path} is {named(first_header)}; write "
+                "all files with megatron-dft reference and one --model and --dtype"
             )
 
 
