@@ -57,7 +57,8 @@ def test_report_contains_every_figure(out):
 @pytest.mark.nightly
 def test_results_contain_every_combination_and_conditions(results):
     settings = results["settings"]
-    expected = {(*task, o, 1.0, s) for task in TASKS for o in settings["objectives"] for s in range(2)}
+    every = settings["objectives"] + settings["further"]
+    expected = {(*task, o, 1.0, s) for task in TASKS for o in every for s in range(2)}
     expected |= {(*task, o, 3.0, s) for task in TASKS for o in ("nll", "dft") for s in range(2)}
     keys = ("prior", "targets", "objective", "factor", "seed")
     assert {tuple(run[key] for key in keys) for run in results["runs"]} == expected
@@ -79,7 +80,7 @@ def test_priors_have_mean_p_in_stated_range(results):
 def test_objectives_start_from_same_weights_per_seed(results):
     first = {}
     for run in results["runs"]:
-        if run["factor"] == 1.0:
+        if run["factor"] == 1.0 and run["objective"] in results["settings"]["objectives"]:
             first.setdefault((run["prior"], run["targets"], run["seed"]), []).append(run["first"])
     for starts in first.values():
         for key in ("train nll", "held-out nll", "train p"):
@@ -295,3 +296,20 @@ def test_docs_page_and_verdicts_match_results(out, results):
         assert report.page(numbers, where) == where.page.read_text(), again
         assert all((where.figures / name).exists() for name in report.FIGURES), again
     assert committed["settings"] == report.round_all(tool.asdict(tool.Settings())), "run: compare_objectives.py --docs"
+
+
+def test_labels_carry_the_nll_of_the_base_model():
+    world = tool.make_world(TINY, 0)
+    base = tool.pretrain(TINY, world, 0)
+    task = tool.make_task(TINY, world, 0, "strong", "noisy")
+    for plain, labelled in (
+        (task.train, tool.referenced(task, base).train),
+        (task.held_out, tool.referenced(task, base).held_out),
+    ):
+        ids, logprob = tool.split_reference(labelled[1])
+        assert torch.equal(ids, plain[1]) and torch.equal(labelled[0], plain[0])
+        nll = torch.nn.functional.cross_entropy(base(plain[0]), plain[1], reduction="none").detach()
+        torch.testing.assert_close(-logprob, nll, rtol=1e-3, atol=1e-4)
+    assert tool.evaluate(base, tool.referenced(task, base), parse_objective("iw"))["train nll"] == pytest.approx(
+        tool.evaluate(base, task, parse_objective("nll"))["train nll"]
+    )

@@ -249,6 +249,8 @@ def accuracy_part(results: Json, places: Places) -> list[str]:
         "Highest mean held-out accuracy of each curve and its step. This is the result of early stopping, which "
         "requires such a held-out set.\n",
         peak_table(results),
+        "Further objectives at the same rate. The base model is the reference of asft, iw and psft:\n",
+        each_task(results, lambda *task: plus_minus(final(results, *task)), results["settings"]["further"]),
         "## Learning rate\n",
         "Final held-out accuracy of nll and dft by learning rate, the best of each in bold. The best rate is selected "
         "by this same accuracy for both objectives.\n",
@@ -339,9 +341,9 @@ def variance_cell(results: Json, *task: str) -> str:
     return f"{before:.2g} → {after:.2g}"
 
 
-def each_task(results: Json, cell: Callable[..., str]) -> str:
+def each_task(results: Json, cell: Callable[..., str], names: Sequence[str] = ()) -> str:
     """Table with a row per task and a column per objective."""
-    names = results["settings"]["objectives"]
+    names = names or results["settings"]["objectives"]
     body = [[f"{p}, {t}", *(cell(p, t, name) for name in names)] for p in PRIORS for t in TARGETS]
     return table(["prior, targets", *names], body)
 
