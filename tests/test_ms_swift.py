@@ -198,6 +198,7 @@ def test_incompatible_settings_end_the_run(runs, settings, arguments, message):
 def test_environment_reads_flags_and_yaml(monkeypatch, tmp_path):
     monkeypatch.setenv("MEGATRON_DFT", "--loss-type tsallis:q=0.5 --dft-metrics full")
     assert ms_swift.environment() == DFTConfig("tsallis:q=0.5", metrics="full")
+    pytest.importorskip("yaml")
     path = tmp_path / "x.yaml"
     path.write_text("dft: {loss_type: dft, linear_fused: true}\n")
     monkeypatch.setenv("MEGATRON_DFT", str(path))

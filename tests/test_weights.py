@@ -1,5 +1,6 @@
 """Weights of the data and --dft-reduction: gradients against the definition, data, errors, real runs in all layouts."""
 
+import importlib.util
 import json
 import math
 from dataclasses import replace
@@ -222,6 +223,8 @@ def test_reduction_requires_per_token_loss_and_with_metrics(found):
 
 # Data
 
+needs_transformers = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
+
 
 def tokenized(template, *turns, of_record=1.0):
     """Pieces of text in the loss with their weights, from turns of (question, answer, weight)."""
@@ -249,6 +252,7 @@ JOINED = (
 )
 
 
+@needs_transformers
 def test_turns_have_their_weights():
     from chat_examples import CHATML, MARKED, THINKING
 
@@ -276,6 +280,7 @@ def test_weights_with_a_boolean_are_combined():
             conversation_of({"messages": [user, {**reply, **fields}]})
 
 
+@needs_transformers
 @pytest.mark.parametrize(
     ("weight", "of_record", "message"),
     [
@@ -292,6 +297,7 @@ def test_invalid_weights_are_rejected(weight, of_record, message):
         tokenized(CHATML, ("one", "yes", weight), of_record=of_record)
 
 
+@needs_transformers
 def test_marks_without_turns_need_one_weight():
     from chat_examples import MARKED
 

@@ -45,10 +45,10 @@ def environment() -> DFTConfig:
     """
     text = os.environ.get(VARIABLE, "")
     if text.endswith((".yaml", ".yml")):
-        import yaml
-
         if not os.path.isfile(text):
             raise ValueError(f"{VARIABLE}={text}: no such file; check the path")
+        import yaml
+
         with open(text) as file:
             block = (yaml.safe_load(file) or {}).get("dft") or {}
         config = DFTConfig.from_mapping(block)
