@@ -31,6 +31,7 @@ CHANNELS = 1 << (WEIGHT - CHANNEL)
 IDS = (1 << KIND) - 1
 NLL_LIMITS = 2.0**-24, 65504.0  # the bits of 0.0 are those of a label without a reference
 WEIGHT_LIMITS = 2.0**-30, 2.0**30
+MEAN_LENGTHS = 1, 1 << 16  # of `with_conversations`; larger ones could overflow Megatron's int32 divisor
 REDUCTIONS = ("token", "sample", "square-root")
 
 
@@ -100,8 +101,8 @@ def with_conversations(
             f"cu_seqlens: expected offsets that increase from 0 to the number of labels, {tuple(labels.shape)}, got "
             f"{bounds}"
         )
-    if not 1 <= mean_length <= 1 << 16:
-        raise ValueError(f"mean_length: expected 1 to 65536 tokens, got {mean_length}")
+    if not MEAN_LENGTHS[0] <= mean_length <= MEAN_LENGTHS[1]:
+        raise ValueError(f"mean_length: expected {MEAN_LENGTHS[0]} to {MEAN_LENGTHS[1]} tokens, got {mean_length}")
     labels, trained = labels.clone(), labels >= 0
     factor = torch.ones(labels.shape, dtype=torch.float64, device=labels.device)
     total = 0.0

@@ -294,7 +294,7 @@ def test_drop_in_cross_entropy_has_megatron_signature_and_dft_loss(facts):
         ("twice", ("already replaced", "call install() once")),
         ("gathered", ("split over 2", "parallel_output=True")),
         ("width", ("66 / 2 columns", "got 32", "--make-vocab-size-divisible-by")),
-        ("te", ("--cross-entropy-fusion-impl te", "omit --cross-entropy-loss-fusion")),
+        ("te", ("--cross-entropy-fusion-impl te", "switch off --cross-entropy-loss-fusion")),
         ("not installed", ("install() was not called", "remove --loss-type")),
     ],
 )

@@ -39,7 +39,7 @@ class Runs:
         self.folder, self.known = folder, {}
         write_tiny_llama(folder / "model", tied=False, groups=2).save_pretrained(folder / "model")
         numbers = random.Random(0)
-        plain, weighted = [], []
+        plain, weighted, channels = [], [], []
         for i in range(64):
             some = [numbers.randint(1, 99) for _ in range(numbers.randint(2, 9))]
             messages = [
@@ -47,8 +47,9 @@ class Runs:
                 {"role": "assistant", "content": f"The sum of {' '.join(map(str, some))} is {sum(some)}."},
             ]
             plain.append({"messages": messages})
+            channels.append({"messages": messages, "channel": "ab"[i % 2]})
             weighted.append({"messages": [messages[0], {**messages[1], "loss_scale": (0.5, 2.0, 1.0)[i % 3]}]})
-        for name, records in (("plain", plain), ("weighted", weighted)):
+        for name, records in (("plain", plain), ("weighted", weighted), ("channels", channels)):
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
     def start(self, settings, arguments, ranks, data="plain"):
@@ -179,11 +180,34 @@ def test_log_and_evaluation_are_means_over_tokens(runs):
 
 
 @needs_swift
+def test_channel_loss_of_ms_swift_in_training_and_evaluation(runs):
+    """A micro-batch reports the channels that it contains."""
+    arguments = ("--enable_channel_loss", "true", "--split_dataset_ratio", "0.25", "--eval_steps", "1")
+    ours, stock = (runs(settings, *arguments, data="channels") for settings in ("--loss-type nll", None))
+    names = {name for name in stock if "loss" in name}
+    assert {"loss_a", "loss_b", "eval_loss_a", "eval_loss_b"} <= names
+    agree(ours, stock, names)
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "message"),
+    [("infer.py", 0, ""), ("export.py", 0, ""), ("sft.py", 1, "expected megatron sft or megatron pt, got swift sft")],
+)
+def test_plugin_in_other_commands(tmp_path, command, code, message):
+    """Checkpoints of ms-swift name the plugin, and other commands import it."""
+    script = tmp_path / "cli" / command
+    script.parent.mkdir()
+    script.write_text(f"exec(open({str(PLUGIN)!r}).read())")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == code and message in done.stderr
+
+
+@needs_swift
 @pytest.mark.parametrize(
     ("settings", "arguments", "message"),
     [
         ("", (), "MEGATRON_DFT='': no objective; export MEGATRON_DFT=\"--loss-type dft\""),
-        ("--loss-type dft --dft-channels a", (), "channels (--dft-channels): labels of ms-swift carry token ids alone"),
+        ("--loss-type dft --dft-channels a", (), "channels (--dft-channels): the data of ms-swift contain no"),
         ("--loss-type dft", ("--enable_dft_loss", "true"), "--enable_dft_loss multiplies the loss of dft by the"),
     ],
 )
@@ -232,7 +256,7 @@ def test_invalid_environment_is_rejected(monkeypatch, text, message):
     ],
 )
 def test_settings_that_need_labels_of_a_token_file_are_rejected(config, name):
-    with pytest.raises(ValueError, match=rf"{name}.*: labels of ms-swift carry token ids alone"):
+    with pytest.raises(ValueError, match=rf"{name}.*: the data of ms-swift contain no channels, weights"):
         ms_swift.register(config)
 
 

@@ -13,7 +13,7 @@ The statistics of a micro-batch stay in the `LossHead` of its model until forwar
 takes them. Interleaved schedules have several micro-batches in flight, and each loss_func holds its own.
 
 No class and no module is patched. Other models in the process (a reference model, an RL policy) keep their cross
-entropy. The hosts `megatron_lm`, `bridge` and `nemo` call these functions.
+entropy. The other hosts call these functions.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Installation:
     def begin(self, iteration: int) -> None:
         """Set the iteration, 1, 2, ..., of a scheduled objective. Call it before each iteration; no host-device sync.
 
-        Megatron-LM, Bridge and NeMo do so. Other objectives do not need it.
+        The hosts do so. Other objectives do not need it.
         """
         self.schedule.begin(iteration)
 

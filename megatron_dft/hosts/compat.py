@@ -28,7 +28,8 @@ OTHER_LOSSES = {
     "export_kd_teacher_load": "--export-kd-teacher-load (ModelOpt distillation)",
     "perform_rl_step": "--perform-rl-step (reinforcement learning)",
 }
-LOGITS = "_forward_output_layer"  # method of mcore-bridge's GPTModel; subclasses cap or scale the logits in it
+MCORE_BRIDGE = "mcore_bridge.model.gpt_model"  # module of the GPTModel of ms-swift
+LOGITS = "_forward_output_layer"  # its method in which subclasses cap or scale the logits
 OUTPUT_PROCESSOR = "output_processor"  # argument of GPTModel.forward, from 0.18 on: hidden states instead of logits
 
 
@@ -55,7 +56,7 @@ def check_settings(settings: Any, config: DFTConfig) -> None:
     if getattr(settings, "cross_entropy_loss_fusion", False) and fusion != "native":
         raise ValueError(
             f"--loss-type {config.loss_type} replaces Megatron's cross entropy and cannot be combined with "
-            f"--cross-entropy-fusion-impl {fusion}; omit --cross-entropy-loss-fusion (this loss is already fused)"
+            f"--cross-entropy-fusion-impl {fusion}; use native, or switch off --cross-entropy-loss-fusion"
         )
     backend(config)
     for name in ("hybrid_context_parallel", "dynamic_context_parallel"):
@@ -117,6 +118,11 @@ def check_model(model: Any, config: DFTConfig) -> None:
         raise ValueError(
             f"install: expected logits split over {tp_group(model).size()} tensor-parallel ranks, got a model built "
             "with parallel_output=False, which gathers them; build it with parallel_output=True"
+        )
+    if has_mtp(model.config) and config.mtp == "nll" and "labels" not in inspect.signature(model.forward).parameters:
+        raise ValueError(
+            f"--dft-mtp nll is not supported with {type(model).__name__}, whose forward does not name its labels; use "
+            "--dft-mtp same"
         )
     compacts(model, config)
     if config.linear_fused:
@@ -306,8 +312,11 @@ def has_mtp(settings: Any) -> bool:
 
 
 def masks_mtp_labels(model: Any) -> bool:
-    """Whether the model itself excludes ignored labels from multi-token prediction, as mcore-bridge's models do."""
-    return any(cls.__module__.startswith("mcore_bridge.") for cls in type(model).__mro__)
+    """Whether the model itself excludes ignored labels from multi-token prediction.
+
+    mcore-bridge's GPTModel does, and does not accept a mask of floating-point numbers.
+    """
+    return any(cls.__module__ == MCORE_BRIDGE for cls in type(model).__mro__)
 
 
 def _obstacle(model: Any) -> str | None:
@@ -318,7 +327,7 @@ def _obstacle(model: Any) -> str | None:
     if OUTPUT_PROCESSOR not in parameters and has_mtp(model.config):
         return f"{name} with multi-token prediction, whose heads share the output layer"
     owner = next((cls for cls in type(model).__mro__ if LOGITS in vars(cls)), None)
-    if owner is not None and owner.__name__ != "GPTModel":
+    if owner is not None and owner.__module__ != MCORE_BRIDGE:
         return f"{name}, which changes the logits of its output layer"
     if getattr(model.config, "overlap_moe_expert_parallel_comm", False):
         return "--overlap-moe-expert-parallel-comm, which bypasses the forward pass of the model"

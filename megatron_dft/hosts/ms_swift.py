@@ -34,14 +34,14 @@ from megatron_dft.metrics import VALID_TOKENS, MetricAccumulator, is_total
 from megatron_dft.utils import Parser
 
 VARIABLE = "MEGATRON_DFT"
-ALWAYS = "default_flow"  # a callback of every run
+ALWAYS = "default_flow"  # name of a callback that every run creates
 
 
 def environment() -> DFTConfig:
     """The settings in MEGATRON_DFT: our flags, or the path of a YAML file with a block `dft:`.
 
     Raises:
-        ValueError: for an invalid setting, or no objective.
+        ValueError: for an invalid setting, or if no objective is set.
     """
     text = os.environ.get(VARIABLE, "")
     if text.endswith((".yaml", ".yml")):
@@ -59,13 +59,44 @@ def environment() -> DFTConfig:
     return config
 
 
-def register(config: DFTConfig) -> None:
+def register(config: DFTConfig | None = None) -> None:
     """Train with an objective in every run of this process. A plugin file of your own calls it.
 
+    Args:
+        config: the settings. None: those of `environment`.
+
     Raises:
-        ValueError: for settings that ms-swift's data do not support. Later, when the trainer is built: for arguments
-            that are incompatible with the objective.
+        ValueError: for settings that ms-swift's data do not support, or a second call. Later, when the trainer is
+            built: if no objective is set, or for arguments that are incompatible with it.
     """
+    if config is None and os.environ.get(VARIABLE):
+        config = environment()
+    if config is not None:
+        _check_data(config)
+    from swift.megatron.callbacks import MegatronCallback, megatron_callbacks_map
+
+    class DFTCallback(Run, MegatronCallback):
+        """`Run` as a callback of ms-swift. Other events do nothing."""
+
+        def __init__(self, trainer: Any) -> None:
+            MegatronCallback.__init__(self, trainer)
+            Run.__init__(self, trainer, environment() if config is None else config)
+
+    always = megatron_callbacks_map[ALWAYS]
+    if hasattr(always, VARIABLE):
+        raise ValueError("--external_plugins: two plugins of megatron_dft; keep one of them")
+
+    @functools.wraps(always, updated=())
+    def with_objective(trainer: Any) -> Any:
+        trainer.callbacks.append(DFTCallback(trainer))
+        return always(trainer)
+
+    setattr(with_objective, VARIABLE, config)
+    megatron_callbacks_map[ALWAYS] = with_objective
+
+
+def _check_data(config: DFTConfig) -> None:
+    """Raises ValueError for settings that need labels of a token file."""
     for name, unsupported in (
         ("channels (--dft-channels)", config.channels),
         ("weights (--dft-weights)", config.weights),
@@ -74,26 +105,10 @@ def register(config: DFTConfig) -> None:
     ):
         if unsupported:
             raise ValueError(
-                f"{name}: labels of ms-swift carry token ids alone; remove it, or train with Megatron-LM or "
-                "Megatron-Bridge. --loss_scale and --enable_channel_loss of ms-swift are supported"
+                f"{name}: the data of ms-swift contain no channels, weights, conversation lengths or reference "
+                "log-probabilities; remove it, or train with Megatron-LM or Megatron-Bridge. --loss_scale and "
+                "--enable_channel_loss of ms-swift are supported"
             )
-    from swift.megatron.callbacks import MegatronCallback, megatron_callbacks_map
-
-    class DFTCallback(Run, MegatronCallback):
-        """The run, with the events of ms-swift's callbacks that it does not handle."""
-
-        def __init__(self, trainer: Any) -> None:
-            MegatronCallback.__init__(self, trainer)
-            Run.__init__(self, trainer, config)
-
-    always = megatron_callbacks_map[ALWAYS]
-
-    @functools.wraps(always, updated=())
-    def with_objective(trainer: Any) -> Any:
-        trainer.callbacks.append(DFTCallback(trainer))
-        return always(trainer)
-
-    megatron_callbacks_map[ALWAYS] = with_objective
 
 
 class Run:
@@ -118,7 +133,7 @@ class Run:
             labels = loss_func.keywords["labels"]
             return output, loss_func if labels is None else _with_mask(loss_func, labels)
 
-        step = with_metrics(masked, self.config, micro_batches=self._micro_batches, validation=self.validation)
+        step = with_metrics(masked, self.config, micro_batches=self._micro_batches)
 
         @functools.wraps(host)
         def forward_step(data_iterator: Any, model: Any) -> tuple[Any, Any]:
@@ -127,8 +142,7 @@ class Run:
             def recorded(output: Any, **kwargs: Any) -> Any:
                 *values, report = loss_func(output, **kwargs)
                 ours = {name: report.pop(name) for name in list(report) if name.startswith("dft/")}
-                if torch.is_grad_enabled():
-                    self.training.add(ours)
+                (self.training if torch.is_grad_enabled() else self.validation).add(ours)
                 return *values, report
 
             return output, recorded
@@ -151,11 +165,7 @@ class Run:
             if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
                 sums = self.validation if self.evaluating else self.training
                 means = sums.take(parallel_state.get_data_parallel_group(with_context_parallel=True))
-                logs |= {
-                    name: value / n_steps if is_total(name) else value
-                    for name, value in means.items()
-                    if name.startswith("dft/")
-                }
+                logs |= {name: value / n_steps if is_total(name) else value for name, value in means.items()}
                 if not self.evaluating:
                     logs[TOKENS_PER_SECOND] = logs[VALID_TOKENS] * n_steps / self.seconds
                     self.seconds = 0.0
@@ -197,7 +207,7 @@ def check_arguments(args: Any, config: DFTConfig) -> None:
     if args.rlhf_type is not None or args.task_type != "causal_lm":
         raise ValueError(
             f"{VARIABLE}: expected megatron sft or megatron pt of a causal language model, got --rlhf_type "
-            f"{args.rlhf_type} and --task_type {args.task_type}; remove --external_plugins"
+            f"{args.rlhf_type} and --task_type {args.task_type}; remove the plugin of megatron_dft"
         )
     compat.check_settings(args, config)
 

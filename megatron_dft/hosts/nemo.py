@@ -1,7 +1,7 @@
 """NeMo 2 (nemo-toolkit 2.7): the loss in recipes of `nemo.collections.llm`.
 
     with_dft     sets the objective of a NeMo-Run recipe
-    dft          the same for YAML files and NeMo-Run's command line: "trainer.callbacks+=": "[...nemo.dft(...)]"
+    dft          the same for YAML files and NeMo-Run's command line: "trainer.callbacks+=": "[dft(...)]"
     DFTCallback  the Lightning callback that both add
 
 The callback handles NeMo's events of a Megatron step. They come after adapters, DDP and mixed precision, and include
@@ -208,13 +208,15 @@ def with_dft(recipe: Any, **settings: Any) -> Any:
 
 
 def _recipe_of(command: Any) -> Any:
-    """A factory of NeMo-Run: a recipe for llm.finetune or llm.pretrain with an objective.
-
-    Its arguments are the name of a recipe and the fields of DFTConfig.
-    """
+    """The NeMo-Run factory of a command: (name of a recipe, fields of DFTConfig) -> recipe with an objective."""
 
     def with_objective(recipe: str, **settings: Any) -> run.Partial:
-        return with_dft(run.cli.resolve_factory(command, recipe)(), **settings)
+        try:
+            factory = run.cli.resolve_factory(command, recipe)
+        except ValueError:
+            known = f"see nemo llm {command.__name__} --help"
+            raise ValueError(f"recipe={recipe}: no recipe of this name for {command.__name__}; {known}") from None
+        return with_dft(factory(), **settings)
 
     name = inspect.Parameter("recipe", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=str)
     with_objective.__signature__ = inspect.Signature([name, *_parameters], return_annotation=run.Partial)  # type: ignore[attr-defined]
@@ -222,7 +224,7 @@ def _recipe_of(command: Any) -> Any:
     return with_objective
 
 
-# Names on NeMo-Run's command line, which imports this module as an entry point.
+# Names on NeMo-Run's command line, which imports this module through its entry point, nemo_names.py.
 run.cli.factory(dft, target=Callback, name="dft")
 for _command in (llm.finetune, llm.pretrain):
     run.cli.factory(_recipe_of(_command), target=_command, name="dft")

@@ -19,7 +19,7 @@ from megatron.core.datasets.utils import Split
 
 from megatron_dft.config import DFTConfig
 from megatron_dft.data.token_file import Header, Sample, TokenFile, named, sample_of
-from megatron_dft.labels import with_channels, with_conversations, with_reference, with_weights
+from megatron_dft.labels import MEAN_LENGTHS, with_channels, with_conversations, with_reference, with_weights
 
 UNUSED = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss", "fim_data", "mock_data")  # with token files
 HUGGING_FACE = ("HuggingFaceTokenizer", "SFTTokenizer")  # values of --tokenizer-type with a folder as --tokenizer-model
@@ -60,7 +60,7 @@ def carried(paths: list[str], training: list[str], config: DFTConfig) -> Carried
     trained, sequences = (
         sum(headers[path].statistics[name] for path in training or paths) for name in ("trained_tokens", "sequences")
     )
-    return Carried(config, max(round(trained / sequences), 1))
+    return Carried(config, min(max(round(trained / sequences), MEAN_LENGTHS[0]), MEAN_LENGTHS[1]))
 
 
 @dataclass
