@@ -63,10 +63,10 @@ class Runs:
         environment |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "PYTHONWARNINGS": "ignore"}
         command = [sys.executable, str(ROOT / "tests" / "swift_training.py"), *ARGUMENTS.split()]
         command += ["--model", str(self.folder / "model"), "--dataset", str(self.folder / f"{data}.jsonl")]
-        command += ["--output_dir", str(out / "out"), *arguments]
         if settings is not None:
             environment[ms_swift.VARIABLE] = settings
             command += ["--external_plugins", str(PLUGIN)]
+        command += ["--output_dir", str(out / "out"), *arguments]
         outputs = [out / f"rank{rank}.txt" for rank in range(ranks)]
         processes = [
             subprocess.Popen(
@@ -208,11 +208,18 @@ def test_plugin_in_other_commands(tmp_path, command, code, message):
     [
         ("", (), "MEGATRON_DFT='': no objective; export MEGATRON_DFT=\"--loss-type dft\""),
         ("--loss-type dft --dft-channels a", (), "channels (--dft-channels): the data of ms-swift contain no"),
+        (
+            "--loss-type dft",
+            ("--external_plugins", str(PLUGIN), "{folder}/own.py"),
+            "two plugins of megatron_dft; keep",
+        ),
         ("--loss-type dft", ("--enable_dft_loss", "true"), "--enable_dft_loss multiplies the loss of dft by the"),
     ],
 )
 def test_incompatible_settings_end_the_run(runs, settings, arguments, message):
-    code, shown, rows = runs.start(settings, arguments, 1)
+    register = "from megatron_dft.hosts import ms_swift\nms_swift.register(ms_swift.DFTConfig('nll'))\n"
+    (runs.folder / "own.py").write_text(register)
+    code, shown, rows = runs.start(settings, [x.format(folder=runs.folder) for x in arguments], 1)
     assert code == 1 and message in shown and not any("loss" in row for row in rows)
 
 

@@ -20,6 +20,7 @@ import os
 import shlex
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -82,17 +83,21 @@ def register(config: DFTConfig | None = None) -> None:
             MegatronCallback.__init__(self, trainer)
             Run.__init__(self, trainer, environment() if config is None else config)
 
-    always = megatron_callbacks_map[ALWAYS]
-    if hasattr(always, VARIABLE):
+    if isinstance(megatron_callbacks_map[ALWAYS], _Both):
         raise ValueError("--external_plugins: two plugins of megatron_dft; keep one of them")
+    megatron_callbacks_map[ALWAYS] = _Both(DFTCallback, megatron_callbacks_map[ALWAYS])
 
-    @functools.wraps(always, updated=())
-    def with_objective(trainer: Any) -> Any:
-        trainer.callbacks.append(DFTCallback(trainer))
-        return always(trainer)
 
-    setattr(with_objective, VARIABLE, config)
-    megatron_callbacks_map[ALWAYS] = with_objective
+@dataclass(frozen=True)
+class _Both:
+    """An entry of ms-swift's callback map that also creates ours."""
+
+    ours: Callable[[Any], Any]
+    host: Callable[[Any], Any]
+
+    def __call__(self, trainer: Any) -> Any:
+        trainer.callbacks.append(self.ours(trainer))
+        return self.host(trainer)
 
 
 def _check_data(config: DFTConfig) -> None:
