@@ -12,6 +12,7 @@ import importlib.util
 import multiprocessing
 import os
 import signal
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -148,3 +149,28 @@ class Collectives(TorchDispatchMode):
     def __enter__(self):
         self.seen = []
         return super().__enter__()
+
+
+def run_processes(command, environment, outputs, timeout=180.0):
+    """Run a command once per rank, with an output file each; the first exit code that is not 0.
+
+    All ranks are killed when one has failed, or after the timeout.
+    """
+    processes = [
+        subprocess.Popen(
+            command,
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=output.open("w"),
+            stderr=subprocess.STDOUT,
+        )
+        for rank, output in enumerate(outputs)
+    ]
+    deadline = time.monotonic() + timeout
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.1)
+        if any(process.returncode for process in processes):
+            break
+    for process in processes:
+        process.kill()
+        process.wait()
+    return next((process.returncode for process in processes if process.returncode), 0)

@@ -19,6 +19,7 @@ from tiny_models import (
     forward,
     gpt,
     loss_func,
+    message,
     same,
     start,
 )
@@ -133,14 +134,6 @@ def run(forward_step, config=None, model=None, batches=None, per_token=True, **k
         forward_only=False,
     )
     return report, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def message(action):
-    try:
-        action()
-    except ValueError as error:
-        return str(error)
-    return "no error"
 
 
 def with_full_backward_hook():

@@ -18,6 +18,7 @@ from tiny_models import (
     gpt,
     gradients,
     hybrid,
+    message,
     same,
     start,
     transformer_config,
@@ -35,15 +36,6 @@ FROM_HIDDEN = ("dropped", "chunks", "chunks, not dropped", "chunks, kept")  # va
 
 def dft(variant="dropped", **settings):
     return DFTConfig(loss_type="dft", **VARIANTS[variant], **settings)
-
-
-def message(action):
-    """The error message of an action, or "no error"."""
-    try:
-        action()
-    except ValueError as error:
-        return str(error)
-    return "no error"
 
 
 def adapted(model):

@@ -6,11 +6,10 @@ import os
 import random
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from ranks import ROOT, Rendezvous
+from ranks import ROOT, Rendezvous, run_processes
 
 from megatron_dft import DFTConfig
 from megatron_dft.hosts import ms_swift
@@ -68,25 +67,8 @@ class Runs:
             command += ["--external_plugins", str(PLUGIN)]
         command += ["--output_dir", str(out / "out"), *arguments]
         outputs = [out / f"rank{rank}.txt" for rank in range(ranks)]
-        processes = [
-            subprocess.Popen(
-                command,
-                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=output.open("w"),
-                stderr=subprocess.STDOUT,
-            )
-            for rank, output in enumerate(outputs)
-        ]
-        deadline = time.monotonic() + 180.0
-        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-            time.sleep(0.1)
-            if any(process.returncode for process in processes):
-                break
-        for process in processes:
-            process.kill()
-            process.wait()
+        code = run_processes(command, environment, outputs)
         shown = "\n".join(output.read_text(errors="replace")[-6000:] for output in outputs)
-        code = next((process.returncode for process in processes if process.returncode), 0)
         logs = out / "out" / "logging.jsonl"
         rows = [json.loads(line) for line in logs.read_text().splitlines()] if logs.exists() else []
         return code, shown, rows
@@ -234,6 +216,10 @@ def test_environment_reads_flags_and_yaml(monkeypatch, tmp_path):
     path.write_text("dft: {loss_type: dft, linear_fused: true}\n")
     monkeypatch.setenv("MEGATRON_DFT", str(path))
     assert ms_swift.environment() == DFTConfig("dft", linear_fused=True)
+    for text in ("loss_type: dft\n", "- dft\n", "dft: dft\n", ""):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="expected a block `dft:` of KEY: VALUE, got"):
+            ms_swift.environment()
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,10 @@ import inspect
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from ranks import ROOT, Rendezvous
+from ranks import ROOT, Rendezvous, run_processes
 
 from megatron_dft import DFTConfig
 
@@ -65,25 +64,9 @@ class Runs:
         here |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "NEMO_HOME": str(self.folder / "home")}
         command = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "nemo_training.py"), str(out), *arguments]
         outputs = [self.folder / f"{out.name}.{rank}.txt" for rank in range(ranks)]
-        processes = [
-            subprocess.Popen(
-                command,
-                env=os.environ | here | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=output.open("w"),
-                stderr=subprocess.STDOUT,
-            )
-            for rank, output in enumerate(outputs)
-        ]
-        deadline = time.monotonic() + 180.0
-        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-            time.sleep(0.1)
-            if any(process.returncode for process in processes):
-                break
-        for process in processes:
-            process.kill()
-            process.wait()
+        code = run_processes(command, os.environ | here, outputs)
         shown = "\n".join(output.read_text(errors="replace")[-4000:] for output in outputs)
-        assert not any(process.returncode for process in processes), shown
+        assert code == 0, shown
         (log,) = out.rglob("metrics.csv")
         with log.open() as file:
             rows = list(csv.DictReader(file))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
-from tiny_models import BATCH, SEQUENCE, VARIANTS, batch, dft_line, forward, gpt, loss_func, same, start
+from tiny_models import BATCH, SEQUENCE, VARIANTS, batch, dft_line, forward, gpt, loss_func, message, same, start
 
 from megatron_dft import DFTConfig, install
 from megatron_dft.hosts.binding import with_metrics
@@ -138,14 +138,6 @@ def test_ignore_masked_keeps_counts():
     assert masked["labels"].tolist() == [5, -100, -100, -160]
 
 
-def message(action):
-    try:
-        action()
-    except ValueError as error:
-        return str(error)
-    return "no error"
-
-
 def micro_batch(config, make):
     """Forward pass and loss_func of a micro-batch whose labels are `make(labels)`."""
     model = gpt(calculate_per_token_loss=True)
@@ -234,8 +226,8 @@ def tokenized(template, *turns, of_record=1.0):
     from megatron_dft.data.tokens import ConversationTokenizer
 
     chat = talk(*(text for question, answer, _ in turns for text in (question, answer)))
-    for message, (_, _, weight) in zip(chat[1::2], turns, strict=True):
-        message["weight"] = weight
+    for reply, (_, _, weight) in zip(chat[1::2], turns, strict=True):
+        reply["weight"] = weight
     fast = tokenizer(template)
     (sequences,) = ConversationTokenizer(fast).encode([conversation_of({"messages": chat, "weight": of_record})])
     if isinstance(sequences, ValueError):

@@ -123,3 +123,12 @@ def gradients(model, transform=lambda loss: loss, **replaced):
 
 def same(ours, theirs, tolerance):
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def message(action):
+    """The error message of an action, or "no error"."""
+    try:
+        action()
+    except ValueError as error:
+        return str(error)
+    return "no error"

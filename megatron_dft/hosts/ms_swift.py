@@ -51,8 +51,10 @@ def environment() -> DFTConfig:
         import yaml
 
         with open(text) as file:
-            block = (yaml.safe_load(file) or {}).get("dft") or {}
-        config = DFTConfig.from_mapping(block)
+            block = yaml.safe_load(file)
+        if not isinstance(block, dict) or not isinstance(block.get("dft"), dict):
+            raise ValueError(f"{VARIABLE}={text}: expected a block `dft:` of KEY: VALUE, got {block!r}")
+        config = DFTConfig.from_mapping(block["dft"])
     else:
         config = DFTConfig.from_args(DFTConfig.add_arguments(Parser()).parse_args(shlex.split(text)))
     if not config.enabled:

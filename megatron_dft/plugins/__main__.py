@@ -1,6 +1,8 @@
 """Print the path of the plugin for ms-swift.
 
-MEGATRON_DFT="--loss-type dft" megatron sft ARGUMENTS --external_plugins $(megatron-dft plugin)
+    MEGATRON_DFT="--loss-type dft" megatron sft ARGUMENTS --external_plugins $(megatron-dft plugin)
+
+See docs/ms-swift.md.
 """
 
 import argparse
