@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from formulas import FORMULAS, example, loss_and_gradient, token
+from formulas import FORMULAS, REFERENCE_FORMULAS, example, loss_and_gradient, token
 from kernel_cases import (
     EXACT,
     LAYOUTS,
@@ -28,7 +28,8 @@ from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dft import DFTConfig, vocab_parallel_dft_loss, vocab_stats
-from megatron_dft.ops import objectives
+from megatron_dft.labels import with_reference
+from megatron_dft.ops import objectives, torch_backend
 from megatron_dft.ops.objectives import Objective
 from megatron_dft.ops.stats import COLLISION, ENTROPY, VocabShard
 from megatron_dft.ops.vocab_parallel import LossOptions, loss_and_stats
@@ -79,7 +80,7 @@ def assert_true(case, dtype, specification="dft", **options):
 @pytest.mark.parametrize("return_nll", [False, True])
 @pytest.mark.parametrize("specification", [*FORMULAS, *SCHEDULES])
 def test_triton_matches_torch_backend(specification, return_nll):
-    """Loss, gradient and statistics, up to fp32 rounding. Cayley and custom objectives run after the kernel."""
+    """Loss, gradient and statistics, up to fp32 rounding."""
     logits, target, upstream = example(12)
     objective = at_iteration(specification, 5, DEVICE)
     results = []
@@ -95,6 +96,33 @@ def test_triton_matches_torch_backend(specification, return_nll):
         results[-1] += (stats.valid, stats.top1)
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("specification", [*REFERENCE_FORMULAS, "asft:start=2,ramp=4"])
+def test_kernels_of_objectives_with_reference_match_torch_backend(specification):
+    logits, target, upstream = (x.float() if x.is_floating_point() else x for x in example(6, 2))
+    nll = torch.linspace(0.0, 30.0, target.numel()).view(target.shape)
+    logits[3, 0, target[3, 0]] = -math.inf
+    nll[4, 1] = math.nan
+    target = with_reference(target, nll)
+    objective = at_iteration(specification, 5, DEVICE)
+    ours, theirs = (run(logits, target, upstream, backend, objective=objective) for backend in ("triton", "torch"))
+    assert ours[0][4, 1].isnan() and ours[0].isnan().sum() == 1
+    torch.testing.assert_close(ours, theirs, rtol=4e-6, atol=4e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("specification", ["cayley", "cayley:floor=1", "cayley:start=2,ramp=4"])
+def test_cayley_mean_covers_all_programs(specification):
+    """More programs than one program adds up at a time."""
+    n = 128 * 128 + 77
+    generator = torch.Generator().manual_seed(0)
+    shards = torch.rand(2, 3, n, generator=generator).to(DEVICE)
+    target = torch.where(torch.rand(n, generator=generator) < 0.3, -100, 5).to(DEVICE)
+    shards[1, 2, 7::100] = math.nan
+    objective = at_iteration(specification, 5, DEVICE)
+    arguments = shards, target, -100, 50, objective, frozenset(), False
+    for ours, theirs in zip(triton_backend.merge(*arguments)[:2], torch_backend.merge(*arguments)[:2], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=4e-6, atol=4e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize("specification", FORMULAS)
@@ -190,14 +218,26 @@ def rows_far_apart():
     print("done")
 
 
+def shards_far_apart():
+    """Merge three shards, 2^30 numbers apart. Only the memory of their sums is touched."""
+    sums = torch.rand(3, 3, 128, device=DEVICE)
+    shards = torch.empty(3, 1 << 23, 128, device=DEVICE)
+    shards[:, :3] = sums
+    arguments = torch.full((128,), 5, device=DEVICE), -100, 50, objectives.DFT(), frozenset(), False
+    expected = triton_backend.merge(sums, *arguments)[0]
+    torch.testing.assert_close(triton_backend.merge(shards, *arguments)[0], expected, **EXACT)
+    print("done")
+
+
 def run_in_subprocess(call):
     """Run a function of this file in its own process, as it may crash."""
     command = [sys.executable, "-c", f"import conftest, test_triton; test_triton.{call}"]
     return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
 
 
-def test_kernels_support_row_offsets_beyond_2_to_31():
-    out = run_in_subprocess("rows_far_apart()")
+@pytest.mark.parametrize("call", ["rows_far_apart()", "shards_far_apart()"])
+def test_kernels_support_offsets_beyond_2_to_31(call):
+    out = run_in_subprocess(call)
     assert "done" in out.stdout, out.stderr
 
 
@@ -315,13 +355,16 @@ class Recorder:
         return launch
 
 
-@pytest.mark.parametrize("specification", ["nll", "dft", "deft", "entropy", "threshold", "luffy", "dft:start=1,ramp=2"])
-def test_loss_launches_exactly_three_kernels(specification, monkeypatch):
+@pytest.mark.parametrize(
+    "specification", ["nll", "dft", "deft", "entropy", "threshold", "luffy", "cayley", "dft:start=1,ramp=2"]
+)
+def test_loss_launches_only_its_kernels(specification, monkeypatch):
     """Only the kernels read or write values: no host-device sync and no other launch."""
     logits, target, upstream = (x.to(DEVICE) for x in example(4, 2))
     upstream, output = upstream.float(), logits.float().requires_grad_() * 1
     launches = []
-    for name in ("stats_kernel", "merge_kernel", "gradient_kernel"):
+    kernels = ["stats_kernel", "merge_kernel", *["cayley_kernel"] * (specification == "cayley"), "gradient_kernel"]
+    for name in kernels:
         kernel = getattr(triton_backend, name)
         monkeypatch.setattr(triton_backend, name, Recorder(kernel, name, launches))
     objective = at_iteration(specification, 2, DEVICE)
@@ -330,7 +373,7 @@ def test_loss_launches_exactly_three_kernels(specification, monkeypatch):
         loss, _ = loss_and_stats(output, target, options)
         torch.autograd.grad(loss, output, upstream)
     views = {"empty", "view", "unsqueeze", "slice", "select", "unbind", "detach", "alias"}
-    assert launches == ["stats_kernel", "merge_kernel", "gradient_kernel"]
+    assert launches == kernels
     assert set(operations.seen) <= views, operations.seen
 
 

@@ -19,7 +19,7 @@ pytest.importorskip("triton", minversion="3.6")  # 3.4 takes 77 registers for a 
 CAPABILITIES = [90, 100]
 DTYPES = {"bf16": 8, "fp32": 4}  # logits per 16 bytes; fp16 is like bf16
 FORMS = ["mix", "power", "collision power", "luffy", "nll between", "prob between", "focal", "chord", "entropy"]
-FORMS += ["exponential entropy", "eaft", "trsft", "schedule", ""]
+FORMS += ["exponential entropy", "eaft", "trsft", "cayley", "asft", "iw", "psft", "schedule", ""]
 POINTERS = {"TARGET": "*i64", "FLAGS": "*i1", "BLEND": "*fp64"}
 DIVISIBLE = ("row_stride", "out_stride_difference", "columns", "width", "start", "n")
 
@@ -49,9 +49,13 @@ def variants():
         flags |= {"ENTROPY": "entropy" in form or form == "eaft", "COLLISION": "collision" in form}
         flags["K"] = 3 + flags["ENTROPY"] + flags["COLLISION"]
         blend = {} if form == "schedule" else {"BLEND": None}
+        blend |= {} if form == "cayley" else {"SUMS": None}
+        blend |= {} if form in ("asft", "iw", "psft") else {"REFERENCE": None}
         for ranks in ({}, {"ranks": 1}, {"ranks": 1, "n": 1}) if form == "mix" else ({},):
             constants = {"FORM": form.replace("schedule", "mix"), **flags, **blend, **ranks}
             yield f"merge {form} {ranks}", "merge_kernel", constants, {}, (), 4
+    for constants in ({"BLEND": None, "BLENDED": False}, {"BLENDED": True}, {"n": 1, "programs": 1, "BLENDED": True}):
+        yield f"cayley {constants}", "cayley_kernel", {"NLL": True, "TOKENS": 128, **constants}, {}, (), 4
 
 
 def compile_kernels(capability):
@@ -67,7 +71,7 @@ def compile_kernels(capability):
         function = getattr(triton_backend, kernel)
         signature = {}
         for argument in function.arg_names:
-            integer = "fp32" if argument in ("log_vocab_size", "first", "second") else "i32"
+            integer = "fp32" if argument in ("log_vocab_size", "first", "second", "floor") else "i32"
             kind = POINTERS.get(argument, "*fp32") if argument.isupper() else integer
             signature[argument] = "constexpr" if argument in constants else types.get(argument, kind)
         aligned = [i for i, (a, kind) in enumerate(signature.items()) if kind.startswith("*") or a in divisible]
@@ -129,7 +133,7 @@ def test_kernels_compile_without_spills_and_atomics(facts):
 
 # 65536 registers are 64 for each of 1024 threads, half the maximum per SM, with 64 KiB of loads in flight. Only
 # vocab_stats computes both extra sums, never training: 768 threads.
-@pytest.mark.parametrize("kernel", ["stats", "gradient", "merge"])
+@pytest.mark.parametrize("kernel", ["stats", "gradient", "merge", "cayley"])
 def test_kernel_registers_are_within_occupancy_limit(facts, kernel):
     for name, fact in of(facts, kernel).items():
         assert fact["reg"] <= (80 if "True+True" in name else 64), name

@@ -1,7 +1,8 @@
-"""Backend "triton": the kernel interface of the loss as three CUDA kernels.
+"""Backend "triton": the kernel interface of the loss as CUDA kernels.
 
     shard_stats      one program per row: one read of the shard, one exponential per logit
-    merge            one thread per token: sums of all ranks -> statistics, loss and gate of the objective
+    merge            one thread per token: sums of all ranks -> statistics, loss and gate of the objective; a second
+                     kernel for `cayley`, whose gate contains the mean probability
     shard_gradient   one program per tile of a row: one read and one write, in place if requested
 
 Memory traffic per bf16 logit: 2 bytes in forward, 4 in backward. This is the minimum when logits are materialized and
@@ -17,10 +18,9 @@ loads are 16 bytes wide for every width and row stride. The few logits before th
 edge, are masked one by one. Tiles have the shape [LANES, VEC], because then every Triton version keeps a vector within
 one thread. Row offsets are int64: there may be more than 2^31 logits.
 
-Not supported: fp64. Objectives without a branch in `_objective` run as PyTorch operations after `merge`: `cayley` and
-`talr`, which depend on all tokens of a batch, those with a reference, `eaft:k=20`, and those of users. The k largest
-logits of `eaft:k=20` come from torch.topk, which reads the logits again. With TRITON_INTERPRET=1, set before triton is
-imported, the kernels run on CPU tensors, slowly, for tests.
+Not supported: fp64. Objectives without an entry in `FORMS` run as PyTorch operations after `merge`: `talr`,
+`eaft:k=20`, and those of users. The k largest logits of `eaft:k=20` come from torch.topk, which reads the logits again.
+With TRITON_INTERPRET=1, set before triton is imported, the kernels run on CPU tensors, slowly, for tests.
 """
 
 from __future__ import annotations
@@ -36,12 +36,16 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_dft.ops.objectives import (
+    ASFT,
     DEFT,
     DFT,
     EAFT,
     FP32,
+    IW,
     NLL,
+    PSFT,
     Blended,
+    Cayley,
     Chord,
     Entropy,
     Focal,
@@ -54,10 +58,20 @@ from megatron_dft.ops.objectives import (
     Tsallis,
     loss_and_gate,
 )
-from megatron_dft.ops.stats import COLLISION, ENTROPY, TokenStats, VocabShard, row_names, top_k, top_k_entropy
+from megatron_dft.ops.stats import (
+    COLLISION,
+    ENTROPY,
+    LOG_RATIO_LIMIT,
+    TokenStats,
+    VocabShard,
+    row_names,
+    top_k,
+    top_k_entropy,
+)
 
 NAME = "triton"
 LOG2_E = tl.constexpr(1.4426950408889634)
+RATIO_LIMIT = tl.constexpr(LOG_RATIO_LIMIT)
 LOG_20_INVERSE = tl.constexpr(1.0 / math.log(20.0))
 INF = tl.constexpr(float("inf"))
 UNDERFLOW = tl.constexpr(-1e4)  # e^-1e4 is 0, and 0 * -1e4 is 0 where 0 * -inf is NaN
@@ -84,6 +98,10 @@ FORMS: dict[type[Objective], Callable[[Any], tuple[str, float, float]]] = {
     Luffy: lambda o: ("luffy", o.gamma, 0.0),
     EAFT: lambda o: ("eaft", o.alpha, 0.0) if o.k == 0 else PYTORCH,
     TrSFT: lambda o: ("trsft", o.alpha, math.log(1.0 / o.alpha)),
+    Cayley: lambda o: ("cayley", o.floor, 0.0),
+    ASFT: lambda o: ("asft", o.lambda_, 0.0 if o.clamp else -math.inf),
+    IW: lambda o: ("iw", o.lo, o.hi),
+    PSFT: lambda o: ("psft", 1.0 + o.eps, 0.0),
 }
 
 
@@ -150,15 +168,19 @@ def merge(
     flags = torch.empty(2, *shape, dtype=torch.bool, device=target.device)
     base, blend = (objective.base, objective.blend) if isinstance(objective, Blended) else (objective, None)
     form, first, second = FORMS.get(type(base), lambda o: PYTORCH)(base)
+    programs = triton.cdiv(n, TOKENS)
+    sums = torch.empty(programs, 2, dtype=torch.float32, device=target.device) if form == "cayley" else None
     if n:
         with torch.cuda.device_of(target):
-            merge_kernel[(triton.cdiv(n, TOKENS),)](
+            merge_kernel[(programs,)](
                 SHARDS=shards,
                 TARGET=target,
                 RESULT=result,
                 COLUMNS=columns,
                 FLAGS=flags,
                 BLEND=blend,
+                REFERENCE=reference.contiguous() if form and reference is not None else None,
+                SUMS=sums,
                 n=n,
                 ranks=len(shards),
                 ignore_index=ignore_index,
@@ -174,6 +196,21 @@ def merge(
                 TOKENS=TOKENS,
                 num_warps=TOKENS // 32,
             )
+            if form == "cayley":
+                cayley_kernel[(programs,)](
+                    COLUMNS=columns,
+                    FLAGS=flags,
+                    RESULT=result,
+                    BLEND=blend,
+                    SUMS=sums,
+                    n=n,
+                    programs=programs,
+                    floor=first,
+                    NLL=return_nll,
+                    BLENDED=blend is not None,
+                    TOKENS=TOKENS,
+                    num_warps=TOKENS // 32,
+                )
     saved, (logprob, loss), extra = columns[:3], columns[3:5], list(columns[5:])
     stats = TokenStats(
         logprob=logprob,
@@ -348,6 +385,8 @@ def merge_kernel(
     COLUMNS,  # [5.., N] maximum, log-sum, gate, logprob, loss[, entropy][, collision]
     FLAGS,  # [2, N] valid, top-1
     BLEND,  # [], or None
+    REFERENCE,  # [N] log-probability under the reference model, or None
+    SUMS,  # [programs, 2], or None: sum and number of the probabilities of each program, for `cayley_kernel`
     n,
     ranks,
     ignore_index,
@@ -370,14 +409,16 @@ def merge_kernel(
     FLAGS += token
 
     maximum = tl.full((TOKENS,), -INF, tl.float32)
-    for r in range(ranks):
-        maximum = tl.maximum(maximum, tl.load(SHARDS + r * K * n + token, real, -INF))
+    part = SHARDS + token
+    for _ in range(ranks):
+        maximum = tl.maximum(maximum, tl.load(part, real, -INF))
+        part += K * n
     s = tl.zeros((TOKENS,), tl.float32)
     a = tl.zeros((TOKENS,), tl.float32)
     q = tl.zeros((TOKENS,), tl.float32)
     target_logit = tl.zeros((TOKENS,), tl.float32)
-    for r in range(ranks):  # in rank order: the same bits on all ranks
-        part = SHARDS + r * K * n + token
+    part = SHARDS + token
+    for _ in range(ranks):  # in rank order: the same bits on all ranks
         shift = _difference(tl.load(part, real, -INF), maximum)
         scale = tl.exp(shift)
         part_s = tl.load(part + n, real, 0.0)
@@ -387,6 +428,7 @@ def merge_kernel(
             a += (tl.load(part + 3 * n, real, 0.0) + shift * part_s) * scale
         if COLLISION:
             q += tl.load(part + (3 + ENTROPY) * n, real, 0.0) * (scale * scale)
+        part += K * n
 
     log_sum = tl.log(s)
     distance = target_logit - maximum
@@ -397,17 +439,16 @@ def merge_kernel(
     entropy = tl.where(valid, tl.where(entropy < 0.0, 0.0, entropy), 0.0)
     collision = q / (s * s)
     collision = tl.where(valid, tl.where(collision > 1.0, 1.0, collision), 0.0)
-    if FORM != "":
-        loss, gate = _objective(logprob, entropy / log_vocab_size, entropy, collision, first, second, FORM)
-        if BLENDED:
-            blend = tl.load(BLEND).to(tl.float32)
-            loss = _share(1.0 - blend, -logprob) + _share(blend, loss)
-            gate = (1.0 - blend) + _share(blend, gate)
-        loss = tl.where(valid, loss, 0.0)
-        gate = tl.where(valid, tl.where(logprob != logprob, logprob, gate), 0.0)
-        tl.store(COLUMNS + 2 * n, gate, real)
-        tl.store(COLUMNS + 4 * n, loss, real)
-        tl.store(RESULT + token, -logprob if NLL else loss, real)
+    if FORM == "cayley":
+        counted = valid & (logprob == logprob)
+        tl.store(SUMS + 2 * tl.program_id(0), tl.sum(tl.where(counted, tl.exp(logprob), 0.0), 0))
+        tl.store(SUMS + 2 * tl.program_id(0) + 1, tl.sum(counted.to(tl.float32), 0))
+    elif FORM != "":
+        reference = logprob if REFERENCE is None else tl.load(REFERENCE + token, real, 0.0)
+        loss, gate = _objective(
+            logprob, entropy / log_vocab_size, entropy, collision, logprob - reference, first, second, FORM
+        )
+        _write_loss(COLUMNS, RESULT + token, BLEND, logprob, loss, gate, valid, real, n, NLL, BLENDED)
     tl.store(COLUMNS, maximum, real)
     tl.store(COLUMNS + n, log_sum, real)
     tl.store(COLUMNS + 3 * n, logprob, real)
@@ -420,9 +461,59 @@ def merge_kernel(
 
 
 @triton.jit
-def _objective(logprob, uncertainty, entropy, collision, first, second, FORM: tl.constexpr):
-    """Loss and gate as in objectives.py; uncertainty is H / ln V."""
+def cayley_kernel(
+    COLUMNS,  # [5, N]
+    FLAGS,  # [2, N]
+    RESULT,  # [N]
+    BLEND,  # [], or None
+    SUMS,  # [programs, 2]
+    n,
+    programs,
+    floor,
+    NLL: tl.constexpr,
+    BLENDED: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """The objective `cayley` of TOKENS tokens, after `merge_kernel`: its exponent contains the mean probability."""
+    lane = tl.arange(0, TOKENS)
+    total = tl.zeros((TOKENS,), tl.float32)
+    count = tl.zeros((TOKENS,), tl.float32)
+    for i in range(0, programs, TOKENS):  # in the same order in all programs
+        total += tl.load(SUMS + 2 * (i + lane), i + lane < programs, 0.0)
+        count += tl.load(SUMS + 2 * (i + lane) + 1, i + lane < programs, 0.0)
+    floor = floor * tl.sum(total, 0) / tl.maximum(tl.sum(count, 0), 1.0)
+
+    token = tl.program_id(0) * TOKENS + lane
+    real = token < n
+    COLUMNS += token
+    logprob = tl.load(COLUMNS + 3 * n, real, 0.0)
+    valid = tl.load(FLAGS + token, real, 0) != 0
     prob = tl.exp(logprob)
+    a = floor + (1.0 - floor) * prob / (2.0 - prob)
+    a = tl.where(a > 1.0, 1.0, tl.where(a < 1e-3, 1e-3, a))
+    loss, gate = -_expm1(a * logprob) / a, tl.exp(a * logprob)
+    _write_loss(COLUMNS, RESULT + token, BLEND, logprob, loss, gate, valid, real, n, NLL, BLENDED)
+
+
+@triton.jit
+def _write_loss(COLUMNS, RESULT, BLEND, logprob, loss, gate, valid, real, n, NLL: tl.constexpr, BLENDED: tl.constexpr):
+    """Blend with nll, and write loss and gate: 0 at invalid tokens, NaN where the log-probability is."""
+    if BLENDED:
+        blend = tl.load(BLEND).to(tl.float32)
+        loss = _share(1.0 - blend, -logprob) + _share(blend, loss)
+        gate = (1.0 - blend) + _share(blend, gate)
+    loss = tl.where(valid, loss, 0.0)
+    gate = tl.where(valid, tl.where(logprob != logprob, logprob, gate), 0.0)
+    tl.store(COLUMNS + 2 * n, gate, real)
+    tl.store(COLUMNS + 4 * n, loss, real)
+    tl.store(RESULT, -logprob if NLL else loss, real)
+
+
+@triton.jit
+def _objective(logprob, uncertainty, entropy, collision, log_ratio, first, second, FORM: tl.constexpr):
+    """Loss and gate as in objectives.py; uncertainty is H / ln V, log_ratio ln r."""
+    prob = tl.exp(logprob)
+    log_ratio = tl.where(log_ratio > RATIO_LIMIT, RATIO_LIMIT, log_ratio)
     if FORM == "power" or FORM == "collision power":
         a = first if FORM == "power" else tl.maximum(collision, 1e-38)
         gate = tl.exp(a * logprob)
@@ -437,6 +528,12 @@ def _objective(logprob, uncertainty, entropy, collision, first, second, FORM: tl
     elif FORM == "luffy":
         gate = first * prob / ((prob + first) * (prob + first))
         loss = first / (prob + first)
+    elif FORM == "asft":
+        log_ratio = tl.where(log_ratio < -RATIO_LIMIT, -RATIO_LIMIT, log_ratio)
+        excess = _expm1(-log_ratio)
+        gate = prob + first * excess
+        gate = tl.where(gate < second, second, gate)
+        loss = _share(prob, -logprob) + first * (excess + log_ratio)
     else:
         if FORM == "mix":
             gate = first * prob + second
@@ -449,6 +546,12 @@ def _objective(logprob, uncertainty, entropy, collision, first, second, FORM: tl
         elif FORM == "eaft":
             uncertainty = entropy * LOG_20_INVERSE
             gate = _pow(tl.where(uncertainty > 1.0, 1.0, uncertainty), first)
+        elif FORM == "iw":
+            ratio = tl.exp(log_ratio)
+            gate = tl.where(ratio < first, first, tl.where(ratio > second, second, ratio))
+        elif FORM == "psft":
+            ratio = tl.exp(log_ratio)
+            gate = tl.where(ratio > first, 0.0, ratio)
         else:
             tl.static_assert(FORM == "exponential entropy")
             gate = tl.exp(-entropy)
@@ -470,11 +573,11 @@ def _pow(x, y):
 
 @triton.jit
 def _expm1(x):
-    """e^x - 1 for x <= 0; by its series near 0, where the difference would lose digits."""
+    """e^x - 1; by its series near 0, where the difference would lose digits."""
     series = 1.0 + x / 9.0
     for i in tl.static_range(7):
         series = 1.0 + x / (8.0 - i) * series
-    return tl.where(x > -0.7, x * series, tl.exp(x) - 1.0)
+    return tl.where(tl.abs(x) < 0.7, x * series, tl.exp(x) - 1.0)
 
 
 @triton.jit
