@@ -1,6 +1,7 @@
-"""The scale model: its formulas, its generated page, and its collectives compared with counted ones."""
+"""The scale model: formulas, generated page, predictions against measured times and memory, counted collectives."""
 
 import csv
+import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -44,16 +45,18 @@ def test_loss_work_counts_output_layer_flop():
     assert work(scale.DROPPED, live=2048, tp=4).flop == flop / 16
 
 
-def test_loss_parts_ms_reproduces_h200_times():
-    stock, ours = (plan().loss_parts_ms(variant) for variant in (scale.STOCK, scale.OURS))
-    assert round(stock[0], 1) == 32.7 and round(ours[1], 2) == 1.47  # 8192 tokens, H = 4096, V = 128256
-    assert round(plan(tp=8).loss_parts_ms(scale.OURS)[1], 3) == 0.183
-    assert round(plan(replace(LLAMA_8B, vocab=151936)).loss_parts_ms(scale.OURS)[1], 2) == 1.74
-    assert round(plan().loss_parts_ms(scale.CHUNKS)[0], 1) == 43.6
+def test_loss_parts_ms_matches_hand_count():
+    cluster = replace(H200, flop_per_s=790e12, memory_bytes_per_s=4.3e12)
+    one = plan(cluster=cluster)  # 8192 tokens, H = 4096, V = 128256
+    assert round(one.loss_parts_ms(scale.STOCK)[0], 1) == round(one.loss_parts_ms(scale.IN_FORWARD)[0], 1) == 32.7
+    assert round(one.loss_parts_ms(scale.OURS)[1], 2) == 1.47
+    assert round(plan(cluster=cluster, tp=8).loss_parts_ms(scale.OURS)[1], 3) == 0.183
+    assert round(plan(replace(LLAMA_8B, vocab=151936), cluster).loss_parts_ms(scale.OURS)[1], 2) == 1.74
+    assert round(one.loss_parts_ms(scale.CHUNKS)[0], 1) == 43.6
 
 
 def test_predicted_times_match_published_measurements():
-    predicted = [52 * 8192 * 131072 / 3.0e9, 51 * 8192 * 131072 / 3.0e9, 22 * 8192 * 131072 / 3.0e9]
+    predicted = [moved * 8192 * 131072 / 3.01e9 for moved in (52, 51, 22)]
     measured = [21.25, 18.23, 7.96]
     for ours, theirs in zip(predicted, measured, strict=True):
         assert f"| {theirs:.2f} | {ours:.2f} (" in report.published_table() and ours == pytest.approx(theirs, rel=0.15)
@@ -72,6 +75,26 @@ def test_loss_work_counts_bytes_of_logits_weight_and_hidden_states():
     assert work(scale.DROPPED).other_bytes == 12 * weight  # nothing is masked, so no rows are gathered
     chunks = 16  # 128256 / 8192, rounded up
     assert work(scale.CHUNKS, live).other_bytes == 14 * weight + 2 * hidden + (8 + 10 * chunks) * hidden / 4
+
+
+def test_gradient_in_forward_reads_weight_once_more_per_chunk():
+    weight, hidden = 4096 * 128256, 8192 * 4096
+    for live, chunks in ((8192, 4), (2048, 1), (3000, 2), (1, 1), (0, 1)):
+        rows = live / 8192
+        gathered = (2 + 8 * rows) * hidden if live < 8192 else 0
+        got = work(scale.IN_FORWARD, live)
+        assert got.other_bytes == pytest.approx(12 * weight * chunks + 4 * rows * hidden + gathered)
+        assert got.flop == pytest.approx(6 * live * weight) and got.logit_bytes == 6 * live * 128256
+    assert work(scale.IN_FORWARD, gradient_bytes=4).other_bytes == pytest.approx(8 * weight * 4 + 4 * hidden)
+
+
+def test_gradient_in_forward_gathers_statistics_per_chunk():
+    gather, *statistics, summed = sent(scale.IN_FORWARD, live=3000)
+    assert statistics == [("all_gather", 12 * 1500)] * 2
+    assert summed == ("all_reduce", 2 * 3000 * 4096) and gather == sent(scale.DROPPED)[0]
+    assert sent(scale.IN_FORWARD, live=100) == sent(scale.DROPPED, live=100)
+    last = work(scale.IN_FORWARD, 3000, tp=8).calls[-1]
+    assert last.beside == pytest.approx(2 * 1500 * 4096 * 128256 / 8)  # the weight gradient of the last chunk
 
 
 def test_calls_lists_collectives_in_order():
@@ -95,8 +118,8 @@ def test_call_ms_matches_ring_model_and_overlap():
     call = scale.Call("reduce_scatter", 8e8)
     assert call.ms(H100, 8) == pytest.approx(0.020 + 7e8 / 400e9 * 1e3)
     assert call.ms(H100, 16) == pytest.approx(0.040 + 7.5e8 / 45e9 * 1e3)
-    assert replace(call, beside=790e9).ms(H100, 8) == pytest.approx(call.ms(H100, 8) - 1.0)
-    assert replace(call, beside=790e12).ms(H100, 8) == 0.0
+    assert replace(call, beside=H100.flop_per_s / 1e3).ms(H100, 8) == pytest.approx(call.ms(H100, 8) - 1.0)
+    assert replace(call, beside=H100.flop_per_s).ms(H100, 8) == 0.0
 
 
 def test_layer_ms_matches_hand_count():
@@ -132,11 +155,13 @@ def test_loss_gb_and_rank_gb_match_hand_count():
     gathered = 2 * 8192 * 4096 / 1e9
     logits = 8192 * 128256 / 8 / 1e9
     many = plan(tp=8, batch=scale.Batch(masked=0.75))
-    assert many.loss_gb(scale.STOCK) == pytest.approx(8 * logits + gathered)
-    assert many.loss_gb(scale.FUSED) == pytest.approx(12 * logits + gathered)
-    assert many.loss_gb(scale.OURS) == pytest.approx(2 * logits + gathered)
-    assert many.loss_gb(scale.DROPPED) == pytest.approx(2 * logits / 4 + gathered * 1.25)
-    chunk = 2048 * (2 * 8192 + 4 * 4096 + 2 * 4096) / 1e9
+    assert many.loss_gb(scale.STOCK) == pytest.approx(6 * logits + gathered)
+    assert many.loss_gb(scale.FUSED) == pytest.approx(10 * logits + gathered)
+    assert many.loss_gb(scale.OURS) == pytest.approx(2 * logits + 2 * gathered)  # hidden states and their gradient
+    assert many.loss_gb(scale.DROPPED) == pytest.approx(2 * logits / 4 + gathered * 1.5)
+    assert many.loss_gb(scale.IN_FORWARD) == many.loss_gb(scale.DROPPED)  # 2048 tokens are one chunk
+    assert plan(tp=8).loss_gb(scale.IN_FORWARD) == pytest.approx(2 * logits / 4 + 2 * gathered)
+    chunk = 2048 * (2 * 8192 + 8 * 4096 + 2 * 4096) / 1e9
     assert many.loss_gb(scale.CHUNKS) == pytest.approx(chunk + gathered)
     weights = LLAMA_8B.layer_weights * 32 + 2 * 128256 * 4096
     activations = 4 * 8192 * (4096 + 4096 + 1024 + 14336) * 32
@@ -151,9 +176,9 @@ def test_loss_gb_and_rank_gb_match_hand_count():
 def test_masked_tokens_reduce_loss_ms_except_for_megatron():
     some, more = (plan(tp=8, batch=scale.Batch(masked=share)) for share in (0.3, 0.6))
     assert some.loss_ms(scale.STOCK) == more.loss_ms(scale.STOCK)
-    for variant in (scale.OURS, scale.DROPPED, scale.CHUNKS):
+    for variant in (scale.OURS, scale.DROPPED, scale.CHUNKS, scale.IN_FORWARD):
         assert more.loss_ms(variant) < some.loss_ms(variant) < some.loss_ms(scale.STOCK)
-    assert some.loss_ms(scale.DROPPED) < some.loss_ms(scale.CHUNKS)  # chunks trade time for memory
+    assert some.loss_ms(scale.DROPPED) < some.loss_ms(scale.IN_FORWARD) < some.loss_ms(scale.CHUNKS)
     bare = plan(LLAMA_405B, tp=8)
     assert bare.loss_ms(scale.CHUNKS) > bare.loss_ms(scale.STOCK) > bare.loss_ms(scale.OURS)
 
@@ -193,7 +218,137 @@ def test_scale_model_rejects_unknown_implementation():
         scale.way_of("theirs")
 
 
-# ---- Comparison with measured steps -----------------------------------------------------------------------------
+# ---- Comparison with one measured GPU ---------------------------------------------------------------------------
+
+LOGITS = report.of_logits(report.read(scale.H100_LOGITS))
+HEADS = report.timed_heads(report.read(scale.H100_HEADS))
+TRIALS = report.read(report.H100_CHUNKS)
+
+
+def errors(pairs):
+    return [predicted / measured - 1 for _, measured, predicted in pairs]
+
+
+def test_h100_rates_come_from_measured_rows():
+    times = {
+        row["hidden"]: float(row["total_ms"])
+        for row in HEADS
+        if (row["implementation"], row["masked"]) == ("ours: materialized logits", "0.0")
+    }
+    assert sorted(times) == ["2048", "4096"]
+    copy = 1e9 * float(LOGITS[0]["copy_gb_per_s"])
+    moved = 128256 * (2 * 6 * 8192 + 8 * (2048 + 4096))  # both losses, both weights with a bf16 main_grad
+    rate = 6 * 8192 * 128256 * (2048 + 4096) / (sum(times.values()) / 1e3 - moved / copy)
+    assert H100.flop_per_s == float(f"{rate:.3g}") and H100.memory_bytes_per_s == float(f"{copy:.3g}")
+    assert H200.memory_bytes_per_s == pytest.approx(copy * 4.8 / 3.35, rel=2e-3) and H200.flop_per_s == H100.flop_per_s
+    assert scale.CLUSTERS[2].flop_per_s == pytest.approx(rate * 2250 / 989, rel=2e-3)
+
+
+def test_slower_rows_give_lower_rate():
+    slower = [row | {"total_ms": str(2 * float(row["total_ms"]))} for row in HEADS]
+    assert scale.sustained_rates(LOGITS, slower)[0] < 0.5 * scale.sustained_rates(LOGITS, HEADS)[0]
+
+
+def test_valid_tokens_match_masks_of_benchmark():
+    row = {"tokens": "8192", "masked": "0.7"}
+    assert scale.valid_tokens(row) == 19 * 128  # 45 of every 64 tokens are masked
+    assert scale.valid_tokens(row | {"masked": "0.0"}) == 8192
+
+
+@pytest.mark.parametrize(
+    ("names", "vocabularies", "largest"),
+    [
+        (("ours: dft", "ours: dft, out of place"), (128256, 151936), 0.05),
+        (("ours: dft", "ours: dft, out of place"), (16032, 18992), 0.15),
+        (("Liger vocab-parallel", "flash-attn", "flash-attn, in place"), (128256, 151936), 0.08),
+        (("Transformer Engine", "Transformer Engine, overwriting"), (128256, 151936), 0.16),
+        (("Megatron unfused", "Megatron fused"), (16032, 18992, 128256, 151936), 0.24),
+    ],
+)
+def test_predicted_loss_of_given_logits_matches_h100(names, vocabularies, largest):
+    rows = [row for row in LOGITS if row["implementation"] in names and int(row["vocab"]) in vocabularies]
+    assert len(rows) == 3 * len(names) * len(vocabularies)
+    assert max(map(abs, errors(report.logits_times(rows)))) < largest
+
+
+def test_counted_bytes_are_a_lower_bound():
+    assert len(report.logits_times(LOGITS)) == 12 * 20  # 22 implementations, two without a formula
+    assert max(errors(report.logits_times(LOGITS))) < 0.02
+
+
+@pytest.mark.parametrize(("name", "largest"), [("ours", 0.15), ("Megatron", 0.08)])
+def test_predicted_output_layer_and_loss_match_h100(name, largest):
+    found = errors([pair for pair in report.predicted_heads(HEADS) if pair[0].startswith(name)])
+    assert len(found) == {"ours": 14, "Megatron": 4}[name]
+    assert max(map(abs, found)) < largest and statistics.median(map(abs, found)) < 0.05
+
+
+def test_predicted_memory_matches_h100():
+    assert max(map(abs, errors(report.heads_memory(HEADS)))) < 0.03
+    assert max(map(abs, errors(report.logits_memory(LOGITS)))) < 0.001
+    assert max(map(abs, errors(report.trial_memory(report.of_vocabulary(TRIALS))))) < 0.001
+
+
+def test_predicted_chunks_match_h100():
+    shipped = report.of_vocabulary(TRIALS)
+    prototype = [row for row in TRIALS if row["chunk_of"] == "tokens"]
+    assert {row["code"] for row in shipped} == {"shipped"} and {row["code"] for row in prototype} == {"prototype"}
+    assert max(map(abs, errors(report.trial_times(shipped)))) < 0.13
+    assert max(map(abs, errors(report.trial_times(prototype)))) < 0.19
+    fp32 = [row for row in prototype if row["weight_gradient"] == "main_grad, float32"]
+    for chunk, largest in ((2048, 0.13), (4096, 0.07), (8192, 0.01)):
+        rows = [row for row in fp32 if int(row["chunk"]) == chunk]
+        assert len(rows) == 2 and max(map(abs, errors(report.trial_times(rows)))) < largest
+    buffers = [(int(row["buffer_mib"]), int(row["chunk"]) * 128256 * 2 / 2**20) for row in prototype]
+    assert all(measured == pytest.approx(counted, abs=1) for measured, counted in buffers)
+
+
+def test_scale_page_shows_every_measured_row():
+    page = report.PAGE.read_text()
+    shown = [row for row in LOGITS if row["implementation"] in scale.GIVEN_LOGITS]
+    assert len(shown) == 12 * 9 and len(HEADS) == 20 and len(TRIALS) == 26
+    cells = [(row, report.logits_ms) for row in shown] + [(row, report.head_ms) for row in HEADS]
+    for row, predict in [*cells, *((row, report.trial_ms) for row in TRIALS)]:
+        assert report.against_measured(report.total_ms(row), predict(row)) in page
+    assert "A prototype was measured, not the shipped code" in page
+    assert "none of these GPU numbers" not in page and "No run on several GPUs was measured" in page
+
+
+def test_comparison_reports_wrong_predictions():
+    slow = HEADS[-1] | {"total_ms": str(4 * report.head_ms(HEADS[-1])), "extra_mib": "1e5"}
+    text = report.heads_text([*HEADS[:-1], slow], LOGITS)
+    name = "Megatron: output layer, unfused, H = 2048, 70% masked"
+    assert f"a largest error of -75% ({name})" in text and f"a largest error of -94% ({name})" in text
+
+
+def test_errors_of_reports_median_and_signed_maximum():
+    text = report.errors_of([("a", 100.0, 110.0), ("b", 100.0, 70.0), ("c", 100.0, 100.4)], "times")
+    assert text == "3 predicted times have a median error of 10% and a largest error of -30% (b)."
+    assert report.against_measured(1234.0, 1230.0) == "1234 → 1230 (0%)"
+
+
+def test_reasons_for_errors_are_true():
+    for name in ("Transformer Engine", "Transformer Engine, overwriting", "Liger vocab-parallel", "flash-attn"):
+        rows = [row for row in LOGITS if row["implementation"] == name]
+        for masked in ("0.0", "0.5", "0.8"):
+            worst = min(
+                (row for row in rows if row["masked"] == masked), key=lambda r: report.logits_ms(r) / report.total_ms(r)
+            )
+            assert worst["vocab"] == "18992"
+    forward = {
+        name: [float(row["forward_ms"]) for row in LOGITS if row["implementation"] == f"Megatron {name}"]
+        for name in ("fused", "unfused")
+    }
+    assert forward["fused"] == pytest.approx(forward["unfused"], rel=0.002)
+    chunked = [row for row in HEADS if scale.HEADS[row["implementation"]].vocab_chunk]
+    assert report.mean_error(chunked) < -0.02
+    worst = max(HEADS, key=lambda row: float(row["spread_ms"]) / float(row["total_ms"]))
+    assert report.head_name(worst) == "ours: masked tokens removed, linear-fused, H = 2048, 70% masked"
+    fits = {report.fits_smaller([report.plans(LLAMA_70B)], variant) for variant in (scale.DROPPED, scale.CHUNKS)}
+    assert fits == {"Llama 3 70B, 8 x 1 instead of 8 x 2 on 256 GPUs"}
+
+
+# ---- Comparison with measured layouts ---------------------------------------------------------------------------
 
 SIZES = {"hidden": 64, "layers": 2, "heads": 4, "vocab": 1024, "seq_length": 64, "micro_batch": 1, "global_batch": 8}
 FACTS = {"device": "some CPU", "date": "2026-01-01", "commit": "abc", "torch": "2.13.0", "dtype": "float32"}

@@ -5,9 +5,11 @@
     python tools/benchmarks/scale_report.py --check DEVICE-DATE-layouts.csv                      check against times
     python tools/benchmarks/scale_report.py --docs                                               write docs/scale.md
 
-    predicted     tables by model, number of GPUs, share of masked tokens and cluster; nothing in them is measured
-    times         of a file of benchmark_layouts.py. The costs of a FLOP, a byte and a call are fitted to its rows with
-                  one rank and with two tensor-parallel ranks. All other rows are predicted and shown with their errors
+    predicted     tables by model, number of GPUs, share of masked tokens and cluster
+    one GPU       measured and predicted times and memory of one H100, from its files in results/; only in the page
+    layouts       times of a file of benchmark_layouts.py. The costs of a FLOP, a byte and a call are fitted to its rows
+                  with one rank and with two tensor-parallel ranks. All other rows are predicted and shown with their
+                  errors
     collectives   of the loss stage, from the -wire.csv file beside it. Calls and bytes must match exactly
 
 With removed tokens, each data-parallel and context-parallel rank has its own number of valid tokens. The masks of the
@@ -21,7 +23,7 @@ import argparse
 import itertools
 import statistics
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -29,12 +31,20 @@ from typing import Any
 import numpy as np
 import torch
 from megatron_step import Task
-from report import RESULTS, ROOT, Rows, read, table
+from report import RESULTS, ROOT, Rows, of_logits, pick, pick_head, read, table
 from scale_model import (
+    BENCHMARK_GRAD_BYTES,
     CHUNKS,
     CLUSTERS,
+    DATA_SHEET,
     DROPPED,
+    GIVEN_LOGITS,
     GPUS,
+    H100_HEADS,
+    H100_LOGITS,
+    HEADS,
+    IN_FORWARD,
+    MAIN_GRAD_BYTES,
     MODELS,
     OURS,
     STOCK,
@@ -47,14 +57,24 @@ from scale_model import (
     Plan,
     Variant,
     calls,
+    head_work,
+    logits_bytes,
+    loss_memory,
     loss_work,
+    materialized,
+    model_of,
+    products_rate,
     smallest,
+    sustained_rates,
+    valid_tokens,
     way_of,
 )
 
 from megatron_dft.utils import HelpFormatter
 
 PAGE = ROOT / "docs" / "scale.md"
+BATCH_MEAN = "ours: cayley"  # the objective with a mean over the batch
+H100_CHUNKS = RESULTS / "trials" / "NVIDIA-H100-2026-11-26-chunks.csv"
 CORES = 2  # of the machine that measured the CPU ranks in tools/benchmarks/results/
 TIMED = (STOCK, OURS, DROPPED, CHUNKS)  # variants whose measured times are predicted
 PLACE = ("world", "tp", "sp", "pp", "cp", "dp")
@@ -85,6 +105,8 @@ OVERRIDES = {  # help texts
 }
 Plans = Mapping[int, Plan | None]  # by number of GPUs
 Row = dict[str, str]
+Pair = tuple[str, float, float]  # name, measured, predicted
+MIB = 2**20
 Sent = tuple[str, int, int]  # collective, calls, bytes
 
 
@@ -137,10 +159,11 @@ def page() -> str:
     return "\n".join(
         [
             "# The loss at scale\n",
-            "Predictions from counted FLOP, bytes and collectives. `python tools/benchmarks/scale_report.py --docs` "
-            "writes this page; the docstring of `scale_model.py` lists every formula. **This project has measured "
-            "none of these GPU numbers.** [The last section](#comparison-with-measured-times) compares the model with "
-            "measurements.\n",
+            "Predictions from counted FLOP, bytes and collectives, and from the measured rates of one H100. "
+            "`python tools/benchmarks/scale_report.py --docs` writes this page; the docstring of `scale_model.py` "
+            "lists every formula. **No run on several GPUs was measured**: every time, share and size of memory before "
+            "[the last section](#comparison-with-measured-times) is a prediction. The last section compares the model "
+            "with times and memory measured on one H100, and with times of CPU ranks.\n",
             assumptions(),
             "## The loss stage of a micro-batch\n",
             f"Output layer and loss, forward and backward, {Batch().masked:.0%} of the tokens masked, on an "
@@ -161,9 +184,8 @@ def page() -> str:
             cluster_table(),
             consequences(every),
             "## Comparison with measured times\n",
-            "The loss alone on an H100: forward and backward of bf16 logits, 8192 tokens x 131072 vocabulary entries. "
-            "The authors of Liger Kernel measured the times. The prediction is counted bytes / memory bandwidth.\n",
-            published_table(),
+            comparison(of_logits(read(H100_LOGITS)), timed_heads(read(H100_HEADS)), read(H100_CHUNKS)),
+            "### Layouts of CPU ranks\n",
             *checks,
         ]
     )
@@ -196,11 +218,7 @@ def assumptions() -> str:
         [
             "## Assumptions\n",
             table(head, rates),
-            "- **Rates** are sustained rates. On the H200, others have measured 4.3 TB/s for a copy and 790 TFLOP/s "
-            "for a bf16 product: 90% and 80% of the data sheet (4.8 TB/s, 989 TFLOP/s dense). The H100 (3.35, 989) and "
-            "the B200 (8.0, 2250; memory of the "
-            "[DGX B200](https://docs.nvidia.com/dgx/dgxb200-user-guide/introduction-to-dgxb200.html)) get the same "
-            "shares.\n"
+            rates_text(read(H100_LOGITS), read(H100_HEADS)),
             "- **Links** are assumed, as in tools/benchmarks/report.py. 900 GB/s per direction of the B200's NVLink 5 "
             "and 50 GB/s per port are taken at 90%.\n"
             f"- **Batch**: {Batch().global_batch} samples of {Batch().seq_length} tokens, micro-batches of one sample. "
@@ -211,6 +229,30 @@ def assumptions() -> str:
             "sequence parallelism, 1F1B without interleaving.\n",
         ]
     )
+
+
+def rates_text(logits: Rows, heads: Rows) -> str:
+    """Where the rates come from."""
+    flop, moved = sustained_rates(logits, heads)
+    sheet = {name: f"{peak / 1e12:g} TFLOP/s, {memory / 1e12:g} TB/s" for name, (peak, memory) in DATA_SHEET.items()}
+    shares = [f"{rate / peak:.0%}" for rate, peak in zip((flop, moved), DATA_SHEET["H100"], strict=True)]
+    return (
+        f"- **Rates of the H100** are measured ({logits[0]['device']}, {logits[0]['date']}). TB/s: bandwidth of a "
+        "copy. TFLOP/s: FLOP / (measured time - counted bytes of loss and weight / bandwidth of a copy), from "
+        '"ours: materialized logits" without masked tokens, all hidden sizes together. One size alone gives '
+        f"{implied_rates(heads, moved, masked=False)}. These rates are {shares[0]} and {shares[1]} of the data sheet "
+        f"({sheet['H100']}; dense bf16).\n"
+        "- **Rates of the H200 and the B200** are not measured. They are the same shares of the data sheets (H200: "
+        f"{sheet['H200']}; B200: {sheet['B200']}; memory of the "
+        "[DGX B200](https://docs.nvidia.com/dgx/dgxb200-user-guide/introduction-to-dgxb200.html))."
+    )
+
+
+def implied_rates(heads: Rows, memory_bytes_per_s: float, masked: bool) -> str:
+    """TFLOP/s of the products with our materialized logits, for each hidden size."""
+    rows = [row for row in materialized(heads) if (float(row["masked"]) > 0.0) == masked]
+    rates = [f"{products_rate([row], memory_bytes_per_s) / 1e12:.0f} (H = {row['hidden']})" for row in rows]
+    return " and ".join(rates)
 
 
 def by_tp(every: Iterable[Plans]) -> list[Plan]:
@@ -289,7 +331,7 @@ def cluster_table() -> str:
     return table(["GPU", "model", "TP x PP", *(variant.name for variant in VARIANTS)], body)
 
 
-def consequences(every: list[Plans]) -> str:
+def consequences(every: Sequence[Plans]) -> str:
     """Conclusions, with the numbers of the tables."""
     small, large = by_tp(every[:1])[0], next(plan for plan in every[-1].values() if plan and plan.layout.pp == 16)
     alone = large.loss_ms(STOCK) / (large.layer_ms() * large.model.layers + large.loss_ms(STOCK))
@@ -314,14 +356,22 @@ def consequences(every: list[Plans]) -> str:
         "(arXiv:2407.21783, section 3.3.2).",
         f"**Without masked tokens**, only the loss itself is cheaper. Ours takes {ratio(small, OURS, 0.0):.2f} of "
         f"Megatron's time for {small.model.name}, and {ratio(large, OURS, 0.0):.2f} for {large.model.name}, whose "
-        "products are wider. Megatron's fused loss saves almost no time, because it moves almost as many bytes, and "
-        "uses the most memory.",
-        f"**Chunks cost time**: {ratio(small, CHUNKS) / ratio(small, DROPPED):.2f} times that of dropping alone. They "
-        f"are faster than Megatron's loss from {break_even(small):.0%} masked tokens ({small.model.name}) or "
-        f"{break_even(large):.0%} ({large.model.name}). At small TP they save memory: from "
-        f"{small.loss_gb(STOCK):.1f} to {small.loss_gb(CHUNKS):.1f} GB at TP {small.layout.tp} ({small.model.name}). "
-        f"At TP 8 ({large.model.name}) they reduce it from {gb[STOCK]} to {gb[CHUNKS]} GB; dropping alone reduces it "
-        f"to {gb[DROPPED]} GB. " + fits_smaller(every),
+        "products are wider. Megatron's fused loss moves almost as many bytes as the unfused loss and uses the most "
+        f"memory. {measured_megatron(of_logits(read(H100_LOGITS)))}",
+        f"**Chunks of the vocabulary cost time**: {against_dropped(small, CHUNKS)} times that of dropping alone "
+        f"({small.model.name}). They are faster than Megatron's loss from {break_even(small, CHUNKS):.0%} masked "
+        f"tokens ({small.model.name}) or {break_even(large, CHUNKS):.0%} ({large.model.name}). At small TP they save "
+        f"memory: from {small.loss_gb(STOCK):.1f} to {small.loss_gb(CHUNKS):.1f} GB at TP {small.layout.tp} "
+        f"({small.model.name}). At TP 8 ({large.model.name}) they take {gb[CHUNKS]} GB, Megatron's loss {gb[STOCK]} "
+        f"GB, dropping alone {gb[DROPPED]} GB.",
+        "**The gradient in forward** avoids the recomputation. It takes "
+        f"{against_dropped(small, IN_FORWARD)} times the time of dropping alone ({small.model.name}), "
+        f"{against_dropped(large, IN_FORWARD)} ({large.model.name}). It is faster than Megatron's loss from "
+        f"{break_even(small, IN_FORWARD):.0%} masked tokens ({small.model.name}) or "
+        f"{break_even(large, IN_FORWARD):.0%} ({large.model.name}). It takes {small.loss_gb(IN_FORWARD):.1f} GB at TP "
+        f"{small.layout.tp} ({small.model.name}) and {gb[IN_FORWARD]} GB at TP 8 ({large.model.name}). The predicted "
+        "time is rather too long: [in a trial](#chunks), part of the weight traffic overlaps with the products.",
+        "**Smaller layouts** than with Megatron's loss. " + smaller_layouts(every),
         f"**Collectives** take {exchange[0]} of {large.loss_ms(STOCK):.1f} ms at TP 8 ({large.model.name}), mostly "
         f"for hidden states. Ours: {exchange[1]} ms; with masked tokens removed: {exchange[2]} ms. With TP across two "
         f"nodes: {exchange[3]}, {exchange[4]} and {exchange[5]} ms.",
@@ -341,21 +391,33 @@ def ratio(plan: Plan, variant: Variant, masked: float | None = None) -> float:
     return plan.loss_ms(variant) / plan.loss_ms(STOCK)
 
 
-def break_even(plan: Plan) -> float:
-    """The smallest share of masked tokens at which chunks are faster than Megatron's loss."""
-    return next(f / 100 for f in range(100) if ratio(plan, CHUNKS, f / 100) < 1.0)
+def against_dropped(plan: Plan, variant: Variant) -> str:
+    """Time of the loss stage relative to that with masked tokens removed."""
+    return f"{plan.loss_ms(variant) / plan.loss_ms(DROPPED):.2f}"
 
 
-def fits_smaller(every: Iterable[Plans]) -> str:
-    """Models and GPU counts for which chunks allow a smaller layout."""
+def break_even(plan: Plan, variant: Variant) -> float:
+    """The smallest share of masked tokens at which a variant is faster than Megatron's loss."""
+    return next(f / 100 for f in range(100) if ratio(plan, variant, f / 100) < 1.0)
+
+
+def smaller_layouts(every: Sequence[Plans]) -> str:
+    """Variants, models and numbers of GPUs with a smaller layout than Megatron's loss."""
+    found: dict[str, list[str]] = {}
+    for variant in (DROPPED, CHUNKS, IN_FORWARD):
+        found.setdefault(fits_smaller(every, variant), []).append(variant.name.removeprefix("ours, "))
+    return " ".join(f"{'; '.join(names).capitalize()}: {sizes}." for sizes, names in found.items())
+
+
+def fits_smaller(every: Iterable[Plans], variant: Variant) -> str:
+    """Models and numbers of GPUs for which a variant allows a smaller layout than Megatron's loss."""
     found: dict[str, list[int]] = {}
     for gpus, plan in itertools.chain.from_iterable(of_model.items() for of_model in every):
-        other = plan and smallest(CHUNKS, plan.model, plan.cluster, gpus, plan.batch)
+        other = plan and smallest(variant, plan.model, plan.cluster, gpus, plan.batch)
         if plan and other and other.layout != plan.layout:
             sizes = f"{plan.model.name}, {share_cells(other)[0]} instead of {share_cells(plan)[0]}"
             found.setdefault(sizes, []).append(gpus)
-    names = "; ".join(f"{name} on {span(gpus)} GPUs" for name, gpus in found.items())
-    return f"Chunks allow a smaller layout for {names}." if found else "No layout gets smaller with chunks."
+    return "; ".join(f"{name} on {span(gpus)} GPUs" for name, gpus in found.items()) or "none"
 
 
 def published_table() -> str:
@@ -367,7 +429,378 @@ def published_table() -> str:
     return table(["loss", "bytes per logit", "measured ms", "predicted"], body)
 
 
-# ---- Comparison with measurements -------------------------------------------------------------------------------
+# ---- Comparison with one measured GPU ---------------------------------------------------------------------------
+
+
+def comparison(logits: Rows, heads: Rows, trials: Rows) -> str:
+    """Predicted and measured times and memory on one H100."""
+    first = logits[0]
+    versions = ", ".join(f"{name} {first[name]}" for name in ("torch", "triton", "megatron-core"))
+    return "\n".join(
+        [
+            f"**{first['device']}**, {first['date']}, commit {first['commit']}, {versions}. Files: "
+            f"{', '.join(f'`{path.relative_to(ROOT)}`' for path in (H100_LOGITS, H100_HEADS, H100_CHUNKS))}. Cells: "
+            "measured → predicted (error). Errors are relative to the measured value.\n",
+            summary_text(logits, heads, trials),
+            "### Loss of given logits\n",
+            given_logits_text(logits),
+            "### Output layer and loss\n",
+            heads_text(heads, logits),
+            "### Chunks\n",
+            chunks_text(trials),
+            "### Times of the authors of Liger Kernel\n",
+            "The loss alone on another H100: bf16 logits, 8192 tokens x 131072 vocabulary entries. The prediction is "
+            "counted bytes / memory bandwidth.\n",
+            published_table(),
+            "There, Megatron's fused loss is faster than the unfused one.\n",
+        ]
+    )
+
+
+def timed_heads(rows: Rows) -> Rows:
+    """Rows of output layer and loss that the model has a formula for."""
+    return [row for row in rows if row["implementation"] in HEADS and not row["note"]]
+
+
+def summary_text(logits: Rows, heads: Rows, trials: Rows) -> str:
+    """Errors of all predicted times and peaks."""
+    times = [*logits_times(logits), *predicted_heads(heads), *trial_times(trials)]
+    own = [pair for pair in times if pair[0].startswith("ours") and not pair[0].startswith(BATCH_MEAN)]
+    memory = [*logits_memory(logits), *heads_memory(heads), *trial_memory(of_vocabulary(trials))]
+    return (
+        f"Everything: {errors_of(times, 'times')} Ours without `{BATCH_MEAN}`, whose mean over the batch is not "
+        f"modelled: {errors_of(own, 'times')} Memory: {errors_of(memory, 'peaks')}\n"
+    )
+
+
+def errors_of(pairs: list[Pair], what: str) -> str:
+    """Median and largest error in one sentence."""
+    errors = [abs(predicted_value / value - 1) for _, value, predicted_value in pairs]
+    name, value, predicted_value = pairs[errors.index(max(errors))]
+    return (
+        f"{len(pairs)} predicted {what} have a median error of {statistics.median(errors):.0%} and a largest error of "
+        f"{percent(predicted_value / value - 1)} ({name})."
+    )
+
+
+def percent(error: float) -> str:
+    """A signed percentage; 0% has no sign."""
+    return f"{error:+.0%}" if abs(error) >= 0.005 else "0%"
+
+
+def digits(value: float) -> str:
+    """Three digits, or all digits before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def against_measured(value: float, predicted_value: float, mark: str = "") -> str:
+    return f"{digits(value)} → {digits(predicted_value)} ({percent(predicted_value / value - 1)}){mark}"
+
+
+def logits_ms(row: Row) -> float:
+    """Predicted ms of the loss of given logits. All our objectives move the same bytes."""
+    name = row["implementation"]
+    moved = logits_bytes(row, name if name in GIVEN_LOGITS else "ours: dft")
+    return 1e3 * moved / CLUSTERS[0].memory_bytes_per_s
+
+
+def has_logits_formula(row: Row) -> bool:
+    return row["implementation"] in GIVEN_LOGITS or row["implementation"].startswith("ours: ")
+
+
+def logits_times(logits: Rows) -> list[Pair]:
+    return [
+        (
+            f"{row['implementation']}, V = {row['vocab']}, {float(row['masked']):.0%} masked",
+            total_ms(row),
+            logits_ms(row),
+        )
+        for row in logits
+        if has_logits_formula(row)
+    ]
+
+
+def logits_memory(logits: Rows) -> list[Pair]:
+    """MiB beyond the logits, without implementations that need none."""
+    found = []
+    for row in (row for row in logits if row["implementation"] in GIVEN_LOGITS):
+        extra = GIVEN_LOGITS[row["implementation"]][2] * int(row["tokens"]) * int(row["vocab"]) / MIB
+        if extra:
+            found.append((f"{row['implementation']}, V = {row['vocab']}", float(row["extra_mib"]), extra))
+    return found
+
+
+def total_ms(row: Row) -> float:
+    return float(row["total_ms"])
+
+
+def given_logits_text(logits: Rows) -> str:
+    shares = sorted({float(row["masked"]) for row in logits})
+    tables = [given_logits_table(logits, share) for share in shares]
+    surplus = max(predicted_ms / ms - 1 for _, ms, predicted_ms in logits_times(logits))
+    others = [pair for row in other_objectives(logits) for pair in logits_times([row])]
+    in_place = [float(row["extra_mib"]) for row in logits if GIVEN_LOGITS.get(row["implementation"], (0, 0, 1))[2] == 0]
+    return "\n".join(
+        [
+            f"Forward and backward of {logits[0]['tokens']} tokens in ms. The prediction is counted bytes / bandwidth "
+            "of a copy. B/logit: bytes per valid and per masked logit. Liger's loss of a whole vocabulary and "
+            "F.cross_entropy have no formula.\n",
+            *tables,
+            f"No time is more than {surplus:.1%} shorter than predicted. The other objectives move the bytes of "
+            f"`ours: dft`: {errors_of(others, 'times')}\n",
+            logits_reasons(logits),
+            f"Memory beyond the logits: {errors_of(logits_memory(logits), 'peaks')} Implementations that overwrite the "
+            f"logits take at most {max(in_place):.1f} MiB.\n",
+        ]
+    )
+
+
+def other_objectives(logits: Rows) -> Rows:
+    return [row for row in logits if has_logits_formula(row) and row["implementation"] not in GIVEN_LOGITS]
+
+
+def given_logits_table(logits: Rows, masked: float) -> str:
+    vocabularies = sorted({int(row["vocab"]) for row in logits}, reverse=True)
+    body = []
+    for name in GIVEN_LOGITS:
+        rows = [pick(logits, name, vocab, masked) for vocab in vocabularies]
+        moved = "{}, {}".format(*GIVEN_LOGITS[name])
+        body.append([name, moved, *(against_measured(total_ms(row), logits_ms(row)) for row in rows)])
+    return table([f"{masked:.0%} masked", "B/logit", *(f"V = {vocab}" for vocab in vocabularies)], body)
+
+
+def logits_reasons(logits: Rows) -> str:
+    """Why predictions of the loss of given logits are wrong, with the numbers of the file."""
+    small = pick(logits, "ours: dft", min(int(row["vocab"]) for row in logits), 0.0)
+    lines = [
+        megatron_reason(logits),
+        f"**Small shards** take longer than their bytes: ours {1e3 * (total_ms(small) - logits_ms(small)):.0f} µs at "
+        f"V = {small['vocab']}. Launches of kernels, and their start and end, are not modelled.",
+        "**V = 18992** is the worst size of Transformer Engine, Liger and flash-attn. They process the vocabulary in "
+        f"blocks of 16384 or 32768 columns, which cover 32768 columns; V is {18992 / 32768:.0%} of that.",
+        f"**{BATCH_MEAN}** computed a mean over the batch with a chain of small kernels at this commit. Its forward "
+        f"took {batch_mean_us(logits)} µs longer than that of dft.",
+    ]
+    return "\n".join(f"- {line}" for line in lines) + "\n"
+
+
+def megatron_reason(logits: Rows) -> str:
+    largest = max(int(row["vocab"]) for row in logits)
+    unfused, fused = (pick(logits, f"Megatron {kind}", largest, 0.0) for kind in ("unfused", "fused"))
+    forward = " and ".join(f"{float(row['forward_ms']):.2f}" for row in (fused, unfused))
+    longer = float(fused["backward_ms"]) / float(unfused["backward_ms"]) - 1
+    return (
+        f"**Megatron** takes the time of {moved_range(logits, 'Megatron unfused')} bytes per logit (unfused) and "
+        f"{moved_range(logits, 'Megatron fused')} (fused). The times do not tell whether it moves more bytes than "
+        "counted or does not reach the bandwidth of a copy. Forward of the fused loss takes as long as forward of the "
+        f"unfused loss ({forward} ms at V = {largest}): nothing is fused there. Backward takes {longer:.0%} longer."
+    )
+
+
+def batch_mean_us(logits: Rows) -> str:
+    """Range of the additional time of forward."""
+    found = []
+    for row in (row for row in logits if row["implementation"] == BATCH_MEAN):
+        dft = pick(logits, "ours: dft", int(row["vocab"]), float(row["masked"]))
+        found.append(1e3 * (float(row["forward_ms"]) - float(dft["forward_ms"])))
+    return f"{min(found):.0f} to {max(found):.0f}"
+
+
+def measured_megatron(logits: Rows) -> str:
+    """Measured times of Megatron's losses against each other and against the prediction."""
+    unfused = [row for row in logits if row["implementation"] == "Megatron unfused"]
+    fused = [pick(logits, "Megatron fused", int(row["vocab"]), float(row["masked"])) for row in unfused]
+    relative = statistics.median(total_ms(a) / total_ms(b) for a, b in zip(fused, unfused, strict=True))
+    excess = [total_ms(row) / logits_ms(row) - 1 for row in unfused]
+    return (
+        f"On the measured H100, the fused loss takes {relative:.2f} times as long as the unfused loss. The unfused "
+        f"loss takes {min(excess):.0%} to {max(excess):.0%} longer than predicted, so the advantage of ours is larger."
+    )
+
+
+def moved_range(logits: Rows, name: str) -> str:
+    """Measured time x bandwidth of a copy, per logit."""
+    values = [float(row["bytes_per_logit"]) for row in logits if row["implementation"] == name]
+    return f"{min(values):.1f} to {max(values):.1f}"
+
+
+def head_ms(row: Row) -> float:
+    """Predicted ms of output layer and loss."""
+    return sum(head_work(HEADS[row["implementation"]], row).ms(CLUSTERS[0], 1))
+
+
+def head_mib(row: Row) -> float:
+    """Predicted peak MiB of output layer and loss."""
+    variant = HEADS[row["implementation"]]
+    return loss_memory(variant, model_of(row), int(row["tokens"]), valid_tokens(row), tp=1) / MIB
+
+
+def gives_rate(row: Row) -> bool:
+    """Whether the FLOP/s of the model come from this row."""
+    return row in materialized([row]) and float(row["masked"]) == 0.0
+
+
+def predicted_heads(heads: Rows) -> list[Pair]:
+    """Times that were not used for the rates."""
+    return [(head_name(row), total_ms(row), head_ms(row)) for row in heads if not gives_rate(row)]
+
+
+def heads_memory(heads: Rows) -> list[Pair]:
+    return [(head_name(row), float(row["extra_mib"]), head_mib(row)) for row in heads]
+
+
+def head_name(row: Row) -> str:
+    return f"{row['implementation']}, H = {row['hidden']}, {float(row['masked']):.0%} masked"
+
+
+def heads_text(heads: Rows, logits: Rows) -> str:
+    first = heads[0]
+    return "\n".join(
+        [
+            f"Forward and backward of {first['tokens']} tokens from hidden states, V = {first['vocab']}, in ms. This "
+            f"benchmark has a bf16 main_grad: the weight moves {4 + BENCHMARK_GRAD_BYTES} H c bytes instead of "
+            f"{4 + MAIN_GRAD_BYTES} H c. ° marks the times that give the FLOP/s of the model; they are not among the "
+            "errors.\n",
+            heads_table(heads, lambda row: against_measured(total_ms(row), head_ms(row), "°" * gives_rate(row))),
+            errors_of(predicted_heads(heads), "times") + "\n",
+            heads_reasons(heads, logits),
+            "Peak memory beyond the inputs in MiB:\n",
+            heads_table(heads, lambda row: against_measured(float(row["extra_mib"]), head_mib(row))),
+            errors_of(heads_memory(heads), "peaks") + "\n",
+        ]
+    )
+
+
+def heads_table(heads: Rows, cell: Callable[[Row], str]) -> str:
+    """One row per variant, one column per hidden size and share of masked tokens."""
+    columns = sorted({(int(row["hidden"]), float(row["masked"])) for row in heads})
+    vocab = int(heads[0]["vocab"])
+    body = [
+        [name, *(cell(pick_head(heads, name, hidden, vocab, masked)) for hidden, masked in columns)] for name in HEADS
+    ]
+    return table(["implementation", *(f"H = {hidden}, {masked:.0%} masked" for hidden, masked in columns)], body)
+
+
+def heads_reasons(heads: Rows, logits: Rows) -> str:
+    """Why predictions of output layer and loss are wrong, with the numbers of the files."""
+    moved = CLUSTERS[0].memory_bytes_per_s
+    chunked = [row for row in heads if HEADS[row["implementation"]].vocab_chunk]
+    worst = max(chunked, key=lambda row: abs(head_ms(row) / total_ms(row) - 1))
+    unmasked = [row for row in heads if HEADS[row["implementation"]] == STOCK and float(row["masked"]) == 0.0]
+    lines = [
+        "**Masked tokens that are not removed** make products of the same size faster: "
+        f"{implied_rates(heads, moved, masked=True)} TFLOP/s with our materialized logits. Their gradients are zeros. "
+        "A GPU needs less power for zeros, which probably is the reason.",
+        f"**Chunks of the vocabulary** are predicted {-mean_error(chunked):.0%} too fast on average. The model gives "
+        "narrow products the rate of wide ones, and counts no launches. The worst row "
+        f"({head_name(worst)}) also varies most between runs: its interquartile range is "
+        f"{float(worst['spread_ms']) / total_ms(worst):.0%} of its time.",
+        "**Megatron** takes longer in the loss than counted. With the measured time of the loss of given logits, the "
+        f"errors without masked tokens are {' and '.join(with_measured_loss(row, logits) for row in unmasked)}.",
+    ]
+    return "\n".join(f"- {line}" for line in lines) + "\n"
+
+
+def with_measured_loss(row: Row, logits: Rows) -> str:
+    """Error of Megatron's time if the loss takes its measured time."""
+    loss = pick(logits, "Megatron unfused", int(row["vocab"]), float(row["masked"]))
+    error = (head_ms(row) - logits_ms(loss) + total_ms(loss)) / total_ms(row) - 1
+    return f"{percent(error)} (H = {row['hidden']})"
+
+
+def mean_error(rows: Rows) -> float:
+    return statistics.mean(head_ms(row) / total_ms(row) - 1 for row in rows)
+
+
+def of_vocabulary(trials: Rows) -> Rows:
+    """Rows of the shipped variant, whose chunks split the vocabulary."""
+    return [row for row in trials if row["chunk_of"] == "vocabulary"]
+
+
+def trial_variant(row: Row) -> Variant:
+    chunk = int(row["chunk"])
+    if row["chunk_of"] == "vocabulary":
+        return replace(CHUNKS, vocab_chunk=chunk)
+    return replace(IN_FORWARD, token_chunk=chunk)
+
+
+def trial_ms(row: Row) -> float:
+    """Predicted ms. A returned bf16 gradient is written once, a main_grad is read and written."""
+    gradient_bytes = {"returned, bfloat16": 2, "main_grad, bfloat16": 4, "main_grad, float32": 8}[
+        row["weight_gradient"]
+    ]
+    return sum(head_work(trial_variant(row), row, gradient_bytes).ms(CLUSTERS[0], 1))
+
+
+def trial_times(trials: Rows) -> list[Pair]:
+    return [(trial_name(row), total_ms(row), trial_ms(row)) for row in trials]
+
+
+def trial_memory(trials: Rows) -> list[Pair]:
+    """Peak MiB with the returned gradient of the weight."""
+    found = []
+    for row in trials:
+        peak = loss_memory(trial_variant(row), model_of(row), int(row["tokens"]), valid_tokens(row), tp=1)
+        returned = 2 * int(row["hidden"]) * int(row["vocab"])
+        found.append((trial_name(row), float(row["peak_mib"]), (peak + returned) / MIB))
+    return found
+
+
+def trial_name(row: Row) -> str:
+    return f"{row['implementation']}, chunks of {row['chunk']}, H = {row['hidden']}, {row['weight_gradient']}"
+
+
+def chunks_text(trials: Rows) -> str:
+    shipped = of_vocabulary(trials)
+    prototype = [row for row in trials if row not in shipped]
+    peaks = {name: against_measured(value, predicted_value) for name, value, predicted_value in trial_memory(shipped)}
+    sizes = f"{trials[0]['tokens']} tokens, V = {trials[0]['vocab']}, no masked tokens"
+    return "\n".join(
+        [
+            f"**Chunks of tokens, gradient in forward.** A prototype was measured, not the shipped code: {sizes}, an "
+            "upstream gradient of 1. Time in ms:\n",
+            trials_table(prototype, trial_cell),
+            errors_of(trial_times(prototype), "times") + " " + chunks_reason(prototype) + "\n",
+            f"**Chunks of the vocabulary**, the shipped code, {sizes}. The weight gradient is returned. Time in ms:\n",
+            trials_table(shipped, trial_cell),
+            errors_of(trial_times(shipped), "times") + "\n",
+            "Peak memory in MiB:\n",
+            trials_table(shipped, lambda row: peaks[trial_name(row)]),
+            errors_of(trial_memory(shipped), "peaks") + "\n",
+        ]
+    )
+
+
+def trial_cell(row: Row) -> str:
+    return against_measured(total_ms(row), trial_ms(row))
+
+
+def trials_table(trials: Rows, cell: Callable[[Row], str]) -> str:
+    """One row per chunk size, one column per hidden size and kind of weight gradient."""
+    columns = sorted({(int(row["hidden"]), row["weight_gradient"]) for row in trials})
+    body = []
+    for chunk in sorted({int(row["chunk"]) for row in trials}):
+        found = {(int(row["hidden"]), row["weight_gradient"]): row for row in trials if int(row["chunk"]) == chunk}
+        body.append([str(chunk), *(cell(found[column]) for column in columns)])
+    kind = trials[0]["chunk_of"]
+    return table([f"chunk ({kind})", *(f"H = {hidden}; {gradient}" for hidden, gradient in columns)], body)
+
+
+def chunks_reason(prototype: Rows) -> str:
+    """What smaller chunks of tokens cost, measured and predicted, at the largest hidden size with an fp32 main_grad."""
+    hidden = max(int(row["hidden"]) for row in prototype)
+    rows = [row for row in prototype if row["weight_gradient"] == "main_grad, float32" and int(row["hidden"]) == hidden]
+    rows.sort(key=lambda row: int(row["chunk"]))
+    small, large = rows[0], rows[-1]
+    return (
+        f"Small chunks are predicted too slow. From {large['chunk']} to {small['chunk']} tokens (H = {hidden}, fp32), "
+        f"the prediction grows by {trial_ms(small) - trial_ms(large):.1f} ms and the measured time by "
+        f"{total_ms(small) - total_ms(large):.1f} ms: part of the weight traffic overlaps with the products. The "
+        "trial recorded the size of its logit buffer, not its peak memory."
+    )
+
+
+# ---- Comparison with measured layouts ---------------------------------------------------------------------------
 
 
 def check(path: Path) -> str:
