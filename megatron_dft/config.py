@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_dft.labels import REDUCTIONS
 from megatron_dft.metrics import LEVELS, MetricSpec, channel_names
-from megatron_dft.ops.linear_fused import VOCAB_CHUNK, Split
+from megatron_dft.ops.linear_fused import TOKEN_CHUNK, VOCAB_CHUNK, Split
 from megatron_dft.ops.objectives import OBJECTIVES, Objective, parse_objective
 from megatron_dft.ops.stats import REFERENCE
 from megatron_dft.ops.vocab_parallel import BACKENDS, LossOptions
@@ -63,11 +63,23 @@ class DFTConfig:
         "and no CUDA graph captures the loss. The choice is logged.",
     )
     linear_fused: bool = _setting(
-        False, bool, "Fuse output layer and loss in chunks of the vocabulary: the logits are never materialized."
+        False,
+        bool,
+        "Fuse output layer and loss in chunks: the logits are never materialized. Chunks of tokens, with the gradient "
+        "computed in forward, if --calculate-per-token-loss is set; otherwise chunks of the vocabulary. The choice is "
+        "logged.",
     )
-    vocab_chunk: int | None = _setting(None, int, f"Columns per chunk of linear_fused. Default: {VOCAB_CHUNK}.")
+    token_chunk: int | None = _setting(
+        None, int, f"Tokens per chunk of linear_fused with the gradient in forward. Default: {TOKEN_CHUNK}."
+    )
+    vocab_chunk: int | None = _setting(
+        None, int, f"Columns per chunk of linear_fused. Selects chunks of the vocabulary. Default: {VOCAB_CHUNK}."
+    )
     keep_chunks: int = _setting(
-        0, int, "Chunks of linear_fused that keep their logits for backward and are not recomputed."
+        0,
+        int,
+        "Chunks of linear_fused that keep their logits for backward and are not recomputed. Selects chunks of the "
+        "vocabulary.",
     )
     weights: bool = _setting(
         False, bool, "Multiply the gradient of each token by its weight in the data. Metrics stay unweighted."
@@ -92,8 +104,17 @@ class DFTConfig:
     def __post_init__(self) -> None:
         for f in fields(self):
             _check_setting(f.name, getattr(self, f.name), f.metadata)
-        if (self.vocab_chunk is not None or self.keep_chunks) and not self.linear_fused:
-            raise ValueError("vocab_chunk, keep_chunks (--dft-vocab-chunk, --dft-keep-chunks) require linear_fused")
+        by_vocabulary = self.vocab_chunk is not None or self.keep_chunks != 0
+        if (by_vocabulary or self.token_chunk is not None) and not self.linear_fused:
+            raise ValueError(
+                "token_chunk, vocab_chunk, keep_chunks (--dft-token-chunk, --dft-vocab-chunk, --dft-keep-chunks) "
+                "require linear_fused"
+            )
+        if by_vocabulary and self.token_chunk is not None:
+            raise ValueError(
+                "token_chunk (--dft-token-chunk) selects chunks of tokens; vocab_chunk and keep_chunks select chunks "
+                "of the vocabulary: give one kind"
+            )
         given = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
         if given and not self.enabled:
             raise ValueError(
@@ -156,7 +177,9 @@ class DFTConfig:
     def split(self) -> Split:
         """The chunks of linear_fused."""
         return Split(
-            vocab_chunk=VOCAB_CHUNK if self.vocab_chunk is None else self.vocab_chunk, keep_chunks=self.keep_chunks
+            vocab_chunk=VOCAB_CHUNK if self.vocab_chunk is None else self.vocab_chunk,
+            keep_chunks=self.keep_chunks,
+            token_chunk=TOKEN_CHUNK if self.token_chunk is None else self.token_chunk,
         )
 
     @classmethod

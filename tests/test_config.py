@@ -17,6 +17,7 @@ FLAGS = {
     "inplace_backward": (["--no-dft-inplace-backward"], False),
     "compact_masked_tokens": (["--no-dft-compact-masked-tokens"], False),
     "linear_fused": (["--dft-linear-fused"], True),
+    "token_chunk": (["--dft-token-chunk", "1024", "--dft-linear-fused"], 1024),
     "vocab_chunk": (["--dft-vocab-chunk", "4096", "--dft-linear-fused"], 4096),
     "keep_chunks": (["--dft-keep-chunks", "2", "--dft-linear-fused"], 2),
     "weights": (["--dft-weights"], True),
@@ -74,7 +75,8 @@ def test_options_report_nll_and_pass_every_setting():
     assert (options.true_vocab_size, options.backend, options.inplace_backward) == (7, "torch", False)
     assert DFTConfig(loss_type="dft").options().inplace_backward
     assert DFTConfig(loss_type="dft", linear_fused=True, vocab_chunk=5, keep_chunks=2).split() == Split(5, 2)
-    assert DFTConfig(loss_type="dft", linear_fused=True).split() == Split(8192, 0)
+    assert DFTConfig(loss_type="dft", linear_fused=True).split() == Split(8192, 0, 2048)
+    assert DFTConfig(loss_type="dft", linear_fused=True, token_chunk=512).split() == Split(8192, 0, 512)
 
 
 @pytest.mark.parametrize(
@@ -94,6 +96,12 @@ def test_options_report_nll_and_pass_every_setting():
         ({"compact_masked_tokens": 1}, "dft: compact_masked_tokens: expected bool, got 1"),
         ({"vocab_chunk": 1024}, "vocab_chunk, keep_chunks .* require linear_fused"),
         ({"keep_chunks": 1}, "vocab_chunk, keep_chunks .* require linear_fused"),
+        ({"token_chunk": 1024}, "token_chunk, .* require linear_fused"),
+        (
+            {"loss_type": "dft", "linear_fused": True, "token_chunk": 64, "keep_chunks": 1},
+            "token_chunk .*--dft-token-chunk.* selects chunks of tokens; .* give one kind",
+        ),
+        ({"loss_type": "dft", "linear_fused": True, "token_chunk": 0}, "token_chunk: expected at least 1 token, got 0"),
         (
             {"loss_type": "dft", "linear_fused": True, "vocab_chunk": 0},
             "vocab_chunk: expected at least 1",
@@ -129,7 +137,9 @@ def test_load_function_resolves_module_and_name():
         load_function("json:decoder", "--recipe")  # a module
 
 
-@pytest.mark.parametrize("name", [name for name in FLAGS if name not in ("loss_type", "vocab_chunk", "keep_chunks")])
+@pytest.mark.parametrize(
+    "name", [name for name in FLAGS if name not in ("loss_type", "token_chunk", "vocab_chunk", "keep_chunks")]
+)
 def test_config_rejects_setting_without_loss_type(name):
     with pytest.raises(ValueError, match=rf"{name} \(--dft-.*\): no objective; add loss_type \(--loss-type\)"):
         DFTConfig(**{name: FLAGS[name][1]})

@@ -137,14 +137,14 @@ def run(forward_step, config=None, model=None, batches=None, per_token=True, **k
 
 
 def with_full_backward_hook():
-    model = gpt(calculate_per_token_loss=True)
+    model = gpt()
     model.register_full_backward_hook(lambda module, into, out: None)
     return model
 
 
 def multi_token_prediction(config, masked_labels, given):
     """Gradients of the MTP layers, for scripts that mask labels and scripts that pass the mask to the model."""
-    model = gpt(mtp_num_layers=1, calculate_per_token_loss=True)
+    model = gpt(mtp_num_layers=1)
     if config is not None:
         install([model], config)
     tokens, labels, loss_mask = batch()

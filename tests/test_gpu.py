@@ -8,7 +8,7 @@ from formulas import example
 from kernel_cases import at_iteration, begin, fp32_rounding
 from ranks import run_ranks
 
-from megatron_dft import linear_dft_loss, vocab_parallel_dft_loss
+from megatron_dft import linear_dft_loss, parse_objective, vocab_parallel_dft_loss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -149,16 +149,23 @@ def layer(tokens, width, vocab, dtype=torch.bfloat16):
     return hidden.requires_grad_(), weight.requires_grad_(), target, upstream
 
 
+TOKENS = {"token_chunk": 64}
+
+
 def run_layer(hidden, weight, target, upstream, **options):
+    if "token_chunk" in options:
+        options["upstream"] = upstream
     loss = linear_dft_loss(hidden, weight, target, **options)
     return loss.detach(), *torch.autograd.grad(loss, (hidden, weight), upstream)
 
 
 @pytest.mark.parametrize("specification", SPECIFICATIONS)
 @pytest.mark.parametrize(
-    "options", [{}, {"vocab_chunk": 5000, "keep_chunks": 1}, {"compact_masked_tokens": False}], ids=str
+    "options", [{}, {"vocab_chunk": 5000, "keep_chunks": 1}, {"compact_masked_tokens": False}, TOKENS], ids=str
 )
 def test_linear_dft_loss_error_is_at_most_twice_that_of_full_logits(specification, options):
+    if options == TOKENS and not parse_objective(specification).per_token:
+        pytest.skip("depends on all tokens")
     hidden, weight, target, upstream = layer(300, 512, 32000)
     ours = run_layer(hidden, weight, target, upstream, objective=specification, **options)
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
@@ -170,43 +177,63 @@ def test_linear_dft_loss_error_is_at_most_twice_that_of_full_logits(specificatio
         assert error <= 2 * theirs
 
 
-def test_linear_dft_loss_is_bitwise_deterministic():
+@pytest.mark.skipif(not hasattr(torch.ops.aten.addmm, "dtype_out"), reason="needs torch 2.8")
+def test_products_of_chunks_are_added_in_fp32():
+    """The error of many chunks is that of one: the sum alone is rounded to bf16."""
+    hidden, weight, target, upstream = layer(1024, 512, 32000)
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    truth = run_layer(*exact, target, upstream.double())[1:]
+
+    def errors(**chunk):
+        ours = run_layer(hidden, weight, target, upstream, **chunk)[1:]
+        return [(x.double() - right).norm() for x, right in zip(ours, truth, strict=True)]
+
+    one = errors(vocab_chunk=32000)
+    assert errors(vocab_chunk=2000)[0] <= 1.05 * one[0]
+    assert errors(**TOKENS)[1] <= 1.05 * one[1]
+
+
+@pytest.mark.parametrize("options", [{}, TOKENS], ids=str)
+def test_linear_dft_loss_is_bitwise_deterministic(options):
     case = layer(1000, 512, 32000)
-    first = run_layer(*case, objective="deft")
+    first = run_layer(*case, objective="deft", **options)
     for _ in range(3):
-        torch.testing.assert_close(run_layer(*case, objective="deft"), first, **EXACT)
+        torch.testing.assert_close(run_layer(*case, objective="deft", **options), first, **EXACT)
 
 
-def test_compact_masked_tokens_has_one_host_device_sync():
+@pytest.mark.parametrize("options", [{}, TOKENS], ids=str)
+def test_compact_masked_tokens_has_one_host_device_sync(options):
     case = layer(300, 512, 32000)
-    run_layer(*case)  # compiles the kernels
+    run_layer(*case, **options)  # compiles the kernels
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            run_layer(*case)
+            run_layer(*case, **options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert sum("synchronizing" in str(warning.message) for warning in caught) == 1
 
 
-def test_cuda_graph_captures_linear_dft_loss_and_rejects_compaction():
+@pytest.mark.parametrize("options", [{}, TOKENS], ids=str)
+def test_cuda_graph_captures_linear_dft_loss_and_rejects_compaction(options):
     hidden, weight, target, upstream = layer(96, 256, 20000)
+    options = {**options, "compact_masked_tokens": False}
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):
-            run_layer(hidden, weight, target, upstream, compact_masked_tokens=False)
+            run_layer(hidden, weight, target, upstream, **options)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = run_layer(hidden, weight, target, upstream, compact_masked_tokens=False)
-        with pytest.raises(ValueError, match="compact_masked_tokens: expected no CUDA graph"):
+        captured = run_layer(hidden, weight, target, upstream, **options)
+        with pytest.raises(ValueError, match="compact_masked_tokens: not supported during CUDA graph"):
             run_layer(hidden, weight, target, upstream)
     target.copy_(target.roll(1))
     upstream.neg_()
     graph.replay()
-    expected = run_layer(hidden, weight, target, upstream, compact_masked_tokens=False)
+    expected = run_layer(hidden, weight, target, upstream, **options)
     torch.testing.assert_close(captured, expected, **EXACT)
 
 
@@ -277,7 +304,7 @@ def test_micro_batch_has_no_host_device_sync_after_first(megatron, mtp):
 
     settings = {"compact_masked_tokens": False, "metrics": "full", "channels": "a,b", "mtp": "same"}
     config = DFTConfig("dft:start=1,ramp=4", **settings)
-    model = gpt(calculate_per_token_loss=True, mtp_num_layers=mtp).cuda()
+    model = gpt(mtp_num_layers=mtp).cuda()
     install([model], config)
     tokens, labels, loss_mask = (x.cuda() for x in batch())
     labels = with_channels(labels, 1)

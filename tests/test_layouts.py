@@ -109,6 +109,7 @@ def test_objective_matches_one_rank(host, flags, objective, layout, ranks, batch
 HAS_PROCESSOR = importlib.util.find_spec("megatron.core.models.hybrid") is not None  # both exist from 0.18 on
 PASS = "--no-dft-compact-masked-tokens "
 CHUNKS = "--dft-linear-fused --dft-vocab-chunk 5 "
+TOKENS = "--dft-linear-fused --dft-token-chunk 5 "
 KEPT = "--dft-linear-fused --dft-vocab-chunk 11 --dft-keep-chunks 1 "
 needs_hybrid = pytest.mark.skipif(not HAS_HYBRID, reason="this pretrain() does not build a HybridModel")
 OVERLAP = DP + "--overlap-grad-reduce --overlap-param-gather "
@@ -119,6 +120,13 @@ OVERLAP = DP + "--overlap-grad-reduce --overlap-param-gather "
     [
         ("dense", "", 1, PASS),
         ("dense", "", 1, CHUNKS),
+        ("dense", "", 1, TOKENS),
+        ("dense", TP2 + SP, 2, TOKENS),
+        ("dense", TP2, 2, TOKENS + PASS),
+        ("dense", PP2 + VPP, 2, TOKENS),
+        ("dense", CP2, 2, TOKENS),
+        ("dense", OVERLAP, 2, TOKENS),
+        ("tied", PP2, 2, TOKENS),
         ("dense", TP2 + SP, 2, PASS),
         ("dense", TP2 + SP, 2, CHUNKS + PASS),
         ("dense", TP2 + SP, 2, KEPT),
@@ -132,7 +140,9 @@ OVERLAP = DP + "--overlap-grad-reduce --overlap-param-gather "
         ("tied", TP2 + SP, 2, KEPT),
         ("mtp", TP2, 2, PASS),
         pytest.param("mtp", PP2, 2, CHUNKS, marks=pytest.mark.skipif(not HAS_PROCESSOR, reason="rejected before 0.18")),
+        pytest.param("mtp", TP2, 2, TOKENS, marks=pytest.mark.skipif(not HAS_PROCESSOR, reason="rejected before 0.18")),
         pytest.param("hybrid", "", 1, PASS, marks=needs_hybrid),
+        pytest.param("hybrid", TP2 + SP, 2, TOKENS, marks=needs_hybrid),
         pytest.param("hybrid", TP2 + SP, 2, PASS, marks=needs_hybrid),
         pytest.param("hybrid", TP2 + SP, 2, KEPT, marks=needs_hybrid),
         pytest.param("hybrid", PP2, 2, CHUNKS + PASS, marks=needs_hybrid),

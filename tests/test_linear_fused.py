@@ -1,7 +1,8 @@
-"""linear_dft_loss, in vocabulary chunks and without masked tokens, matches the loss of the full logits."""
+"""linear_dft_loss, in chunks of the vocabulary or of tokens, matches the loss of the full logits."""
 
 import importlib.util
 import itertools
+import math
 import os
 
 import pytest
@@ -11,9 +12,10 @@ from formulas import FORMULAS, example, loss_and_gradient
 from ranks import Collectives, run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_dft import linear_dft_loss, vocab_parallel_dft_loss
+from megatron_dft import linear_dft_loss, parse_objective, vocab_parallel_dft_loss
 from megatron_dft.ops.compaction import loss_valid_tokens
 from megatron_dft.ops.linear_fused import Split
+from megatron_dft.ops.objectives import Objective
 
 pytestmark = pytest.mark.usefixtures("uninitialized_memory_is_nan")
 
@@ -21,14 +23,20 @@ INTERPRETER = importlib.util.find_spec("triton") is not None and "TRITON_INTERPR
 SEQUENCE, BATCH, HIDDEN, VOCAB = 8, 3, 8, 48
 TOLERANCE = {"rtol": 0.0, "atol": 1e-12}
 SIZES = [None, 35, 10]  # 35 empties the last of 4 shards, 10 all but the first
-# Chunks of one column, of an odd size, larger than the shard; masked tokens removed or not; sequence parallel or not.
+# Chunks of one column or token, of an odd size, larger than the shard; masked tokens removed or not; sequence parallel
+# or not. With token_chunk the upstream gradient is given in forward.
 VARIANTS = {
     "columns": {"vocab_chunk": 1, "compact_masked_tokens": False},
     "odd": {"vocab_chunk": 5, "sequence_parallel": True},
     "odd, kept": {"vocab_chunk": 5, "keep_chunks": 2},
     "odd, all kept": {"vocab_chunk": 7, "keep_chunks": 100, "compact_masked_tokens": False},
     "one": {"vocab_chunk": 1000, "sequence_parallel": True, "compact_masked_tokens": False},
+    "single tokens": {"token_chunk": 1},
+    "tokens": {"token_chunk": 5, "sequence_parallel": True},
+    "tokens, masked too": {"token_chunk": 7, "compact_masked_tokens": False},
+    "all tokens": {"token_chunk": 1000, "sequence_parallel": True, "compact_masked_tokens": False},
 }
+PER_TOKEN = [name for name in FORMULAS if parse_objective(name).per_token]
 
 
 def make_case(true_vocab_size=None):
@@ -55,6 +63,8 @@ def truth(specification, hidden, weight, target, upstream, true_vocab_size=None)
 def result(hidden, weight, target, upstream, **options):
     """Loss and gradients of `linear_dft_loss`, and the collectives of forward and backward."""
     hidden, weight = (x.clone().requires_grad_() for x in (hidden, weight))
+    if "token_chunk" in options:
+        options["upstream"] = upstream
     with Collectives() as forward:
         loss = linear_dft_loss(hidden, weight, target, **options)
     with Collectives() as backward:
@@ -74,6 +84,7 @@ def on_one_rank():
     facts = {
         (name, None, variant): share(name, None, **VARIANTS[variant])
         for name, variant in itertools.product(FORMULAS, VARIANTS)
+        if "token_chunk" not in VARIANTS[variant] or name in PER_TOKEN
     }
     facts |= {
         ("deft", size, variant): share("deft", size, **VARIANTS[variant])
@@ -98,6 +109,8 @@ def ranks(request):
     ("specification", "size"), [(name, None) for name in FORMULAS] + [("deft", size) for size in SIZES[1:]]
 )
 def test_linear_dft_loss_matches_full_logits(ranks, specification, size, variant):
+    if "token_chunk" in VARIANTS[variant] and specification not in PER_TOKEN:
+        pytest.skip("depends on all tokens")
     loss, hidden_gradient, weight_gradient = truth(specification, *make_case(size), size)
     ours = [rank[specification, size, variant][0] for rank in ranks]
     for rank, (our_loss, gradient, _) in enumerate(ours):
@@ -108,29 +121,37 @@ def test_linear_dft_loss_matches_full_logits(ranks, specification, size, variant
     torch.testing.assert_close(torch.cat([gradient for *_, gradient in ours]), weight_gradient, **TOLERANCE)
 
 
-def test_linear_dft_loss_all_gathers_stats_once_and_all_reduces_once(ranks):
+def test_linear_dft_loss_all_gathers_stats_and_all_reduces_once(ranks):
+    """One all-gather for all chunks of the vocabulary, one for each chunk of tokens."""
     if len(ranks) == 1:
         assert all(seen == [] for fact in ranks[0].values() for seen in fact[1:])
         return
     valid = int((make_case()[2] != -100).sum())
-    for rank, variant in itertools.product(ranks, VARIANTS):
-        tokens = valid if VARIANTS[variant].get("compact_masked_tokens", True) else SEQUENCE * BATCH
-        chunks = len(Split(VARIANTS[variant]["vocab_chunk"]).columns(VOCAB // len(ranks)))
-        gathered = [("_allgather_base_", (4 * chunks, tokens))]
-        if VARIANTS[variant].get("sequence_parallel"):
-            gathered.insert(0, ("_allgather_base_", (SEQUENCE // len(ranks), BATCH, HIDDEN)))
+    for rank, (variant, options) in itertools.product(ranks, VARIANTS.items()):
+        tokens = valid if options.get("compact_masked_tokens", True) else SEQUENCE * BATCH
+        summed = [("allreduce_", (tokens, HIDDEN))]
+        gathered = []
+        if options.get("sequence_parallel"):
+            gathered.append(("_allgather_base_", (SEQUENCE // len(ranks), BATCH, HIDDEN)))
         _, forward, backward = rank["deft", None, variant]
-        assert forward == gathered
-        assert backward == [("allreduce_", (tokens, HIDDEN))]
+        if "token_chunk" in options:
+            rows = Split(token_chunk=options["token_chunk"]).rows(tokens)
+            gathered += [("_allgather_base_", (4, chunk.stop - chunk.start)) for chunk in rows]
+            assert (forward, backward) == (gathered + summed, [])
+        else:
+            chunks = len(Split(options["vocab_chunk"]).columns(VOCAB // len(ranks)))
+            gathered.append(("_allgather_base_", (4 * chunks, tokens)))
+            assert (forward, backward) == (gathered, summed)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_batch_without_targets_has_zero_loss_and_gradient(ranks, variant):
     for rank in ranks:
-        numbers, _, backward = rank["nothing", variant]
+        numbers, forward, backward = rank["nothing", variant]
         assert all(x.isfinite().all() and not x.any() for x in numbers)
         if len(ranks) > 1 and VARIANTS[variant].get("compact_masked_tokens", True):
-            assert backward == [("allreduce_", (1, HIDDEN))]  # every rank joins the collective
+            # Every rank joins the collective.
+            assert (forward + backward)[-1] == ("allreduce_", (1, HIDDEN))
 
 
 @pytest.mark.parametrize("ignore_index", [-100, 7])
@@ -143,7 +164,7 @@ def test_ignored_tokens_skip_output_layer(ignore_index):
         passed.append((hidden, target))
         return target.double(), None
 
-    loss, _, rows = loss_valid_tokens(loss_and_stats, hidden, target, ignore_index)
+    loss, _, rows = loss_valid_tokens(loss_and_stats, hidden, target, ignore_index=ignore_index)
     valid = target != ignore_index
     assert torch.equal(rows, valid.nonzero()[:, 0]) and 0 < len(rows) < len(target)
     assert torch.equal(passed[0][0], hidden[valid]) and torch.equal(passed[0][1], target[valid])
@@ -160,14 +181,15 @@ def test_ignore_index_may_be_token_id(compact):
     torch.testing.assert_close(ours, expected, **TOLERANCE)
 
 
-def test_linear_dft_loss_accepts_zero_tokens():
+@pytest.mark.parametrize("options", [{}, {"token_chunk": 5}])
+def test_linear_dft_loss_accepts_zero_tokens(options):
     hidden, weight, target, upstream = make_case()
-    (loss, *gradients), _, _ = result(hidden[:0], weight, target[:0], upstream[:0])
+    (loss, *gradients), _, _ = result(hidden[:0], weight, target[:0], upstream[:0], **options)
     assert loss.shape == (0, BATCH) and gradients[0].shape == (0, BATCH, HIDDEN) and not gradients[1].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("chunk", [3, 16, 100])
+@pytest.mark.parametrize("chunk", [{"vocab_chunk": n} for n in (3, 16, 100)] + [{"token_chunk": n} for n in (1, 5, 99)])
 def test_linear_dft_loss_error_is_at_most_twice_that_of_full_logits(dtype, chunk):
     hidden, weight, target, upstream = make_case()
     hidden, weight = hidden.to(dtype), weight.to(dtype)
@@ -175,7 +197,7 @@ def test_linear_dft_loss_error_is_at_most_twice_that_of_full_logits(dtype, chunk
     leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
     loss = vocab_parallel_dft_loss(leaves[0] @ leaves[1].t(), target)
     plain = (loss.detach(), *torch.autograd.grad(loss, leaves, upstream.float()))
-    ours, _, _ = result(hidden, weight, target, upstream.float(), vocab_chunk=chunk)
+    ours, _, _ = result(hidden, weight, target, upstream.float(), **chunk)
     for our, same_dtype, right in zip(ours, plain, exact, strict=True):
         error, theirs = ((x.double() - right).norm() for x in (our, same_dtype))
         assert our.dtype == same_dtype.dtype and error <= 2 * theirs
@@ -203,9 +225,75 @@ def test_frozen_input_gets_no_gradient_and_no_matmul(frozen):
         loss.backward(upstream)
     torch.testing.assert_close(leaves[1 - frozen].grad, expected[2 - frozen], **TOLERANCE)
     assert leaves[frozen].grad is None
-    assert (
-        sum(name.startswith("mm") for name in seen.names) == 3 * 2
-    )  # recomputed logits and one gradient, for each chunk
+    assert seen.products == 3 * 2  # recomputed logits and one gradient, for each chunk
+
+
+@pytest.mark.parametrize(("frozen", "products"), [(None, 3), (0, 2), (1, 2)])
+def test_gradient_in_forward_needs_three_products_per_chunk(frozen, products):
+    hidden, weight, target, upstream = make_case()
+    expected = truth("dft", hidden, weight, target, upstream)
+    leaves = [hidden.requires_grad_(frozen != 0), weight.requires_grad_(frozen != 1)]
+    with Operators() as seen:
+        loss = linear_dft_loss(*leaves, target, token_chunk=8, compact_masked_tokens=False, upstream=upstream)
+    assert seen.products == 3 * products
+    with Operators() as seen:
+        loss.backward(upstream)
+    assert seen.products == 0
+    for leaf, gradient, i in zip(leaves, expected[1:], range(2), strict=True):
+        assert leaf.grad is None if i == frozen else torch.allclose(leaf.grad, gradient, **TOLERANCE)
+
+
+def test_gradient_in_forward_is_skipped_without_grad():
+    hidden, weight, target, _ = make_case()
+    options = {"token_chunk": 8, "upstream": 1.0, "compact_masked_tokens": False}
+    with Operators() as seen, torch.no_grad():
+        linear_dft_loss(hidden.requires_grad_(), weight.requires_grad_(), target, **options)
+    assert seen.products == 1  # logits, in one chunk of the vocabulary
+    with Operators() as seen:
+        linear_dft_loss(hidden.detach(), weight.detach(), target, **options)
+    assert seen.products == 3
+
+
+@pytest.mark.parametrize("upstream", [1.0, torch.tensor(1.0), torch.ones(SEQUENCE, BATCH)])
+@pytest.mark.parametrize("compact", [True, False])
+def test_gradient_in_forward_matches_sum(upstream, compact):
+    hidden, weight, target, _ = make_case()
+    leaves = [x.requires_grad_() for x in (hidden, weight)]
+    expected = torch.autograd.grad(linear_dft_loss(*leaves, target).sum(), leaves)
+    loss = linear_dft_loss(*leaves, target, upstream=upstream, token_chunk=4, compact_masked_tokens=compact)
+    torch.testing.assert_close(torch.autograd.grad(loss.sum(), leaves), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("frozen", [None, 0, 1])
+def test_unexpected_upstream_makes_gradients_nan(frozen):
+    hidden, weight, target, upstream = make_case()
+    hidden.requires_grad_(frozen != 0)
+    weight.requires_grad_(frozen != 1)
+    leaves = [x for x in (hidden, weight) if x.requires_grad]
+    token = tuple((target != -100).nonzero()[-1])
+    for change in (1e-5, math.nan, -2.0 * upstream[token]):
+        other = upstream.clone()
+        other[token] += change
+        loss = linear_dft_loss(hidden, weight, target, upstream=upstream, token_chunk=4)
+        assert all(x.norm().isnan() for x in torch.autograd.grad(loss, leaves, other))
+    other = torch.where(target == -100, 7.0, upstream)  # masked tokens receive anything
+    loss = linear_dft_loss(hidden, weight, target, upstream=upstream, token_chunk=4, compact_masked_tokens=False)
+    assert all(x.isfinite().all() for x in torch.autograd.grad(loss, leaves, other))
+
+
+def test_gradient_in_forward_raises_in_second_backward():
+    hidden, weight, target, _ = make_case()
+    loss = linear_dft_loss(hidden.requires_grad_(), weight, target, upstream=1.0).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="forward computed the gradients for one backward, and this is the second"):
+        loss.backward()
+
+
+def test_token_chunks_are_equal_and_as_few_as_possible():
+    for tokens, sizes in {0: [0], 1: [1], 5: [5], 6: [3, 3], 10: [5, 5], 11: [4, 4, 3], 16: [4] * 4}.items():
+        chunks = Split(token_chunk=5).rows(tokens)
+        assert [chunk.stop - chunk.start for chunk in chunks] == sizes
+        assert [chunk.start for chunk in chunks] == [0, *(chunk.stop for chunk in chunks[:-1])]
 
 
 class Operators(TorchDispatchMode):
@@ -219,6 +307,10 @@ class Operators(TorchDispatchMode):
         self.names = []
         return super().__enter__()
 
+    @property
+    def products(self):
+        return sum(name.startswith(("mm", "addmm")) for name in self.names)
+
 
 @pytest.mark.parametrize(("keep", "products"), [(0, 9 + 3), (1, 9 + 2), (2, 9 + 1), (3, 9), (9, 9)])
 def test_keep_chunks_skips_recompute_of_saved_logits(keep, products):
@@ -226,7 +318,7 @@ def test_keep_chunks_skips_recompute_of_saved_logits(keep, products):
     leaves = [x.requires_grad_() for x in (hidden, weight)]
     with Operators() as seen:
         linear_dft_loss(*leaves, target, vocab_chunk=16, keep_chunks=keep).backward(upstream)
-    assert sum(name.startswith("mm") for name in seen.names) == products
+    assert seen.products == products
 
 
 def test_keep_chunks_saves_nothing_without_grad():
@@ -264,10 +356,11 @@ def test_compaction_calls_nonzero_once_with_triton(backend):
 
 
 @pytest.mark.skipif(not INTERPRETER, reason="needs Triton's interpreter; test_gpu.py covers GPUs")
-def test_triton_backend_supports_vocab_chunk():
+@pytest.mark.parametrize("chunk", [{"vocab_chunk": 20, "keep_chunks": 1}, {"token_chunk": 5}])
+def test_triton_backend_supports_chunks(chunk):
     hidden, weight, target, upstream = make_case()
     expected = truth("deft", hidden.float().double(), weight.float().double(), target, upstream)
-    options = {"objective": "deft", "vocab_chunk": 20, "keep_chunks": 1, "backend": "triton"}
+    options = {"objective": "deft", "backend": "triton", **chunk}
     ours, _, _ = result(hidden.float(), weight.float(), target, upstream.float(), **options)
     for our, right in zip(ours, expected, strict=True):
         torch.testing.assert_close(our.double(), right, rtol=1e-5, atol=1e-5)
@@ -305,6 +398,15 @@ def test_linear_dft_loss_rejects_mismatched_input(change, message):
         linear_dft_loss(*change(*make_case()[:3]))
 
 
+class Doubled(Objective):
+    """An objective of the user."""
+
+    name = "doubled"
+
+    def __call__(self, stats):
+        return 2.0 * stats.nll, torch.full_like(stats.nll, 2.0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -313,11 +415,31 @@ def test_linear_dft_loss_rejects_mismatched_input(change, message):
         ({"true_vocab_size": 49}, "true_vocab_size: expected at most 48"),
         ({"objective": "dtf"}, "unknown objective 'dtf'"),
         ({"backend": "cuda"}, "backend: expected one of auto, torch, triton"),
+        ({"token_chunk": 0, "upstream": 1.0}, "token_chunk: expected at least 1 token, got 0"),
+        ({"token_chunk": 5}, "token_chunk: requires upstream"),
+        ({"vocab_chunk": 5, "upstream": 1.0}, "vocab_chunk, keep_chunks: not used with upstream; pass token_chunk"),
+        ({"keep_chunks": 1, "upstream": 1.0}, "vocab_chunk, keep_chunks: not used with upstream; pass token_chunk"),
+        ({"upstream": torch.ones(BATCH)}, r"upstream: expected a number or the shape of the target, \(8, 3\), got"),
+        ({"objective": "cayley", "upstream": 1.0}, "upstream: objective 'cayley:floor=0.5' depends on all tokens"),
+        ({"objective": "talr:start=1", "upstream": 1.0}, "upstream: objective 'talr:start=1,ramp=0' depends on all"),
+        ({"objective": Doubled(), "upstream": 1.0}, "upstream: objective 'doubled' depends on all tokens"),
     ],
 )
 def test_linear_dft_loss_rejects_invalid_options(options, message):
     with pytest.raises(ValueError, match=message):
         linear_dft_loss(*make_case()[:3], **options)
+
+
+class Declared(Doubled):
+    per_token = True
+
+
+def test_objective_of_the_user_that_is_per_token_gets_its_gradient_in_forward():
+    hidden, weight, target, _ = make_case()
+    leaves = [x.requires_grad_() for x in (hidden, weight)]
+    expected = torch.autograd.grad(linear_dft_loss(*leaves, target, objective=Doubled()).sum(), leaves)
+    loss = linear_dft_loss(*leaves, target, objective=Declared(), upstream=1.0, token_chunk=4)
+    torch.testing.assert_close(torch.autograd.grad(loss.sum(), leaves), expected, **TOLERANCE)
 
 
 def test_invalid_target_raises_under_anomaly_detection():
@@ -328,11 +450,10 @@ def test_invalid_target_raises_under_anomaly_detection():
         linear_dft_loss(hidden, weight, target)
 
 
-@pytest.mark.parametrize("keep_chunks", [0, 1, 100])
-def test_autocast_leaves_linear_dft_loss_unchanged(keep_chunks):
+@pytest.mark.parametrize("options", [{"vocab_chunk": 5, "keep_chunks": n} for n in (0, 1, 100)] + [{"token_chunk": 5}])
+def test_autocast_leaves_linear_dft_loss_unchanged(options):
     """Matmuls keep the dtype of their arguments in forward and backward, with and without saved chunks."""
     hidden, weight, target, upstream = (x.float() if x.is_floating_point() else x for x in make_case())
-    options = {"vocab_chunk": 5, "keep_chunks": keep_chunks}
     expected = result(hidden, weight, target, upstream, **options)[0]
     with torch.autocast("cpu", torch.bfloat16):
         actual = result(hidden, weight, target, upstream, **options)[0]

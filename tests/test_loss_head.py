@@ -31,7 +31,7 @@ from megatron_dft.hosts.loss_head import Schedule
 pytest.importorskip("megatron.core")
 
 HAS_HYBRID = importlib.util.find_spec("megatron.core.models.hybrid") is not None  # with output_processor, from 0.18 on
-FROM_HIDDEN = ("dropped", "chunks", "chunks, not dropped", "chunks, kept")  # variants that start at hidden states
+FROM_HIDDEN = [name for name in VARIANTS if name not in ("not dropped", "out of place")]  # start at hidden states
 
 
 def dft(variant="dropped", **settings):
@@ -151,21 +151,23 @@ def without_labels(make, variant):
     return first, logits(), "forward" in vars(model.output_layer)
 
 
-def fused_accumulation(variant, tied, sequence_parallel):
-    """main_grad after a micro-batch, the weight gradient that autograd received, and all other gradients."""
+def fuse_accumulation(model, weight):
+    """Let the output layer add its weight gradient to main_grad, which is 0.5 from the previous micro-batch."""
     from megatron.core.tensor_parallel import layers
 
     # A PyTorch version of the CUDA extension that Megatron calls here.
     layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(
         wgrad_gemm_accum_fp32=lambda rows, gradient, main_grad: main_grad.addmm_(gradient.t(), rows)
     )
+    weight.main_grad, weight.grad_added_to_main_grad = torch.full_like(weight, 0.5), False
+    model.output_layer.gradient_accumulation_fusion = True
+
+
+def fused_accumulation(variant, tied, sequence_parallel):
+    """main_grad after a micro-batch, the weight gradient that autograd received, and all other gradients."""
     model = gpt(tied=tied, sequence_parallel=sequence_parallel)
     weight = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
-    weight.main_grad, weight.grad_added_to_main_grad = (
-        torch.full_like(weight, 0.5),
-        False,
-    )  # from the previous micro-batch
-    model.output_layer.gradient_accumulation_fusion = True
+    fuse_accumulation(model, weight)
     if variant:
         install([model], DFTConfig(loss_type="nll", **VARIANTS[variant]))
     others = {name: g for name, g in gradients(model)[1].items() if "output_layer" not in name}
@@ -200,6 +202,61 @@ def late_weight(variant):
     return gradients(model), bool(calls)
 
 
+def descriptions():
+    """How the output layer is computed with `linear_fused`, by model, and the error with `token_chunk`."""
+
+    def facts(config, **settings):
+        model = gpt(**settings)
+        text = compat.describe_output_layer(model, DFTConfig(**config, linear_fused=True))
+        return text, message(lambda: install([model], DFTConfig(**config, linear_fused=True, token_chunk=5)))
+
+    bf16 = {"bf16": True, "params_dtype": torch.bfloat16}
+    frozen = gpt(**bf16).requires_grad_(False)
+    return {
+        "default": facts({"loss_type": "dft"}),
+        "mean": facts({"loss_type": "dft"}, calculate_per_token_loss=False),
+        "cayley": facts({"loss_type": "cayley"}),
+        "bf16": facts({"loss_type": "dft"}, **bf16),
+        "bf16, frozen": compat.describe_output_layer(frozen, dft("token chunks")),
+        "requested": compat.describe_output_layer(gpt(), dft("chunks")),
+    }
+
+
+def known_upstream():
+    """Gradients with a loss scale, and errors for gradients that forward did not expect."""
+    tokens, labels, mask = batch()
+
+    def train(scale=1.0, of_scale_func=None, steps=1, fused=False, mask=mask):
+        model = gpt()
+        if fused:
+            fuse_accumulation(model, model.output_layer.weight)
+        installed = install([model], dft("token chunks"))
+        model.config.grad_scale_func = of_scale_func
+        for factor in [1.0] * (steps - 1) + [scale]:
+            (forward(model, tokens, labels, mask) * mask * factor).sum().backward()
+        return installed.bindings[0].head, model.output_layer.weight.grad
+
+    facts = {"plain": train()[1]}
+    for name, change in {"scaled": (128.0, lambda loss: loss * torch.tensor([128.0])), "half": (1.0,)}.items():
+        try:
+            facts[name] = train(*change, mask=mask * 0.5 if name == "half" else mask)[1]
+        except ValueError as error:
+            facts[name] = str(error)
+    facts["unexpected"] = message(lambda: train(0.5))
+    head, gradient = train(0.5, steps=2)  # one host-device sync in the first backward, none later
+    facts["later"] = message(head.check_tokens), gradient.norm()
+    facts["main_grad"] = train(0.5, steps=2, fused=True)[0].model.output_layer.weight.main_grad.norm()
+    head, _ = train()
+    head.check_trained()
+    forward(head.model, tokens, labels, mask)
+    facts["not used"] = message(head.check_trained)
+    head, _ = train()
+    with torch.no_grad():
+        forward(head.model, tokens, labels, mask)
+    facts["no_grad"] = message(head.check_trained)
+    return facts
+
+
 def on_ranks():
     start()
     facts = refusals() | {"host": gradients(gpt())}
@@ -211,6 +268,8 @@ def on_ranks():
         facts["main_grad", tied, split, variant] = fused_accumulation(variant, tied, split)
     for variant in FROM_HIDDEN:
         facts["late", variant] = late_weight(variant)
+    facts["descriptions"] = descriptions()
+    facts["known upstream"] = known_upstream()
     return facts
 
 
@@ -294,6 +353,47 @@ def test_output_layer_pre_hooks_run_before_weight_is_read(facts, variant):
         assert called
         same(loss, rank["host"][0] * batch()[2], 2e-5)
         same(gradient, rank["host"][1], 2e-5)
+
+
+BY_COLUMN = {
+    "mean": "without --calculate-per-token-loss the gradient of the loss is not known in forward",
+    "cayley": "cayley:floor=0.5 depends on all tokens of a batch",
+    "bf16": "without gradient accumulation fusion the weight gradient would need an fp32 buffer",
+}
+
+
+def test_linear_fused_computes_gradient_in_forward_where_possible(facts):
+    texts = facts[0]["descriptions"]
+    assert texts["default"] == (
+        "masked tokens skip the output layer; linear-fused, gradient in forward, 2048 tokens per chunk",
+        "no error",
+    )
+    assert texts["bf16, frozen"].endswith("; linear-fused, gradient in forward, 5 tokens per chunk")
+    assert texts["requested"].endswith("; linear-fused, 7 columns per chunk: as requested")
+    for name, reason in BY_COLUMN.items():
+        description, error = texts[name]
+        assert description.endswith(f"; linear-fused, 8192 columns per chunk: {reason}")
+        assert error.startswith("--dft-token-chunk requires gradients") and f"{reason}; use --dft-vocab" in error
+
+
+@pytest.mark.parametrize(("name", "factor"), [("scaled", 128.0), ("half", 0.5)])
+def test_gradient_in_forward_contains_loss_scale_and_loss_mask(facts, name, factor):
+    for rank in facts:
+        torch.testing.assert_close(rank["known upstream"][name], factor * rank["known upstream"]["plain"])
+
+
+def test_unexpected_upstream_raises_with_its_reason(facts):
+    for rank in facts:
+        found = rank["known upstream"]
+        reason = "--dft-linear-fused: the loss received another gradient than calculate_per_token_loss implies"
+        assert found["unexpected"].startswith(reason) and found["later"][0].startswith(reason)
+        assert found["later"][1].isnan() and found["main_grad"].isnan()
+
+
+def test_forward_whose_gradient_is_not_used_raises(facts):
+    reason = "2 forward passes computed gradients, and 1 backward passes used them; call the model under torch.no_grad"
+    found = facts[0]["known upstream"]
+    assert reason in found["not used"] and found["no_grad"] == "no error"
 
 
 def test_schedule_updates_blend_tensor_in_place():

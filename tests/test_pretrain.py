@@ -67,6 +67,9 @@ def test_parallel_layout_matches_one_rank(chat, checkpoint, ranks, layout):
         (1, "--no-dft-compact-masked-tokens"),
         (2, "--dft-linear-fused --dft-vocab-chunk 50 --tensor-model-parallel-size 2 --sequence-parallel"),
         (2, "--dft-linear-fused --dft-vocab-chunk 50 --context-parallel-size 2"),
+        (1, "--dft-linear-fused --dft-token-chunk 30"),
+        (2, "--dft-linear-fused --dft-token-chunk 30 --tensor-model-parallel-size 2 --sequence-parallel"),
+        (2, "--dft-linear-fused --dft-token-chunk 30 --context-parallel-size 2"),
     ],
 )
 def test_compaction_and_linear_fused_leave_curves_unchanged(chat, checkpoint, ranks, flags):
@@ -201,7 +204,19 @@ def test_log_describes_replaced_loss_once(chat):
     ("flags", "line"),
     [
         ("--no-dft-compact-masked-tokens", "masked tokens pass through the output layer, as requested\n"),
-        ("--dft-linear-fused", "masked tokens skip the output layer; linear-fused, 8192 columns per chunk"),
+        (
+            "--calculate-per-token-loss --dft-linear-fused",
+            "masked tokens skip the output layer; linear-fused, gradient in forward, 2048 tokens per chunk\n",
+        ),
+        (
+            "--calculate-per-token-loss --dft-linear-fused --dft-vocab-chunk 50",
+            "masked tokens skip the output layer; linear-fused, 50 columns per chunk: as requested\n",
+        ),
+        (
+            "--dft-linear-fused",
+            "masked tokens skip the output layer; linear-fused, 8192 columns per chunk: without "
+            "--calculate-per-token-loss the gradient of the loss is not known in forward\n",
+        ),
     ],
 )
 def test_log_describes_compaction_and_linear_fused(chat, flags, line):

@@ -92,12 +92,14 @@ def test_loss_and_gradient_match_formula(specification):
     logits, target, upstream = case
     hidden, weight = logits.flatten(0, 1), torch.eye(12, dtype=torch.float64)
 
-    def linear(x, t):
-        return linear_dft_loss(x, weight, t, objective=specification, vocab_chunk=5)
+    for chunk in ({"vocab_chunk": 5}, {"token_chunk": 5, "upstream": upstream.flatten()}):
 
-    loss, gradient = run(linear, hidden, target.flatten(), upstream.flatten())
-    torch.testing.assert_close(loss.view(6, 4), expected[0], **TOLERANCE)
-    torch.testing.assert_close(gradient.view(6, 4, 12), expected[1], **TOLERANCE)
+        def linear(x, t, chunk=chunk):
+            return linear_dft_loss(x, weight, t, objective=specification, **chunk)
+
+        loss, gradient = run(linear, hidden, target.flatten(), upstream.flatten())
+        torch.testing.assert_close(loss.view(6, 4), expected[0], **TOLERANCE)
+        torch.testing.assert_close(gradient.view(6, 4, 12), expected[1], **TOLERANCE)
 
 
 def loss_of(logits, target, specification, **options):

@@ -54,7 +54,7 @@ def trained(config):
     """Gradients after two micro-batches of Megatron's schedule, divided as Megatron divides them; report; divisor."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    model, divisors = gpt(calculate_per_token_loss=True), []
+    model, divisors = gpt(), []
     model.config.finalize_model_grads_func = lambda chunks, num_tokens, **_: divisors.append(num_tokens.item())
 
     def forward_step(data_iterator, model):
@@ -109,6 +109,8 @@ def on_a_rank(reduction, weighted, variant):
         ("sample", True, "not dropped"),
         ("square-root", False, "chunks, kept"),
         ("square-root", True, "dropped"),
+        ("token", True, "token chunks, not dropped"),
+        ("sample", True, "token chunks"),
     ],
 )
 def test_gradient_is_mean_of_the_reduction(reduction, weighted, variant, ranks):
@@ -140,7 +142,7 @@ def test_ignore_masked_keeps_counts():
 
 def micro_batch(config, make):
     """Forward pass and loss_func of a micro-batch whose labels are `make(labels)`."""
-    model = gpt(calculate_per_token_loss=True)
+    model = gpt()
     install([model], config)
 
     def forward_step(data_iterator, model):
@@ -164,7 +166,7 @@ def messages():
         return torch.stack([with_conversations(row, offsets, "sample", 5) for row in labels])
 
     def alone():
-        forward(install([gpt(calculate_per_token_loss=True)], sample).chunks[0], *batch())
+        forward(install([gpt()], sample).chunks[0], *batch())
 
     return {
         "no weight": message(lambda: micro_batch(weights, torch.clone)),
@@ -174,7 +176,7 @@ def messages():
         "unused": message(lambda: micro_batch(DFTConfig("dft"), half)),
         "used": message(lambda: micro_batch(weights, half)),
         "no with_metrics": message(alone),
-        "per micro-batch": message(lambda: install([gpt()], sample)),
+        "per micro-batch": message(lambda: install([gpt(calculate_per_token_loss=False)], sample)),
     }
 
 
@@ -350,6 +352,7 @@ def curves(host, flags, file="weighted", **kwargs):
         (2, "--context-parallel-size 2"),
         (2, ""),
         (2, "--dft-linear-fused --dft-vocab-chunk 100"),
+        (2, "--dft-linear-fused --dft-token-chunk 60"),
         (4, "--context-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel"),
     ],
 )

@@ -5,7 +5,7 @@ import torch
 SEQUENCE, BATCH, VOCAB = 8, 3, 64  # s != b, so that swapping [s, b] and [b, s] fails
 
 # Settings with equal results: masked tokens removed before the output layer (the default) or not, the output layer in
-# chunks or not.
+# chunks of the vocabulary, in chunks of tokens (with the gradient in forward), or neither.
 VARIANTS = {
     "dropped": {},
     "not dropped": {"compact_masked_tokens": False},
@@ -13,6 +13,8 @@ VARIANTS = {
     "chunks": {"linear_fused": True, "vocab_chunk": 7},
     "chunks, not dropped": {"linear_fused": True, "vocab_chunk": 1000, "compact_masked_tokens": False},
     "chunks, kept": {"linear_fused": True, "vocab_chunk": 10, "keep_chunks": 2},
+    "token chunks": {"linear_fused": True, "token_chunk": 5},
+    "token chunks, not dropped": {"linear_fused": True, "token_chunk": 7, "compact_masked_tokens": False},
 }
 
 
@@ -31,7 +33,7 @@ def transformer_config(**settings):
     """A tiny configuration without CUDA-only kernels."""
     from megatron.core.transformer import TransformerConfig
 
-    tiny = {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2}
+    tiny = {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "calculate_per_token_loss": True}
     return TransformerConfig(
         **{"tensor_model_parallel_size": torch.distributed.get_world_size(), **tiny, **settings},
         hidden_dropout=0.0,
@@ -115,9 +117,9 @@ def dft_line(ce):
 def gradients(model, transform=lambda loss: loss, **replaced):
     tokens, labels, loss_mask = batch()
     labels, loss_mask = replaced.get("labels", labels), replaced.get("loss_mask", loss_mask)
+    loss_mask = loss_mask * torch.linspace(0.5, 1.5, BATCH * SEQUENCE).view(BATCH, SEQUENCE)
     output = forward(model, tokens, labels, loss_mask)
-    upstream = torch.linspace(0.5, 1.5, BATCH * SEQUENCE).view(BATCH, SEQUENCE)
-    (transform(output) * loss_mask * upstream).sum().backward()
+    (transform(output) * loss_mask).sum().backward()
     return output.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_dft.config import DFTConfig
-from megatron_dft.ops.stats import MEDIAN
+from megatron_dft.ops.stats import MEDIAN, accumulation_dtype
 
 LOSS = "compute_language_model_loss"  # what `install` binds on a model
 KNOWN_HOSTS = "use Megatron-LM or megatron-core 0.17 to 0.19, or a megatron_dft that supports yours"
@@ -129,6 +129,12 @@ def check_model(model: Any, config: DFTConfig) -> None:
         obstacle = _obstacle(model) or _obstacle_to_chunks(model)
         if obstacle:
             raise ValueError(f"--dft-linear-fused is not supported with {obstacle}; remove the flag")
+        obstacle = obstacle_to_gradient_in_forward(model, config)
+        if config.token_chunk is not None and obstacle:
+            raise ValueError(
+                f"--dft-token-chunk requires gradients that are computed in forward. Not possible here: {obstacle}; "
+                "use --dft-vocab-chunk"
+            )
 
 
 def compacts(model: Any, config: DFTConfig) -> bool:
@@ -154,13 +160,37 @@ def compaction_obstacle(model: Any) -> str | None:
 
 def describe_output_layer(model: Any, config: DFTConfig) -> str:
     """Log line: whether masked tokens skip the output layer of this model, and why."""
-    chunk = config.split().vocab_chunk
-    fused = f"; linear-fused, {chunk} columns per chunk" if config.linear_fused else ""
+    fused = _describe_chunks(model, config) if config.linear_fused else ""
     if compacts(model, config):
         return f"masked tokens skip the output layer{fused}"
     requested = config.compact_masked_tokens is False
     reason = "as requested" if requested else f"because of {compaction_obstacle(model)}"
     return f"masked tokens pass through the output layer, {reason}{fused}"
+
+
+def _describe_chunks(model: Any, config: DFTConfig) -> str:
+    split, obstacle = config.split(), obstacle_to_gradient_in_forward(model, config)
+    if obstacle is None:
+        return f"; linear-fused, gradient in forward, {split.token_chunk} tokens per chunk"
+    return f"; linear-fused, {split.vocab_chunk} columns per chunk: {obstacle}"
+
+
+def obstacle_to_gradient_in_forward(model: Any, config: DFTConfig) -> str | None:
+    """Why linear_fused cannot compute gradients in forward, in chunks of tokens; None: it does.
+
+    In forward the upstream gradient has to be known, and the weight gradient needs an fp32 buffer that exists anyway.
+    """
+    if config.vocab_chunk is not None or config.keep_chunks:
+        return "as requested"
+    if not getattr(model.config, "calculate_per_token_loss", False):
+        return "without --calculate-per-token-loss the gradient of the loss is not known in forward"
+    if not config.objective.per_token:
+        return f"{config.objective} depends on all tokens of a batch"
+    weight = _output_weight(model)
+    fused = model.output_layer.gradient_accumulation_fusion
+    if weight.requires_grad and not fused and weight.dtype != accumulation_dtype(weight):
+        return "without gradient accumulation fusion the weight gradient would need an fp32 buffer"
+    return None
 
 
 def check_forward(model: Any, given: Mapping[str, Any]) -> None:
@@ -355,10 +385,16 @@ def _plain_forwards(column_parallel_linear: Any) -> tuple[Any, ...]:
     return column_parallel_linear.forward, LinearCrossEntropyModule.forward
 
 
+def _output_weight(model: Any) -> Tensor:
+    """The weight of the output layer, its own or that of tied embeddings."""
+    weight = model.output_layer.weight
+    return model.shared_embedding_or_output_weight() if weight is None else weight
+
+
 def _obstacle_to_chunks(model: Any) -> str | None:
     """Why the output layer of this model cannot be computed in chunks of the vocabulary; None: it can."""
     layer = model.output_layer
-    weight = model.shared_embedding_or_output_weight() if layer.weight is None else layer.weight
+    weight = _output_weight(model)
     if layer._forward_hooks:
         return "forward hooks on the output layer (adapters, quantization, logging), which require logits"
     if type(weight.data) is not Tensor or not weight.is_floating_point() or weight.element_size() < 2:

@@ -12,7 +12,8 @@ reach this loss.
 The output layer stays Megatron's own module. For compaction it is called, on fewer rows. Under sequence parallelism
 its input is gathered first, so its linear function is called without the layer's own gather. For linear_fused its
 weight is used by linear_fused.py. The forward pre-hooks of the layer always run, because they may gather the weight
-(DDP's overlapped parameter gather). `main_grad` receives the weight gradient, as from the layer itself.
+(DDP's overlapped parameter gather). `main_grad` receives the weight gradient, as from the layer itself; in forward, if
+the upstream gradient is known there (`compat.obstacle_to_gradient_in_forward`, `_expected_upstream`).
 
 `start` and `take` surround a forward pass. `take` returns the statistics of its tokens as a `MicroBatch`.
 """
@@ -39,7 +40,7 @@ from megatron_dft.labels import (
 )
 from megatron_dft.metrics import TokenBatch
 from megatron_dft.ops.compaction import gather_sequence, loss_all_tokens, loss_valid_tokens
-from megatron_dft.ops.linear_fused import Split, WeightGradient, linear_loss_and_stats
+from megatron_dft.ops.linear_fused import VOCAB_CHUNK, Split, WeightGradient, differs, linear_loss_and_stats
 from megatron_dft.ops.objectives import Blended, Objective, Scheduled
 from megatron_dft.ops.stats import MEDIAN, TokenStats
 from megatron_dft.ops.vocab_parallel import LossOptions, loss_and_stats
@@ -143,6 +144,8 @@ class LossHead:
         self.options = config.options(compat.tp_group(model), **groups)
         self.compact = compat.compacts(model, config)
         self.split = config.split() if config.linear_fused else None
+        self.in_forward = self.split is not None and compat.obstacle_to_gradient_in_forward(model, config) is None
+        self.verified = False  # whether the first backward received the expected upstream gradient
         self.channels = len(config.metric_spec.channels)
         self.of_reference, self.weighted, self.reduction = config.of_reference, config.weighted, config.reduction
         self.by_conversation = config.by_conversation
@@ -152,7 +155,7 @@ class LossHead:
         self._bypassed: list[Tensor | None] = []  # the weight, if hidden states arrive instead of logits
         self.computed, self.trained = 0, 0  # losses with a graph, and those that received a gradient
         self.counted: Tensor | None = None  # whether a loss mask counted a token that has no loss
-        self.missing: dict[str, Tensor] = {}  # error messages, and whether a label lacks what is configured
+        self.errors: dict[str, Tensor] = {}  # error messages, and whether they apply, on the device
         self._recording = False
         self._micro_batches: list[MicroBatch] = []
 
@@ -227,8 +230,12 @@ class LossHead:
         if loss_mask is not None:
             excluded = loss_mask.reshape(values.shape) == 0.0
             values, missing = values.masked_fill(missing & excluded, 1.0), missing & ~excluded
-        self.missing[message] = self.missing.get(message, False) | missing.any()
+        self._note(message, missing.any())
         return values
+
+    def _note(self, message: str, applies: Tensor) -> None:
+        """Record an error on the device, for `check_tokens`."""
+        self.errors[message] = self.errors.get(message, False) | applies
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """labels [b, s], logits [s, b, V/tp], or hidden states after `bypass` -> NLL [b, s]."""
@@ -278,16 +285,49 @@ class LossHead:
         if layer.sequence_parallel:
             hidden = gather_sequence(hidden, self.options.tp_group)
 
-        def of_rows(rows: Tensor, target: Tensor) -> tuple[Tensor, TokenStats]:
+        def of_rows(rows: Tensor, target: Tensor, upstream: Tensor | None = None) -> tuple[Tensor, TokenStats]:
             if self.split is None:
                 return self._materialized(layer, rows, weight, target)
-            return self._chunked(layer, rows, weight, target, self.split)
+            return self._chunked(layer, rows, weight, target, upstream, self.split)
 
         inputs = self._inputs_of(labels)
         target = self._target(inputs)
+        upstream = (self._expected_upstream(inputs),) if self.in_forward and torch.is_grad_enabled() else ()
         compute = loss_valid_tokens if self.compact else loss_all_tokens
-        loss, stats, rows = compute(of_rows, hidden.flatten(0, 1), target.view(-1), self.options.ignore_index)
-        return self._finish(loss.view(target.shape), stats, rows, inputs)
+        loss, stats, rows = compute(
+            of_rows,
+            hidden.flatten(0, 1),
+            *(x.view(-1) for x in (target, *upstream)),
+            ignore_index=self.options.ignore_index,
+        )
+        loss = loss.view(target.shape)
+        if upstream and loss.requires_grad:
+            valid = target != self.options.ignore_index
+            loss.register_hook(lambda gradient: self._check_upstream(gradient, *upstream, valid))
+        return self._finish(loss, stats, rows, inputs)
+
+    def _expected_upstream(self, inputs: Inputs) -> Tensor:
+        """[s, b] gradient of the loss under calculate_per_token_loss: loss scale x loss mask x weight."""
+        scale = torch.ones(1, device=inputs.labels.device)
+        if self.model.config.grad_scale_func is not None:
+            scale = self.model.config.grad_scale_func(scale).to(scale)
+        upstream = scale.view(()).expand(inputs.labels.shape)
+        for factor in (inputs.loss_mask, inputs.weight):
+            if factor is not None:
+                upstream = upstream * factor.reshape(upstream.shape)
+        return upstream.transpose(0, 1).contiguous()
+
+    def _check_upstream(self, gradient: Tensor, expected: Tensor, valid: Tensor) -> None:
+        """Raises ValueError for an unexpected upstream gradient in the first backward; later `check_tokens` does."""
+        self._note(
+            "--dft-linear-fused: the loss received another gradient than calculate_per_token_loss implies, loss scale "
+            "x loss mask, with which forward computed the gradients; return the sum over the loss mask from loss_func, "
+            f"or add --dft-vocab-chunk {VOCAB_CHUNK}, which computes the gradients in backward",
+            differs(gradient, expected, valid),
+        )
+        if not (self.verified or (gradient.is_cuda and torch.cuda.is_current_stream_capturing())):
+            self.verified = True
+            self.check_tokens()
 
     def _inputs_of(self, labels: Tensor) -> Inputs:
         """The arguments of the forward pass, if these are its labels."""
@@ -321,7 +361,13 @@ class LossHead:
         return replace(self.options, objective=self.schedule.objective(device))
 
     def _chunked(
-        self, layer: Any, rows: Tensor, weight: Tensor | None, target: Tensor, split: Split
+        self,
+        layer: Any,
+        rows: Tensor,
+        weight: Tensor | None,
+        target: Tensor,
+        upstream: Tensor | None,
+        split: Split,
     ) -> tuple[Tensor, TokenStats]:
         into = MainGrad if layer.gradient_accumulation_fusion else WeightGradient
         rows, weight = _after_pre_hooks(layer, rows, weight)
@@ -331,6 +377,7 @@ class LossHead:
             target=target,
             options=self._options(rows.device),
             split=split,
+            upstream=upstream,
             weight_gradient=into,
         )
 
@@ -359,12 +406,13 @@ class LossHead:
         self.counted = any_token if self.counted is None else self.counted | any_token
 
     def check_tokens(self) -> None:
-        """Raises ValueError if a loss mask counted a token that has no loss, or a label has no reference or weight.
+        """Raises ValueError for errors that were recorded on the device.
 
-        One host-device sync for each of them.
+        A loss mask counted a token that has no loss. A label has no reference or weight. The loss received another
+        gradient than expected. One host-device sync for each of them.
         """
-        for message, missing in self.missing.items():
-            if missing:
+        for message, applies in self.errors.items():
+            if applies:
                 raise ValueError(message)
         if self.counted is not None and self.counted:
             raise ValueError(
@@ -379,6 +427,12 @@ class LossHead:
                 f"{type(self.model).__name__}: its loss was computed in {self.computed} forward passes and received a "
                 f"gradient in {self.trained}; forward_step trains on another loss: return the model's output, or omit "
                 "--loss-type"
+            )
+        if self.in_forward and self.computed != self.trained:
+            raise ValueError(
+                f"--dft-linear-fused: {self.computed} forward passes computed gradients, and {self.trained} backward "
+                "passes used them; call the model under torch.no_grad() where it does not train, or add "
+                f"--dft-vocab-chunk {VOCAB_CHUNK}, which computes the gradients in backward"
             )
 
 
@@ -399,7 +453,7 @@ class _Weighted(torch.autograd.Function):
 class MainGrad(WeightGradient):
     """Megatron's gradient accumulation fusion: adds to `weight.main_grad`, which DDP reduces."""
 
-    def __init__(self, weight: Any) -> None:
+    def __init__(self, weight: Any, summed: bool) -> None:
         from megatron.core.tensor_parallel import layers
 
         kernels: Any = layers.fused_weight_gradient_mlp_cuda
@@ -409,6 +463,9 @@ class MainGrad(WeightGradient):
 
     def add(self, columns: slice, gradient: Tensor, hidden: Tensor) -> None:
         self.accumulate(hidden, gradient, self.weight.main_grad[columns])
+
+    def multiply(self, factor: Tensor) -> None:
+        self.weight.main_grad[:1].mul_(factor)
 
     def result(self) -> Tensor | None:
         """None, or a dummy gradient that makes autograd run DDP's hook; the hook does not add it."""

@@ -62,6 +62,7 @@ class DFTCallback(Callback, io.IOMixin):
         inplace_backward: bool = True,
         compact_masked_tokens: Optional[bool] = None,  # noqa: UP045
         linear_fused: bool = False,
+        token_chunk: Optional[int] = None,  # noqa: UP045
         vocab_chunk: Optional[int] = None,  # noqa: UP045
         keep_chunks: int = 0,
         weights: bool = False,

@@ -25,13 +25,14 @@ from torch.distributed import ProcessGroup
 
 from megatron_dft.ops.stats import TokenStats
 
-LossAndStats = Callable[[Tensor, Tensor], tuple[Tensor, TokenStats]]  # (hidden [n, H], target [n]) -> loss [n]
+LossAndStats = Callable[..., tuple[Tensor, TokenStats]]  # (hidden [n, H], target [n], *others [n]) -> loss [n]
 
 
 def loss_valid_tokens(
     loss_and_stats: LossAndStats,
     hidden: Tensor,  # [N, H]
     target: Tensor,  # [N]
+    *others: Tensor,  # [N], further arguments of loss_and_stats
     ignore_index: int,
 ) -> tuple[Tensor, TokenStats, Tensor | None]:
     """Loss without the masked tokens: loss [N], statistics of the valid tokens [n], and their positions [n].
@@ -40,8 +41,8 @@ def loss_valid_tokens(
     """
     rows = _valid_rows(target, ignore_index)
     if len(rows) == len(target):
-        return loss_all_tokens(loss_and_stats, hidden, target, ignore_index)
-    loss, stats = loss_and_stats(_Select.apply(hidden, rows), target[rows])
+        return loss_all_tokens(loss_and_stats, hidden, target, *others, ignore_index=ignore_index)
+    loss, stats = loss_and_stats(_Select.apply(hidden, rows), target[rows], *(x[rows] for x in others))
     return loss.new_zeros(len(target)).index_copy(0, rows, loss), stats, rows
 
 
@@ -49,10 +50,11 @@ def loss_all_tokens(
     loss_and_stats: LossAndStats,
     hidden: Tensor,  # [N, H]
     target: Tensor,  # [N]
+    *others: Tensor,  # [N]
     ignore_index: int,
 ) -> tuple[Tensor, TokenStats, None]:
     """The same result from all tokens, without compaction and without a host-device sync."""
-    return *loss_and_stats(hidden, target), None
+    return *loss_and_stats(hidden, target, *others), None
 
 
 def gather_sequence(

@@ -50,13 +50,15 @@ class Objective:
     formula: ClassVar[tuple[str, str]] = ("", "")  # loss and gate, for tables
     needs: ClassVar[frozenset[str]] = frozenset()  # statistics beyond the target's log-probability
     by_value: ClassVar[bool] = False  # whether objectives with equal fields are equal; False for classes of the user
+    per_token: ClassVar[bool] = False  # whether loss and gate of a token depend on that token alone; likewise
 
     def __call__(self, stats: TokenStats) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
     def __init_subclass__(cls) -> None:
-        if "by_value" not in vars(cls):
-            cls.by_value = cls.__module__ == __name__
+        for name in ("by_value", "per_token"):
+            if name not in vars(cls):
+                setattr(cls, name, cls.__module__ == __name__)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Objective:
         self = super().__new__(cls)
@@ -217,6 +219,7 @@ class Cayley(Power):
 
     name = "cayley"
     formula = ("(1 - p^a) / a, a from p and its mean, detached", "p^a")
+    per_token = False
     floor: float = 0.5
 
     def __post_init__(self) -> None:
@@ -389,6 +392,7 @@ class TALR(Reweighted):
     name = "talr"
     formula = ("sg(p^(1/tau)) l, tau: median of l", "p^(1/tau)")
     needs = frozenset({MEDIAN})
+    per_token = False
 
     def weight(self, stats: TokenStats) -> Tensor:
         return torch.exp(stats.logprob / stats.median_nll.clamp(min=FP32.tiny))
@@ -495,6 +499,10 @@ class Scheduled(Objective):
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         return self.base.needs
 
+    @property
+    def per_token(self) -> bool:  # type: ignore[override]
+        return self.base.per_token
+
     def blend_at(self, iteration: int) -> float:
         """b of a training iteration 1, 2, ..."""
         return min(max((iteration - self.start) / max(self.ramp, 1), 0.0), 1.0)
@@ -537,6 +545,10 @@ class Blended(Objective):
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         return self.schedule.needs
+
+    @property
+    def per_token(self) -> bool:  # type: ignore[override]
+        return self.schedule.per_token
 
     def clipped(self, stats: TokenStats) -> Tensor | None:
         return self.base.clipped(stats)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -225,38 +225,27 @@ def loss_backward(
     return out.view(logits.shape)
 
 
+STATS = ("logprob", "valid", "top1", "entropy", "collision", "reference", "loss", "gate")
+
+
 def pack_stats(ctx, stats: TokenStats) -> tuple[Tensor | None, ...]:
     """The tensors of `stats` as non-differentiable outputs of an autograd function."""
     ctx.set_materialize_grads(False)  # no zeros as their gradients
-    packed = (
-        stats.logprob,
-        stats.valid,
-        stats.top1,
-        stats.entropy,
-        stats.collision,
-        stats.reference,
-        stats.loss,
-        stats.gate,
-    )
+    packed = tuple(getattr(stats, name) for name in STATS)
     ctx.mark_non_differentiable(*(x for x in packed if x is not None))
     return packed
 
 
-def unpack_stats(packed: Sequence[Tensor | None], vocab_size: int) -> TokenStats:
+def join_stats(parts: Sequence[TokenStats]) -> TokenStats:
+    """Statistics of several chunks of tokens, concatenated."""
+    columns = ([getattr(part, name) for part in parts] for name in STATS)
+    return unpack_stats([None if x[0] is None else torch.cat(x) for x in columns], parts[0].vocab_size)
+
+
+def unpack_stats(packed: Sequence[Tensor | None], vocab_size: int | None) -> TokenStats:
     """The inverse of `pack_stats`."""
-    logprob, valid, top1, entropy, collision, reference, loss, gate = packed
-    assert logprob is not None and valid is not None
-    return TokenStats(
-        logprob=logprob,
-        valid=valid,
-        top1=top1,
-        entropy=entropy,
-        collision=collision,
-        vocab_size=vocab_size,
-        reference=reference,
-        loss=loss,
-        gate=gate,
-    )
+    tensors: dict[str, Any] = dict(zip(STATS, packed, strict=True))
+    return TokenStats(**tensors, vocab_size=vocab_size)
 
 
 def _all_gather(sums: Tensor, group: ProcessGroup | None) -> Tensor:

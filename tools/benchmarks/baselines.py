@@ -121,7 +121,7 @@ def torch_cross_entropy() -> Loss:
 class MainGrad(WeightGradient):
     """Add the weight gradient to `weight.main_grad`, as Megatron's gradient accumulation fusion does."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, summed: bool) -> None:
         self.total = weight.main_grad  # type: ignore[attr-defined]
 
     def add(self, columns: slice, gradient: Tensor, hidden: Tensor) -> None:
@@ -152,10 +152,10 @@ def ours_from_hidden(compact: bool, chunks: bool) -> Callable[[], Head]:
 
         def of_rows(rows: Tensor, target: Tensor):
             if chunks:
-                return linear_loss_and_stats(rows, weight, target, options, Split(), MainGrad)
+                return linear_loss_and_stats(rows, weight, target, options, Split(), weight_gradient=MainGrad)
             return loss_and_stats(megatron_linear(rows, weight, group), target, options)
 
-        return (loss_valid_tokens if compact else loss_all_tokens)(of_rows, hidden, target, -100)[0]
+        return (loss_valid_tokens if compact else loss_all_tokens)(of_rows, hidden, target, ignore_index=-100)[0]
 
     return lambda: head
 
