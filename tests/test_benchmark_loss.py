@@ -1,12 +1,17 @@
 """The benchmark of the loss: its rows, its correctness gate, and the README tables that are made from them."""
 
 import csv
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+from megatron_dft import linear_dft_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / "tools" / "benchmarks"
@@ -29,9 +34,14 @@ def rows(tmp_path_factory):
     path = tmp_path_factory.mktemp("benchmark") / "cpu.csv"
     extra = "wrong = lambda x, t, group: baselines.ours('dft')()(x, t, group) * 1.2\n"
     extra += "def missing(): raise ImportError('no such thing')\n"
+    extra += "def broken(): raise TypeError('no such type')\n"
     extra += "baselines.IMPLEMENTATIONS |= {'a wrong baseline': lambda: wrong, 'a missing baseline': missing}\n"
-    extra += "wrong_head = lambda h, w, t, group: baselines.ours_from_hidden(True, True)()(h * 1.1, w, t, group)\n"
-    extra += "baselines.HEADS |= {'a wrong head, a baseline': lambda: wrong_head}"
+    extra += "baselines.IMPLEMENTATIONS |= {'a broken baseline': broken}\n"
+    extra += "dft = baselines.ours_from_hidden(True, True)()\n"
+    extra += "wrong_head = lambda h, w, t, group: dft(h * 1.1, w, t, group)\n"
+    extra += "nll = lambda h, w, t, group: baselines.F.cross_entropy(h @ w.t(), t, reduction='none')\n"
+    extra += "heads = {'a wrong head': wrong_head, 'NLL': nll, 'NLL (NLL)': nll, 'DFT (NLL)': dft}\n"
+    extra += "baselines.HEADS |= {f'baseline {name}': lambda head=head: head for name, head in heads.items()}"
     out = run(extra, "--only", *OURS, "Megatron unfused", "Megatron:", "F.", "baseline", "--out", path)
     assert out.returncode == 0, out.stderr
     with open(path, newline="") as file:
@@ -58,10 +68,12 @@ def test_benchmark_measures_every_combination_and_records_conditions(rows):
 @pytest.mark.slow
 def test_benchmark_measures_output_layer_with_loss(rows):
     heads = [row for row in rows if row["hidden"]]
-    ours = {"masked tokens removed", "masked tokens removed, linear-fused", "linear-fused", "materialized logits"}
-    names = {f"ours: {variant}" for variant in ours} | {"Megatron: output layer, unfused", "F.linear_cross_entropy"}
+    chunks = {f"{prefix}linear-fused" for prefix in ("", "masked tokens removed, ")}
+    ours = {"masked tokens removed", "materialized logits", *chunks, *(f"{x}, gradient in forward" for x in chunks)}
+    names = {f"ours: {variant}" for variant in ours}
+    names |= {"Megatron: output layer, unfused", "F.linear_cross_entropy", "baseline NLL (NLL)"}
     expected = {(name, hidden, masked) for name in names for hidden in ("16", "32") for masked in ("0.0", "0.7")}
-    assert {(row["implementation"], row["hidden"], row["masked"]) for row in heads} == expected and len(heads) == 24
+    assert {(row["implementation"], row["hidden"], row["masked"]) for row in heads} == expected and len(heads) == 36
     for row in heads:
         assert (row["tokens"], row["dtype"], row["repetitions"], row["vocab"]) == ("64", "float32", "2", "300")
         assert float(row["total_ms"]) > 0.0 and float(row["gradient_error"]) < 1e-4
@@ -81,12 +93,17 @@ def test_benchmark_notes_wrong_and_missing_baselines(rows):
     assert set(notes) == {
         "a wrong baseline",
         "a missing baseline",
-        "a wrong head, a baseline",
+        "a broken baseline",
+        "baseline a wrong head",
+        "baseline NLL",
+        "baseline DFT (NLL)",
         "F.linear_cross_entropy, chunked",
     }
     assert "relative error of the gradient 2.0e-01" in notes["a wrong baseline"]
-    assert "wrong: relative error of the gradient" in notes["a wrong head, a baseline"]
+    for name in ("a wrong head", "NLL", "DFT (NLL)"):
+        assert "wrong: relative error of the gradient" in notes[f"baseline {name}"]
     assert "no such thing" in notes["a missing baseline"]
+    assert notes["a broken baseline"] == "failed to import: TypeError: no such type"
     assert all(float(row["gradient_error"]) < 0.05 for row in rows if not row["note"])
 
 
@@ -99,13 +116,56 @@ def test_benchmark_times_nothing_if_correctness_gate_fails(tmp_path):
     assert not (tmp_path / "none.csv").exists()
 
 
-def report():
+def tool(name):
     sys.path.insert(0, str(TOOLS))
     try:
-        import report
+        return importlib.import_module(name)
     finally:
         sys.path.remove(str(TOOLS))
-    return report
+
+
+def report():
+    return tool("report")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda known: known.trl_from_hidden(compact=False), id="TRL on a CPU"),
+        pytest.param(lambda known: known.trl_from_hidden(compact=True), id="TRL on a GPU"),
+        pytest.param(lambda known: known.liger_scaled_from_hidden, id="Liger scaled linear, PyTorch"),
+        pytest.param(lambda known: known.torch_from_hidden(chunks=False), id="F.linear_cross_entropy"),
+    ],
+)
+def test_head_on_cpu_matches_linear_dft_loss(make):
+    try:
+        head = make(tool("baselines"))()
+    except ImportError as error:
+        pytest.skip(str(error))
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 16, generator=generator, requires_grad=True) for n in (24, 48))
+    target = torch.randint(48, (24,), generator=generator)
+    target[:7] = target[20] = -100
+    upstream = torch.rand(24, generator=generator)
+    loss = head(hidden, weight, target, SimpleNamespace(size=lambda: 1))
+    ours = linear_dft_loss(hidden, weight, target)
+    torch.testing.assert_close(loss, ours, rtol=1e-5, atol=1e-7)
+    gradients = [torch.autograd.grad(x, (hidden, weight), upstream) for x in (loss, ours)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_baseline_imports_its_package_in_make(monkeypatch):
+    known = tool("baselines")
+    for package in ("quack", "liger_kernel", "cut_cross_entropy"):
+        for module in [name for name in sys.modules if name.partition(".")[0] == package]:
+            monkeypatch.delitem(sys.modules, module)
+        monkeypatch.setitem(sys.modules, package, None)  # not installed
+    makes = known.IMPLEMENTATIONS | known.HEADS
+    names = [name for name in makes if name.startswith(("quack", "Liger", "cut"))]
+    assert len(names) == 8 and set(names) <= set(known.NOT_ON_A_CPU)
+    for name in names:
+        with pytest.raises(ImportError):
+            makes[name]()
 
 
 def test_benchmark_pages_match_results():

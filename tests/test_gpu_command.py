@@ -46,6 +46,23 @@ def test_gpu_command_reports_parts_without_time_left(parts, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == ["works     not run: no time left"]
 
 
+def test_gpu_command_reports_unavailable_parts_and_passes(parts, tmp_path, capsys):
+    parts["last"] = gpu.Part(["-c", "raise SystemExit(3)"], 60, lambda: "no such package")
+    assert gpu.main(["--out", str(tmp_path), "--only", "works", "last"]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == "last      not run: no such package"
+
+
+def test_checkout_part_names_missing_checkout_or_package(tmp_path, monkeypatch):
+    monkeypatch.delenv("MEGATRON_LM", raising=False)
+    assert gpu.checkout_unavailable() == "MEGATRON_LM does not name a Megatron-LM checkout"
+    (tmp_path / "pretrain_gpt.py").touch()
+    monkeypatch.setenv("MEGATRON_LM", str(tmp_path))
+    monkeypatch.setattr(gpu, "CHECKOUT_PACKAGES", ["sys", "no_such_package"])
+    assert gpu.checkout_unavailable() == "ModuleNotFoundError: No module named 'no_such_package'"
+    monkeypatch.setattr(gpu, "CHECKOUT_PACKAGES", ["sys"])
+    assert gpu.checkout_unavailable() == ""
+
+
 def test_gpu_command_rejects_unknown_parts(parts, tmp_path, capsys):
     with pytest.raises(SystemExit):
         gpu.main(["--out", str(tmp_path), "--only", "work"])

@@ -1,13 +1,17 @@
-"""pretrain() of the megatron-core wheel on one GPU, through the launcher (`make gpu`)."""
+"""pretrain() of the megatron-core wheel and of a Megatron-LM checkout on one GPU, through the launcher (`make gpu`)."""
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from demo import read_curves
 from ranks import ROOT, Rendezvous
+
+sys.path.insert(0, str(ROOT / "tools" / "benchmarks"))
+from gpu import checkout_unavailable
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -25,6 +29,11 @@ FLAGS = (
     "--no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-persist-layer-norm --no-rope-fusion "
 )
 SCHEDULE = "--loss-type dft:start=3,ramp=4 --no-dft-compact-masked-tokens --no-check-for-nan-in-loss-and-grad "
+# Added to those of packed conversations (chat.sft).
+CHECKOUT_FLAGS = (
+    "--bf16 --transformer-impl transformer_engine --hidden-size 512 --num-attention-heads 8 --train-iters 2 --lr 1e-4 "
+    "--untie-embeddings-and-output-weights --make-vocab-size-divisible-by 8192 --no-gradient-accumulation-fusion "
+)
 # Without the launcher, Megatron calls make, and the wheel has no Makefile.
 ALONE = f"""
 import runpy, sys
@@ -45,21 +54,43 @@ def curves(tmp_path_factory):
     def of(flags="", **variables):
         if (flags, *variables.items()) in known:
             return known[flags, *variables.items()]
-        folder, rendezvous = tmp_path_factory.mktemp("gpu"), Rendezvous()
+        folder = tmp_path_factory.mktemp("gpu")
         script = SCRIPT
         if not flags:
             script = folder / "alone.py"
             script.write_text(ALONE)
-        command = [sys.executable, *(["-m", "megatron_dft.launch"] if flags else []), str(script)]
-        command += [*FLAGS.split(), *flags.split(), "--tensorboard-dir", str(folder / "logs")]
-        one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-        environment = os.environ | rendezvous.environment | one | variables
-        run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-        assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-        known[flags, *variables.items()] = read_curves(folder / "logs")
+        known[flags, *variables.items()] = train(script, FLAGS, flags, folder, **variables)
         return known[flags, *variables.items()]
 
     return of
+
+
+@pytest.fixture(scope="module")
+def checkout_curves(tmp_path_factory, request):
+    """The same for pretrain_gpt.py of a checkout with Transformer Engine, on packed conversations."""
+    if reason := checkout_unavailable():
+        pytest.skip(reason)
+    base, known = request.getfixturevalue("chat").sft + CHECKOUT_FLAGS, {}
+
+    def of(flags=""):
+        script, folder = Path(os.environ["MEGATRON_LM"]) / "pretrain_gpt.py", tmp_path_factory.mktemp("checkout")
+        if flags not in known:
+            known[flags] = train(script, base, flags, folder, HF_HUB_OFFLINE="1")
+        return known[flags]
+
+    return of
+
+
+def train(script, base, flags, folder, **variables):
+    """TensorBoard curves of a script on one rank, through the launcher if there are flags of an objective."""
+    command = [sys.executable, *(["-m", "megatron_dft.launch"] if flags else []), str(script)]
+    command += [*base.split(), *flags.split(), "--tensorboard-dir", str(folder / "logs")]
+    one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    rendezvous = Rendezvous()
+    environment = os.environ | rendezvous.environment | one | variables
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    return read_curves(folder / "logs")
 
 
 def test_nll_matches_megatron_on_gpu(curves):
@@ -86,3 +117,18 @@ def test_schedule_in_full_iteration_cuda_graph_matches_eager(curves):
     graph = curves(f"{SCHEDULE} --cuda-graph-impl full_iteration --te-rng-tracker")
     for tag in ("lm loss", "dft/blend", "dft/loss", "dft/valid_tokens"):
         assert graph[tag] == pytest.approx(eager[tag], rel=2e-3), tag
+
+
+def test_nll_matches_pretrain_gpt_of_checkout_on_packed_data(checkout_curves):
+    theirs, ours = checkout_curves(), checkout_curves("--loss-type nll")
+    for tag in ("lm loss", "grad-norm"):
+        assert ours[tag] == pytest.approx(theirs[tag], rel=5e-3), tag  # bf16: 2^-8
+    assert len(theirs["lm loss"]) == 2
+
+
+def test_linear_fused_matches_full_logits_in_checkout_on_packed_data(checkout_curves):
+    plain = checkout_curves("--loss-type dft --no-dft-compact-masked-tokens")
+    fused = checkout_curves("--loss-type dft --dft-compact-masked-tokens --dft-linear-fused --dft-vocab-chunk 2048")
+    for tag in ("lm loss", "grad-norm", "dft/loss", "dft/prob", "dft/valid_tokens"):
+        assert fused[tag] == pytest.approx(plain[tag], rel=5e-3), tag  # approx() is false for NaN
+    assert 0 < plain["dft/valid_tokens"][0] < 6 * 256  # tokens of an iteration

@@ -3,13 +3,15 @@
     loss = ce * torch.exp(-ce).detach()
 
 A baseline is a function of logits [N, 1, V/tp], targets [N, 1] and a process group, as Megatron calls a loss. With the
-output layer, it is a function of hidden states [N, H], weight [V/tp, H], targets [N] and a process group. Each `make`
-imports its package when it is called; a missing package becomes a note in the results. Transformer Engine and
-flash-attn need only their Python files: unpack their archives into .baselines/.
+output layer, it is a function of hidden states [N, H], weight [V/tp, H], targets [N] and a process group. A name that
+ends with (NLL) marks a baseline that cannot compute DFT. Each `make` imports its package when it is called; a missing
+package becomes a note in the results. Transformer Engine, flash-attn and TRL need only their Python files: unpack their
+archives into .baselines/.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.machinery
 import sys
@@ -24,7 +26,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_dft import parse_objective, vocab_parallel_dft_loss
 from megatron_dft.ops.compaction import loss_all_tokens, loss_valid_tokens
-from megatron_dft.ops.linear_fused import Split, WeightGradient, linear_loss_and_stats
+from megatron_dft.ops.linear_fused import Split, WeightGradient, add_product, linear_loss_and_stats
 from megatron_dft.ops.objectives import WITHOUT_REFERENCE
 from megatron_dft.ops.vocab_parallel import LossOptions, loss_and_stats
 
@@ -109,6 +111,21 @@ def flash_attn(inplace: bool) -> Callable[[], Loss]:
     return make
 
 
+def quack(inplace: bool) -> Callable[[], Loss]:
+    def make() -> Loss:
+        module = importlib.import_module("quack.cross_entropy")
+
+        def cross_entropy(logits: Tensor, target: Tensor, group: ProcessGroup) -> Tensor:
+            _require_whole_vocabulary(group)
+            rows = logits.view(-1, logits.shape[-1])
+            options = {"ignore_index": -100, "reduction": "none", "inplace_backward": inplace}
+            return module.cross_entropy(rows, target.view(-1), **options)
+
+        return with_dft_line(cross_entropy)
+
+    return make
+
+
 def torch_cross_entropy() -> Loss:
     def cross_entropy(logits: Tensor, target: Tensor, group: ProcessGroup) -> Tensor:
         _require_whole_vocabulary(group)
@@ -121,41 +138,45 @@ def torch_cross_entropy() -> Loss:
 class MainGrad(WeightGradient):
     """Add the weight gradient to `weight.main_grad`, as Megatron's gradient accumulation fusion does."""
 
-    def __init__(self, weight: Tensor, summed: bool) -> None:
+    def __init__(self, weight: Tensor, summed: bool = False) -> None:
         self.total = weight.main_grad  # type: ignore[attr-defined]
 
     def add(self, columns: slice, gradient: Tensor, hidden: Tensor) -> None:
-        self.total[columns].addmm_(gradient.t(), hidden)
+        add_product(self.total[columns], gradient.t(), hidden)
 
     def result(self) -> None:
         return None
 
 
 def megatron_linear(hidden: Tensor, weight: Tensor, group: ProcessGroup) -> Tensor:
-    """Megatron's output layer with gradient accumulation fusion; without Apex, `addmm_` replaces its kernel."""
+    """Megatron's output layer with gradient accumulation fusion; without Apex, `torch.addmm` replaces its kernel."""
     from megatron.core.tensor_parallel import layers
 
     if not hasattr(layers, "fused_weight_gradient_mlp_cuda"):
-        add = lambda rows, gradient, main_grad: main_grad.addmm_(gradient.t(), rows)  # noqa: E731
-        kernels = SimpleNamespace(wgrad_gemm_accum_fp32=add, wgrad_gemm_accum_fp16=add)
+        kernels = SimpleNamespace(wgrad_gemm_accum_fp32=lambda rows, grad, total: add_product(total, grad.t(), rows))
         layers.fused_weight_gradient_mlp_cuda = kernels
     return layers.linear_with_grad_accumulation_and_async_allreduce(
         hidden, weight, None, True, group.size() > 1, False, tp_group=group
     )
 
 
-def ours_from_hidden(compact: bool, chunks: bool) -> Callable[[], Head]:
-    """Our output layer with loss as a Megatron host calls it: all logits or in chunks, masked tokens removed or not."""
+def ours_from_hidden(compact: bool, chunks: bool = False, in_forward: bool = False) -> Callable[[], Head]:
+    """Our output layer with loss as a Megatron host calls it.
+
+    Masked tokens are removed or not. All logits are materialized, or output layer and loss run in chunks: of the
+    vocabulary, or of tokens with the gradient in forward.
+    """
 
     def head(hidden: Tensor, weight: Tensor, target: Tensor, group: ProcessGroup) -> Tensor:
         options = LossOptions(objective=parse_objective("dft"), tp_group=group, return_nll=True, inplace_backward=True)
 
-        def of_rows(rows: Tensor, target: Tensor):
+        def of_rows(rows: Tensor, target: Tensor, upstream: Tensor | None = None):
             if chunks:
-                return linear_loss_and_stats(rows, weight, target, options, Split(), weight_gradient=MainGrad)
+                return linear_loss_and_stats(rows, weight, target, options, Split(), upstream, MainGrad)
             return loss_and_stats(megatron_linear(rows, weight, group), target, options)
 
-        return (loss_valid_tokens if compact else loss_all_tokens)(of_rows, hidden, target, ignore_index=-100)[0]
+        per_token = [target, (1.0 / (target != -100).sum()).expand(len(target))] if in_forward else [target]
+        return (loss_valid_tokens if compact else loss_all_tokens)(of_rows, hidden, *per_token, ignore_index=-100)[0]
 
     return lambda: head
 
@@ -187,6 +208,59 @@ def liger_from_hidden() -> Head:
         return (total / (target != -100).sum()).expand(len(target))
 
     return head
+
+
+def liger_scaled_from_hidden() -> Head:
+    """Liger's scaled linear cross entropy: one loss and one upstream gradient per token."""
+    from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
+
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):  # elsewhere Liger runs PyTorch
+        importlib.import_module("liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90")
+    return _head_with_dft_line(LigerFusedLinearScaledCrossEntropyFunction.apply)
+
+
+def quack_from_hidden() -> Head:
+    """quack's chunked linear cross entropy, of NLL.
+
+    Forward computes the gradient of each token's NLL. It returns a sum or mean and takes no weight per token.
+    """
+    module = importlib.import_module("quack.linear_cross_entropy")
+
+    def head(hidden: Tensor, weight: Tensor, target: Tensor, group: ProcessGroup) -> Tensor:
+        _require_whole_vocabulary(group)
+        mean = module.chunked_linear_cross_entropy(hidden, weight, target, ignore_index=-100, reduction="mean")
+        return mean.expand(len(target))
+
+    return head
+
+
+def trl_from_hidden(compact: bool) -> Callable[[], Head]:
+    """The output layer of TRL's SFTTrainer with loss_type="dft", without the entropy and accuracy that it logs.
+
+    TRL removes masked tokens on a GPU only (`compact`).
+    """
+    stubs = {
+        "transformers": {},
+        "transformers.utils": {"is_triton_available": lambda: True},
+        "trl.trainer.utils": {"maybe_gather_lm_head_ctx": lambda *_: contextlib.nullcontext()},
+    }
+
+    def make() -> Head:
+        module = _import_unpacked("trl.kernels.chunked_logprob", stubs, needed="trl.trainer.utils")
+
+        def cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+            mask = target != -100
+            rows, labels = (hidden[mask], target[mask]) if compact else (hidden, target.clamp(min=0))
+            # bias, labels, temperature, vocabulary entries of a chunk, soft cap, scale of the logits, further outputs
+            options = (None, labels, 1.0, 32768, None, 1.0, ())
+            logprobs = module.ChunkedLogProbFunction.apply(rows, weight, *options)[0]
+            if compact:
+                logprobs = logprobs.new_zeros(mask.shape).masked_scatter(mask, logprobs)
+            return -logprobs.masked_fill(~mask, 0.0)
+
+        return _head_with_dft_line(cross_entropy)
+
+    return make
 
 
 def cut_cross_entropy() -> Head:
@@ -221,22 +295,33 @@ def _require_whole_vocabulary(group: ProcessGroup) -> None:
         raise ValueError("does not support a sharded vocabulary")
 
 
-def _import_unpacked(name: str, stubs: dict[str, dict[str, object]]) -> ModuleType:
-    """Import one module of a package; bypass the package's __init__ if its compiled extensions are missing."""
+def _import_unpacked(name: str, stubs: dict[str, dict[str, object]], needed: str = "sys") -> ModuleType:
+    """Import one module of a package, which later imports the module `needed`.
+
+    If an import fails, bypass the __init__ of the package in .baselines/ and replace the modules of `stubs`. Stubs of
+    other packages are removed again.
+    """
+    root = name.partition(".")[0]
     try:
+        importlib.import_module(needed)
         return importlib.import_module(name)
     except ImportError:
-        root = name.partition(".")[0]
         if not (UNPACKED / root).is_dir():
             raise
     for folder in [UNPACKED / root, *(path for path in (UNPACKED / root).rglob("*") if path.is_dir())]:
         package = folder.relative_to(UNPACKED).as_posix().replace("/", ".")
         sys.modules[package] = _module(package)
         sys.modules[package].__path__ = [str(folder)]
+    before = {module: sys.modules.get(module) for module in stubs if module.partition(".")[0] != root}
     for module, contents in stubs.items():
         sys.modules[module] = _module(module)
         vars(sys.modules[module]).update(contents)
-    return importlib.import_module(name)
+    imported = importlib.import_module(name)
+    for module, original in before.items():
+        sys.modules.pop(module)
+        if original is not None:
+            sys.modules[module] = original
+    return imported
 
 
 def _module(name: str) -> ModuleType:
@@ -247,6 +332,7 @@ def _module(name: str) -> ModuleType:
 
 
 DFT = "ours: dft"
+NLL = "(NLL)"
 IMPLEMENTATIONS: dict[str, Callable[[], Loss]] = {
     DFT: ours("dft"),
     "ours: dft, out of place": ours("dft", inplace=False),
@@ -259,22 +345,32 @@ IMPLEMENTATIONS: dict[str, Callable[[], Loss]] = {
     "Liger": liger,
     "flash-attn": flash_attn(inplace=False),
     "flash-attn, in place": flash_attn(inplace=True),
+    "quack": quack(inplace=False),
+    "quack, in place": quack(inplace=True),
     "F.cross_entropy": torch_cross_entropy,
 }
 STOCK = "Megatron: output layer, unfused"
 HEADS: dict[str, Callable[[], Head]] = {
-    "ours: masked tokens removed": ours_from_hidden(compact=True, chunks=False),
+    "ours: masked tokens removed": ours_from_hidden(compact=True),
     "ours: masked tokens removed, linear-fused": ours_from_hidden(compact=True, chunks=True),
+    "ours: masked tokens removed, linear-fused, gradient in forward": ours_from_hidden(True, True, in_forward=True),
     "ours: linear-fused": ours_from_hidden(compact=False, chunks=True),
-    "ours: materialized logits": ours_from_hidden(compact=False, chunks=False),
+    "ours: linear-fused, gradient in forward": ours_from_hidden(False, True, in_forward=True),
+    "ours: materialized logits": ours_from_hidden(compact=False),
     STOCK: megatron_from_hidden(megatron_unfused),
     "Liger fused linear": liger_from_hidden,
+    "Liger scaled linear": liger_scaled_from_hidden,
     "cut cross entropy": cut_cross_entropy,
     "F.linear_cross_entropy": torch_from_hidden(chunks=False),
     "F.linear_cross_entropy, chunked": torch_from_hidden(chunks=True),
+    f"quack chunked linear {NLL}": quack_from_hidden,
+    "TRL fused head": trl_from_hidden(compact=torch.cuda.is_available()),
 }
 NOT_ON_A_CPU = {
     name: "requires a GPU"
     for name in [*IMPLEMENTATIONS, *HEADS]
-    if name.startswith(("Transformer", "Liger", "flash", "cut"))
-} | {"F.linear_cross_entropy, chunked": "much slower on a CPU than without chunks"}
+    if name.startswith(("Transformer", "Liger", "flash", "cut", "quack"))
+} | {
+    "F.linear_cross_entropy, chunked": "much slower on a CPU than without chunks",
+    "Liger scaled linear": "its kernel requires a Hopper GPU",
+}

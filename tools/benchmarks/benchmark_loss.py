@@ -4,9 +4,9 @@
     python tools/benchmarks/benchmark_loss.py --tokens 512     fewer tokens, the default on a CPU
 
 It has two parts: the loss on given logits, and output layer with loss, from hidden states. Each part starts with a
-correctness gate, which compares the gradient of each implementation with fp64. If ours is wrong, nothing is timed. A
-wrong baseline is not timed; its row has a note. Then all implementations run interleaved in one process (measure.py),
-for each size and share of masked tokens.
+correctness gate, which compares the gradient of each implementation with that of its objective in fp64: DFT, or NLL if
+its name ends with (NLL). If ours is wrong, nothing is timed. A wrong baseline is not timed; its row has a note. Then
+all implementations run interleaved in one process (measure.py), for each size and share of masked tokens.
 
 Given logits: bf16, rebuilt outside of the timed region; a different upstream gradient per token, 0 where masked.
 From hidden states: one upstream gradient for all valid tokens, as in training and as Liger requires. bf16 on a GPU,
@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from baselines import HEADS, IMPLEMENTATIONS, NOT_ON_A_CPU, Head, Loss
+from baselines import HEADS, IMPLEMENTATIONS, NLL, NOT_ON_A_CPU, Head, Loss
 from measure import Case, Collectives, conditions, copy_bandwidth, interleaved
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -42,7 +42,9 @@ TOOLS = Path(__file__).resolve().parent
 VOCABULARIES = [128256, 16032, 151936, 18992]  # Llama 3 and Qwen 2.5: TP 1 and TP 8
 MASKED = [0.0, 0.5, 0.8]
 RANKS = 8
-GATE_TOKENS, GATE_HIDDEN, GATE_VOCABULARY = 64, 256, 18992
+GATE_TOKENS, GATE_HIDDEN = 64, 256
+GATE_GPU_TOKENS = 8448  # from hidden states, half of them masked: more than a chunk of Liger, TRL and quack
+GATE_VOCABULARIES = [19200, 19072]  # quack's kernel has tiles of 192 columns, as at 128256, and of 128, as at 151936
 MAX_ERROR_RATIO = 2.0  # of ours: relative error of a gradient over that of torch in the same dtype
 MAX_BASELINE_ERROR = 0.05  # of a baseline: relative error of its gradient
 COLUMNS = ["tokens", "dtype", "repetitions", "implementation", "hidden", "vocab", "masked"]
@@ -129,6 +131,8 @@ def available(makes: dict[str, Callable], only: list[str], device: torch.device)
             found[name] = makes[name]()
         except ImportError as error:
             notes[name] = f"not installed ({error})"
+        except Exception as error:  # of a package that does not fit another one
+            notes[name] = f"failed to import: {reason(error)}"
     return found, notes
 
 
@@ -199,32 +203,48 @@ def gate(
 
 def gate_heads(heads: dict[str, Head], device: torch.device, group: dist.ProcessGroup, notes: dict) -> dict[str, float]:
     """The same for output layer with loss: gradients of hidden states and weight."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    hidden, weight = layer_case(GATE_TOKENS, GATE_HIDDEN, GATE_VOCABULARY, dtype, device)
-    target, upstream = tokens_of(GATE_TOKENS, GATE_VOCABULARY, 0.5, device)
-    exact_leaves = [x.detach().double().requires_grad_() for x in (hidden, weight)]
-    truth = vocab_parallel_dft_loss(exact_leaves[0] @ exact_leaves[1].t(), target, backend="torch")
-    exact = torch.autograd.grad(truth, exact_leaves, upstream.double())
-    leaves = [x.detach().clone().requires_grad_() for x in (hidden, weight)]
-    plain = torch.autograd.grad(plain_loss(leaves[0] @ leaves[1].t(), target, "dft"), leaves, upstream)
-    errors = {}
-    for name, head in heads.items():
-
-        def gradients(head: Head = head) -> list[Tensor]:
-            weight.main_grad.zero_()
-            value = head(hidden, weight, target, group)
-            ours, theirs = torch.autograd.grad(value, (hidden, weight), upstream, allow_unused=True)
-            return [ours, weight.main_grad if theirs is None else theirs]
-
-        note, errors[name] = compare(gradients, exact, limit_of(name, plain, exact))
-        if note:
-            notes[name] = note
+    cuda = device.type == "cuda"
+    tokens, dtype = (GATE_GPU_TOKENS, torch.bfloat16) if cuda else (GATE_TOKENS, torch.float32)
+    errors: dict[str, float] = {}
+    for vocab in GATE_VOCABULARIES:
+        inputs = *layer_case(tokens, GATE_HIDDEN, vocab, dtype, device), *tokens_of(tokens, vocab, 0.5, device)
+        objectives = {name: "nll" if name.endswith(NLL) else "dft" for name in heads}
+        exact = {objective: plain_gradients(objective, *inputs, torch.double) for objective in {*objectives.values()}}
+        plain = {objective: plain_gradients(objective, *inputs, dtype) for objective in exact}
+        for name, head in heads.items():
+            truth = exact[objectives[name]]
+            limit = limit_of(name, plain[objectives[name]], truth)
+            note, error = compare(partial(head_gradients, head, *inputs, group), truth, limit)
+            errors[name] = max(error, errors.get(name, 0.0))
+            if note:
+                notes[name] = f"V = {vocab}: {note}"
     return errors
 
 
+def plain_gradients(
+    objective: str, hidden: Tensor, weight: Tensor, target: Tensor, upstream: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """Gradients of hidden states and weight by plain torch in the given dtype, with the loss in fp32 or fp64."""
+    leaves = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight)]
+    logits = leaves[0] @ leaves[1].t()
+    loss = plain_loss(logits, target, objective)
+    return torch.autograd.grad(loss, leaves, upstream.to(loss.dtype))
+
+
+def head_gradients(
+    head: Head, hidden: Tensor, weight: Tensor, target: Tensor, upstream: Tensor, group: dist.ProcessGroup
+) -> list[Tensor]:
+    """Gradients of hidden states and weight; that of the weight may have been added to `main_grad`."""
+    weight.main_grad.zero_()
+    value = head(hidden, weight, target, group)
+    first, second = torch.autograd.grad(value, (hidden, weight), upstream, allow_unused=True)
+    return [first, weight.main_grad if second is None else second]
+
+
 def plain_loss(logits: Tensor, target: Tensor, objective: str) -> Tensor:
-    """Loss in fp32 from logits of any dtype; autograd rounds their gradient to that dtype."""
-    return vocab_parallel_dft_loss(logits.float(), target, objective=objective, backend="torch")
+    """Loss in fp32 from logits of any dtype but fp64; autograd rounds their gradient to that dtype."""
+    logits = logits if logits.dtype == torch.double else logits.float()
+    return vocab_parallel_dft_loss(logits, target, objective=objective, backend="torch")
 
 
 def relative_error(gradients: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
@@ -243,9 +263,14 @@ def compare(compute: Callable[[], list[Tensor]], exact: Sequence[Tensor], limit:
     try:
         error = relative_error(compute(), exact)
     except Exception as problem:
-        return f"failed: {type(problem).__name__}: {str(problem).splitlines()[0][:120]}", float("nan")
+        return f"failed: {reason(problem)}", float("nan")
     wrong = f"wrong: relative error of the gradient {error:.1e}, expected less than {limit:.1e}"
     return "" if error < limit else wrong, round(error, 5)
+
+
+def reason(error: Exception) -> str:
+    """Class and first line of an error."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:120]}"
 
 
 def case(tokens: int, vocab: int, masked: float, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -263,12 +288,12 @@ def case(tokens: int, vocab: int, masked: float, device: torch.device) -> tuple[
 
 
 def layer_case(tokens: int, width: int, vocab: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Hidden states [N, H] and weight [V, H], a leaf with `main_grad`; logits are approximately normal."""
+    """Hidden states [N, H] and weight [V, H], a leaf with an fp32 `main_grad`; logits are approximately normal."""
     generator = torch.Generator(device).manual_seed(0)
     hidden = torch.empty(tokens, width, dtype=dtype, device=device).normal_(generator=generator)
     weight = torch.empty(vocab, width, dtype=dtype, device=device).normal_(0.0, width**-0.5, generator=generator)
     hidden += 12.0 * weight[tokens_of(tokens, vocab, 0.0, device)[0]]
-    weight.main_grad = torch.zeros_like(weight)
+    weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)
     return hidden.requires_grad_(), weight.requires_grad_()
 
 

@@ -151,7 +151,16 @@ def conditions(device: torch.device) -> dict[str, str | int]:
     """Measurement conditions: device, date, commit, package versions, threads."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     facts: dict[str, str | int] = {"device": name, "date": datetime.date.today().isoformat(), "commit": commit()}
-    for package in ("torch", "triton", "megatron-core", "liger-kernel", "transformer-engine", "flash-attn"):
+    for package in (
+        "torch",
+        "triton",
+        "megatron-core",
+        "liger-kernel",
+        "transformer-engine",
+        "flash-attn",
+        "trl",
+        "quack-kernels",
+    ):
         try:
             facts[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
