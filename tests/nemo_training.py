@@ -113,7 +113,8 @@ def main(out, *arguments):
     if settings:
         from megatron_dft.hosts.nemo import with_dft
 
-        task = with_dft(task, **settings)
+        fields = {"linear_fused": bool, "vocab_chunk": int, "token_chunk": int}
+        task = with_dft(task, **{name: fields.get(name, str)(value) for name, value in settings.items()})
     fiddle.build(task)()
 
 

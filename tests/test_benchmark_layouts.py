@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.host, pytest.mark.slow]
 
 HIDDEN, VOCAB, SEQUENCE, SAMPLES, MICRO_BATCH = 32, 256, 32, 8, 2
 SIZES = f"--hidden {HIDDEN} --layers 2 --heads 2 --vocab {VOCAB} --seq-length {SEQUENCE} --rounds 1 --steps 2 "
-VARIANTS = list(benchmark_layouts.WAYS)
+VARIANTS = list(benchmark_layouts.VARIANTS)
 MICRO_BATCHES = SAMPLES // MICRO_BATCH
 PLACES = {"2": "tp2", "2sp": "tp2sp", "pp": "pp2", "cp": "cp2", "dp": "dp"}
 

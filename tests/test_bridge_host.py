@@ -104,7 +104,14 @@ def test_bridge_without_loss_type_matches_bridge_alone(host):
     assert finetune(host, "") == alone
 
 
-@pytest.mark.parametrize("variant", ["dft.compact_masked_tokens=false", "dft.linear_fused=true dft.vocab_chunk=5"])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "dft.compact_masked_tokens=false",
+        "dft.linear_fused=true dft.vocab_chunk=5",
+        "dft.linear_fused=true dft.token_chunk=5",
+    ],
+)
 def test_compaction_and_linear_fused_leave_curves_unchanged(host, variant):
     agree(finetune(host, f"dft.loss_type=dft {variant}"), finetune(host, "dft.loss_type=dft"), 2e-6)
 

@@ -130,6 +130,11 @@ LAYOUTS = {
     "packing": ("--packing true", 1),
     "packing, CP": ("--packing true --context_parallel_size 2", 2),
     "linear-fused": ("", 1),
+    "linear-fused, gradient in forward": ("", 1),
+}
+CHUNKS = {
+    "linear-fused": " --dft-linear-fused --dft-vocab-chunk 100",
+    "linear-fused, gradient in forward": " --dft-linear-fused --dft-token-chunk 60",
 }
 
 
@@ -137,10 +142,9 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_matches_one_rank(runs, name):
     layout, ranks = LAYOUTS[name]
-    fused = " --dft-linear-fused --dft-vocab-chunk 100" if name == "linear-fused" else ""
     packed = ("--packing", "true") if "packing" in name else ()
     one = runs("--loss-type dft --dft-metrics full", *packed)
-    many = runs(f"--loss-type dft --dft-metrics full{fused}", *layout.split(), ranks=ranks)
+    many = runs(f"--loss-type dft --dft-metrics full{CHUNKS.get(name, '')}", *layout.split(), ranks=ranks)
     names = {x for x in one if x in ("loss", "grad_norm") or x.startswith("dft/")} - {"dft/valid_tokens_per_second"}
     assert len(names) > 20 and names <= set(many)
     agree(many, one, names, 2e-5)

@@ -112,6 +112,12 @@ def test_histograms_and_channels_under_tp_match_one_rank(runs):
     agree(two, one, names)
 
 
+@pytest.mark.parametrize("chunk", ["vocab_chunk=5", "token_chunk=5"])
+def test_linear_fused_matches_full_logits(runs, chunk):
+    full, fused = runs("loss_type=dft"), runs("loss_type=dft", "linear_fused=true", chunk)
+    agree(fused, full, [name for name in full if name not in ("lr", "consumed_samples")])
+
+
 @pytest.mark.parametrize("layout", ["tp=2", "pp=2"])
 def test_parallel_layout_matches_one_rank(runs, layout):
     """PP initializes stages differently, so its runs are compared with each other."""

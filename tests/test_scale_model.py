@@ -108,8 +108,8 @@ def test_calls_lists_collectives_in_order():
     assert sent(scale.DROPPED, sequence_parallel=False) == few
     assert sent(scale.STOCK, sequence_parallel=False, size=4) == [*three, ("all_reduce", 2 * all_of_it)]
     assert sent(scale.STOCK, tp=1) == []
-    assert [sent(scale.way_of(f"ours: {x}"))[1][1] for x in ("nll", "deft", "entropy")] == [1200, 1600, 1600]
-    assert sent(scale.way_of("ours, full metrics"))[1] == ("all_gather", 2000)  # entropy and collision
+    assert [sent(scale.variant_of(f"ours: {x}"))[1][1] for x in ("nll", "deft", "entropy")] == [1200, 1600, 1600]
+    assert sent(scale.variant_of("ours, full metrics"))[1] == ("all_gather", 2000)  # entropy and collision
 
 
 def test_call_ms_matches_ring_model_and_overlap():
@@ -215,7 +215,7 @@ def test_scale_report_rejects_model_that_fits_no_layout(capsys):
 
 def test_scale_model_rejects_unknown_implementation():
     with pytest.raises(ValueError, match=r"expected one of Megatron, .* or \"ours: NAME\", got 'theirs'"):
-        scale.way_of("theirs")
+        scale.variant_of("theirs")
 
 
 # ---- Comparison with one measured GPU ---------------------------------------------------------------------------

@@ -45,17 +45,19 @@ from measure import conditions
 from megatron_step import Layout, Task, Training, model_parallel, start
 
 from megatron_dft import DFTConfig
+from megatron_dft.ops.linear_fused import VOCAB_CHUNK
 from megatron_dft.ops.objectives import WITHOUT_REFERENCE
 from megatron_dft.utils import HelpFormatter, exit_rank
 
-WAYS = {
+VARIANTS = {
     "Megatron": DFTConfig(),
     "ours": DFTConfig("dft", compact_masked_tokens=False),
     "ours, masked tokens removed": DFTConfig("dft", compact_masked_tokens=True),
-    "ours, linear-fused": DFTConfig("dft", compact_masked_tokens=True, linear_fused=True),
+    "ours, linear-fused": DFTConfig("dft", compact_masked_tokens=True, linear_fused=True, vocab_chunk=VOCAB_CHUNK),
+    "ours, linear-fused, gradient in forward": DFTConfig("dft", compact_masked_tokens=True, linear_fused=True),
     "ours, full metrics": DFTConfig("dft", compact_masked_tokens=True, metrics="full", channels="a,b,c"),
 }
-IMPLEMENTATIONS = WAYS | {f"ours: {name}": DFTConfig(name) for name in WITHOUT_REFERENCE if name != "dft"}
+IMPLEMENTATIONS = VARIANTS | {f"ours: {name}": DFTConfig(name) for name in WITHOUT_REFERENCE if name != "dft"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 PLACE = ("world", "tp", "sp", "pp", "cp", "dp")
@@ -148,7 +150,7 @@ def measured(layout: Layout, args: argparse.Namespace, task: Task, device: torch
     firsts, timed, sent = {}, {name: [] for name in names}, []
     with model_parallel(layout) as groups:
         for round_, name in itertools.product(range(args.rounds), names):
-            if round_ > 0 and name not in WAYS:
+            if round_ > 0 and name not in VARIANTS:
                 continue
             training = Training(task, layout, IMPLEMENTATIONS[name], device)
             *first, calls = training.first_step()

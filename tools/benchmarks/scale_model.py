@@ -66,14 +66,13 @@ from dataclasses import dataclass, replace
 from report import BYTES_PER_US, LATENCY_US, RESULTS, Rows, read
 
 from megatron_dft import parse_objective
-from megatron_dft.ops.linear_fused import VOCAB_CHUNK
+from megatron_dft.ops.linear_fused import TOKEN_CHUNK, VOCAB_CHUNK
 
 H100_LOGITS = RESULTS / "NVIDIA-H100-2026-11-26-logits.csv"
 H100_HEADS = RESULTS / "NVIDIA-H100-2026-11-26-heads.csv"
 DATA_SHEET = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12), "B200": (2250e12, 8.0e12)}  # dense bf16 FLOP/s, B/s
-TOKEN_CHUNK = 2048  # tokens per chunk if the gradient is computed in forward
 MAIN_GRAD_BYTES = 8  # per weight: fp32 gradient read and written
-BENCHMARK_GRAD_BYTES = 4  # per weight: benchmark_loss.py has a bf16 main_grad
+BENCHMARK_GRAD_BYTES = 4  # per weight: the runs of H100_HEADS had a bf16 main_grad
 GPUS = [2**i for i in range(3, 13)]
 USABLE_MEMORY = 0.9  # fraction of the GPU memory that a layout may use
 
@@ -198,7 +197,7 @@ MODELS = (
 )
 
 
-def way_of(implementation: str) -> Variant:
+def variant_of(implementation: str) -> Variant:
     """The variant with this name in the files of benchmark_layouts.py. "ours: OBJECTIVE" drops masked tokens.
 
     Raises:

@@ -67,7 +67,7 @@ from scale_model import (
     smallest,
     sustained_rates,
     valid_tokens,
-    way_of,
+    variant_of,
 )
 
 from megatron_dft.utils import HelpFormatter
@@ -806,7 +806,7 @@ def chunks_reason(prototype: Rows) -> str:
 def check(path: Path) -> str:
     """Compare predictions with one file of benchmark_layouts.py and the -wire.csv beside it."""
     every, wire = read(path), read(path.with_name(path.stem.removesuffix("-layouts") + "-wire.csv"))
-    rows = [row for row in every if way_of(row["implementation"]) in TIMED]
+    rows = [row for row in every if variant_of(row["implementation"]) in TIMED]
     costs = fitted(rows)
     pairs = [(row, float(row["loss_stage_ms"]), float(quantities(row) @ costs)) for row in rows]
     wrong = disagreements(every, wire)
@@ -867,7 +867,7 @@ def fitted(rows: Rows) -> np.ndarray:
 
 def quantities(row: Row) -> np.ndarray:
     """Per step, on the busiest rank: FLOP, bytes of Megatron's logits, of ours, of the rest; calls, bytes sent."""
-    variant, tp, size = way_of(row["implementation"]), int(row["tp"]), element_bytes(row)
+    variant, tp, size = variant_of(row["implementation"]), int(row["tp"]), element_bytes(row)
     model = Model("", int(row["hidden"]), 0, 0, 0, 0, int(row["vocab"]))
     cores = 1.0 if "NVIDIA" in row["device"] else max(1.0, int(row["world"]) / CORES)
     ranks = []
@@ -934,7 +934,7 @@ def of_loss(wire: Rows) -> Rows:
 
 def predicted(row: Row) -> set[Sent]:
     """The distinct (collective, calls, bytes) per step of the ranks of the last stage."""
-    variant, sizes = way_of(row["implementation"]), (int(row["tp"]), row["sp"] == "True", element_bytes(row))
+    variant, sizes = variant_of(row["implementation"]), (int(row["tp"]), row["sp"] == "True", element_bytes(row))
     everything = set()
     for micro_batches in live_tokens(row):
         sent: dict[str, list[int]] = {}
