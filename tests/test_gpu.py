@@ -261,6 +261,12 @@ def on_one_of_two_ranks():
     for specification in ("dft", "deft", "entropy", "cayley"):
         options = {"objective": specification, "tp_group": group, "backend": "triton"}
         results[specification] = [x.cpu() for x in run(shard, target, upstream.float(), **options)]
+    hidden, weight, target, upstream = layer(300, 512, 32000)
+    weight = weight.detach().chunk(2)[torch.distributed.get_rank()].requires_grad_()
+    for options in ({"vocab_chunk": 3000}, TOKENS):
+        results[str(options)] = [
+            x.cpu() for x in run_layer(hidden, weight, target, upstream, tp_group=group, **options)
+        ]
     return results
 
 
@@ -268,12 +274,20 @@ def test_two_tp_ranks_on_one_gpu_match_one_rank():
     """The Triton backend with a process group: gloo, with tensors on the GPU."""
     ranks = run_ranks(2, on_one_of_two_ranks, start="spawn")
     logits, target, upstream = (x.cuda() for x in example(64, 2, vocab=512))
-    for specification in ranks[0]:
+    for specification in ("dft", "deft", "entropy", "cayley"):
         loss, gradient = run(logits.float(), target, upstream.float(), objective=specification, backend="triton")
         assert torch.equal(ranks[0][specification][0], ranks[1][specification][0])
         torch.testing.assert_close(ranks[0][specification][0], loss.cpu(), rtol=2e-6, atol=2e-6)
         ours = torch.cat([rank[specification][1] for rank in ranks], -1)
         torch.testing.assert_close(ours, gradient.cpu(), rtol=1e-5, atol=2e-6)
+    case = layer(300, 512, 32000)
+    for options in ({"vocab_chunk": 3000}, TOKENS):
+        one = [x.cpu() for x in run_layer(*case, **options)]
+        both = [rank[str(options)] for rank in ranks]
+        found = both[0][0], both[0][1], torch.cat([gradient for *_, gradient in both])
+        assert torch.equal(both[0][0], both[1][0]) and torch.equal(both[0][1], both[1][1])
+        for ours, theirs in zip(found, one, strict=True):  # bf16 products, summed in another order
+            assert (ours - theirs).norm() <= 2.0**-7 * theirs.norm()
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ FLAGS = (
     "--hidden-dropout 0 --tokenizer-type NullTokenizer --vocab-size 31998 --make-vocab-size-divisible-by 128 "
     "--untie-embeddings-and-output-weights --lr 1e-4 --lr-decay-style constant --clip-grad 1.0 --eval-iters 2 "
     "--eval-interval 20 --log-interval 1 --tensorboard-log-interval 1 --num-workers 0 --train-iters 10 "
-    "--global-batch-size 16 --micro-batch-size 4 --bf16 --calculate-per-token-loss --transformer-impl local "
+    "--global-batch-size 16 --micro-batch-size 4 --calculate-per-token-loss --transformer-impl local "
     "--no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-persist-layer-norm --no-rope-fusion "
 )
 SCHEDULE = "--loss-type dft:start=3,ramp=4 --no-dft-compact-masked-tokens --no-check-for-nan-in-loss-and-grad "
@@ -46,21 +46,25 @@ runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
 
 @pytest.fixture(scope="module")
 def curves(tmp_path_factory):
-    """curves(flags): TensorBoard curves of a run; without flags, of Megatron without the launcher. Runs are cached."""
+    """curves(flags): TensorBoard curves of a run; without flags, of Megatron without the launcher. Runs are cached.
+
+    The precision is bf16, or fp32 if it is "".
+    """
     pytest.importorskip("megatron.training")
     pytest.importorskip("tensorboard")
     known = {}
 
-    def of(flags="", **variables):
-        if (flags, *variables.items()) in known:
-            return known[flags, *variables.items()]
+    def of(flags="", precision="--bf16 ", **variables):
+        key = flags, precision, *variables.items()
+        if key in known:
+            return known[key]
         folder = tmp_path_factory.mktemp("gpu")
         script = SCRIPT
         if not flags:
             script = folder / "alone.py"
             script.write_text(ALONE)
-        known[flags, *variables.items()] = train(script, FLAGS, flags, folder, **variables)
-        return known[flags, *variables.items()]
+        known[key] = train(script, FLAGS + precision, flags, folder, **variables)
+        return known[key]
 
     return of
 
@@ -90,6 +94,7 @@ def train(script, base, flags, folder, **variables):
     environment = os.environ | rendezvous.environment | one | variables
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    assert "full_iteration" not in flags or "CUDA graph capture done for training" in run.stdout + run.stderr
     return read_curves(folder / "logs")
 
 
@@ -106,8 +111,13 @@ def test_dft_with_full_metrics_and_channels_trains_on_gpu(curves):
     assert sum(found[f"dft/channel/{name}/tokens"][0] for name in ("other", "a", "b")) == found["dft/valid_tokens"][0]
 
 
-def test_linear_fused_matches_full_logits_on_gpu(curves):
-    full, fused = curves("--loss-type dft"), curves("--loss-type dft --dft-linear-fused")
+@pytest.mark.parametrize(
+    ("precision", "chunks"), [("--bf16 ", ""), ("", "--dft-token-chunk 500")], ids=["vocabulary", "tokens"]
+)
+def test_linear_fused_matches_full_logits_on_gpu(curves, precision, chunks):
+    """In bf16 the gradient in forward requires gradient accumulation fusion, which requires Apex."""
+    full = curves("--loss-type dft", precision)
+    fused = curves(f"--loss-type dft --dft-linear-fused {chunks}", precision)
     for tag in ("lm loss", "grad-norm", "dft/prob"):
         assert fused[tag] == pytest.approx(full[tag], rel=2e-3), tag
 
