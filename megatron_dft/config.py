@@ -65,21 +65,17 @@ class DFTConfig:
     linear_fused: bool = _setting(
         False,
         bool,
-        "Fuse output layer and loss in chunks: the logits are never materialized. Chunks of tokens, with the gradient "
-        "computed in forward, if --calculate-per-token-loss is set; otherwise chunks of the vocabulary. The choice is "
-        "logged.",
+        "Fuse output layer and loss in chunks of the vocabulary, or of tokens: the logits are never materialized.",
+    )
+    vocab_chunk: int | None = _setting(None, int, f"Columns per chunk of linear_fused. Default: {VOCAB_CHUNK}.")
+    keep_chunks: int = _setting(
+        0, int, "Chunks of linear_fused that keep their logits for backward and are not recomputed."
     )
     token_chunk: int | None = _setting(
-        None, int, f"Tokens per chunk of linear_fused with the gradient in forward. Default: {TOKEN_CHUNK}."
-    )
-    vocab_chunk: int | None = _setting(
-        None, int, f"Columns per chunk of linear_fused. Selects chunks of the vocabulary. Default: {VOCAB_CHUNK}."
-    )
-    keep_chunks: int = _setting(
-        0,
+        None,
         int,
-        "Chunks of linear_fused that keep their logits for backward and are not recomputed. Selects chunks of the "
-        "vocabulary.",
+        f"Tokens per chunk of linear_fused, e.g. {TOKEN_CHUNK}: chunks of tokens instead of the vocabulary, with the "
+        "gradient computed in forward. Requires --calculate-per-token-loss.",
     )
     weights: bool = _setting(
         False, bool, "Multiply the gradient of each token by its weight in the data. Metrics stay unweighted."
@@ -107,7 +103,7 @@ class DFTConfig:
         by_vocabulary = self.vocab_chunk is not None or self.keep_chunks != 0
         if (by_vocabulary or self.token_chunk is not None) and not self.linear_fused:
             raise ValueError(
-                "token_chunk, vocab_chunk, keep_chunks (--dft-token-chunk, --dft-vocab-chunk, --dft-keep-chunks) "
+                "vocab_chunk, keep_chunks, token_chunk (--dft-vocab-chunk, --dft-keep-chunks, --dft-token-chunk) "
                 "require linear_fused"
             )
         if by_vocabulary and self.token_chunk is not None:

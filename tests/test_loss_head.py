@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -187,6 +188,20 @@ def layer_before_and_after(make, variant):
     return before, state()
 
 
+def recomputed(variant):
+    """Gradients with and without a checkpoint around the model, under which saved tensors are copies."""
+    results = []
+    for checkpointed in (False, True):
+        model = gpt()
+        fuse_accumulation(model, model.output_layer.weight)
+        install([model], dft(variant))
+        run = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False) if checkpointed else lambda f, *x: f(*x)
+        run(forward, model, *batch()).sum().backward()
+        others = {name: p.grad for name, p in model.named_parameters() if "output_layer" not in name}
+        results.append((model.output_layer.weight.main_grad, others))
+    return results
+
+
 def late_weight(variant):
     """Gradients of a model whose pre-hook loads the weight before use, as DDP's overlapped parameter gather does."""
     model = install([gpt()], DFTConfig(loss_type="nll", **VARIANTS[variant])).chunks[0]
@@ -202,23 +217,20 @@ def late_weight(variant):
     return gradients(model), bool(calls)
 
 
-def descriptions():
-    """How the output layer is computed with `linear_fused`, by model, and the error with `token_chunk`."""
+def with_token_chunk():
+    """The error with `token_chunk`, by model."""
 
-    def facts(config, **settings):
-        model = gpt(**settings)
-        text = compat.describe_output_layer(model, DFTConfig(**config, linear_fused=True))
-        return text, message(lambda: install([model], DFTConfig(**config, linear_fused=True, token_chunk=5)))
+    def error(model, loss_type="dft"):
+        return message(lambda: install([model], DFTConfig(loss_type, **VARIANTS["token chunks"])))
 
     bf16 = {"bf16": True, "params_dtype": torch.bfloat16}
-    frozen = gpt(**bf16).requires_grad_(False)
     return {
-        "default": facts({"loss_type": "dft"}),
-        "mean": facts({"loss_type": "dft"}, calculate_per_token_loss=False),
-        "cayley": facts({"loss_type": "cayley"}),
-        "bf16": facts({"loss_type": "dft"}, **bf16),
-        "bf16, frozen": compat.describe_output_layer(frozen, dft("token chunks")),
-        "requested": compat.describe_output_layer(gpt(), dft("chunks")),
+        "fp32": error(gpt()),
+        "mean": error(gpt(calculate_per_token_loss=False)),
+        "cayley": error(gpt(), "cayley"),
+        "bf16": error(gpt(**bf16)),
+        "bf16, frozen": error(gpt(**bf16).requires_grad_(False)),
+        "log": [compat.describe_output_layer(gpt(), dft(variant)) for variant in ("token chunks", "chunks")],
     }
 
 
@@ -226,26 +238,34 @@ def known_upstream():
     """Gradients with a loss scale, and errors for gradients that forward did not expect."""
     tokens, labels, mask = batch()
 
-    def train(scale=1.0, of_scale_func=None, steps=1, fused=False, mask=mask):
+    def train(scale=1.0, of_scale_func=None, first=(), fused=False, mask=mask, given=True):
         model = gpt()
         if fused:
             fuse_accumulation(model, model.output_layer.weight)
         installed = install([model], dft("token chunks"))
         model.config.grad_scale_func = of_scale_func
-        for factor in [1.0] * (steps - 1) + [scale]:
-            (forward(model, tokens, labels, mask) * mask * factor).sum().backward()
+        for factor in (*first, scale):
+            weights = mask * factor if factor == 0.0 else mask
+            (forward(model, tokens, labels, weights if given else None) * weights * factor).sum().backward()
         return installed.bindings[0].head, model.output_layer.weight.grad
 
     facts = {"plain": train()[1]}
-    for name, change in {"scaled": (128.0, lambda loss: loss * torch.tensor([128.0])), "half": (1.0,)}.items():
+    for name, change in {
+        "scaled": {"scale": 128.0, "of_scale_func": lambda loss: loss * torch.tensor([128.0])},
+        "scaled by a number": {"scale": 128.0, "of_scale_func": lambda loss: 128.0},
+        "half": {"mask": mask * 0.5},
+        "half, fp64": {"mask": mask.double() * 0.5},
+    }.items():
         try:
-            facts[name] = train(*change, mask=mask * 0.5 if name == "half" else mask)[1]
+            facts[name] = train(**change)[1]
         except ValueError as error:
             facts[name] = str(error)
     facts["unexpected"] = message(lambda: train(0.5))
-    head, gradient = train(0.5, steps=2)  # one host-device sync in the first backward, none later
+    facts["unexpected after an empty micro-batch"] = message(lambda: train(0.5, first=(0.0,)))
+    facts["mask not given"] = message(lambda: train(given=False))
+    head, gradient = train(0.5, first=(1.0,))  # one host-device sync in the first backward, none later
     facts["later"] = message(head.check_tokens), gradient.norm()
-    facts["main_grad"] = train(0.5, steps=2, fused=True)[0].model.output_layer.weight.main_grad.norm()
+    facts["main_grad"] = train(0.5, first=(1.0,), fused=True)[0].model.output_layer.weight.main_grad.norm()
     head, _ = train()
     head.check_trained()
     forward(head.model, tokens, labels, mask)
@@ -254,6 +274,15 @@ def known_upstream():
     with torch.no_grad():
         forward(head.model, tokens, labels, mask)
     facts["no_grad"] = message(head.check_trained)
+    installed = install([gpt()], dft("token chunks"))
+    (model,), (binding,) = installed.chunks, installed.bindings
+    fuse_accumulation(model, model.output_layer.weight)
+    torch.utils.checkpoint.checkpoint(forward, model, tokens, labels, mask, use_reentrant=False).sum().backward()
+    facts["recomputed"] = message(binding.head.check_trained)
+    installed.begin(2)
+    facts["next step"] = message(binding.head.check_trained)
+    model.output_layer.weight.main_grad = model.output_layer.weight.main_grad.bfloat16()
+    facts["bf16 main_grad"] = message(lambda: forward(model, tokens, labels, mask))
     return facts
 
 
@@ -268,7 +297,9 @@ def on_ranks():
         facts["main_grad", tied, split, variant] = fused_accumulation(variant, tied, split)
     for variant in FROM_HIDDEN:
         facts["late", variant] = late_weight(variant)
-    facts["descriptions"] = descriptions()
+        if "token" not in variant:
+            facts["recomputed", variant] = recomputed(variant)
+    facts["token chunk"] = with_token_chunk()
     facts["known upstream"] = known_upstream()
     return facts
 
@@ -355,28 +386,27 @@ def test_output_layer_pre_hooks_run_before_weight_is_read(facts, variant):
         same(gradient, rank["host"][1], 2e-5)
 
 
-BY_COLUMN = {
-    "mean": "without --calculate-per-token-loss the gradient of the loss is not known in forward",
-    "cayley": "cayley:floor=0.5 depends on all tokens of a batch",
-    "bf16": "without gradient accumulation fusion the weight gradient would need an fp32 buffer",
-}
+def test_token_chunk_is_rejected_where_gradient_in_forward_is_impossible(facts):
+    errors = facts[0]["token chunk"]
+    assert errors["fp32"] == errors["bf16, frozen"] == "no error"
+    for name, reason in {
+        "mean": "without --calculate-per-token-loss the upstream gradient is not known there",
+        "cayley": "cayley:floor=0.5 depends on all tokens of a batch",
+        "bf16": "without gradient accumulation fusion the weight gradient needs an fp32 buffer of its own",
+    }.items():
+        assert (
+            errors[name] == f"--dft-token-chunk computes the gradient in forward, but {reason}; use --dft-vocab-chunk"
+        )
+    assert [line.partition("; ")[2] for line in errors["log"]] == [
+        "linear-fused, 5 tokens per chunk, gradient in forward",
+        "linear-fused, 7 columns per chunk",
+    ]
+    assert facts[0]["known upstream"]["bf16 main_grad"].startswith("--dft-token-chunk requires an fp32 main_grad")
 
 
-def test_linear_fused_computes_gradient_in_forward_where_possible(facts):
-    texts = facts[0]["descriptions"]
-    assert texts["default"] == (
-        "masked tokens skip the output layer; linear-fused, gradient in forward, 2048 tokens per chunk",
-        "no error",
-    )
-    assert texts["bf16, frozen"].endswith("; linear-fused, gradient in forward, 5 tokens per chunk")
-    assert texts["requested"].endswith("; linear-fused, 7 columns per chunk: as requested")
-    for name, reason in BY_COLUMN.items():
-        description, error = texts[name]
-        assert description.endswith(f"; linear-fused, 8192 columns per chunk: {reason}")
-        assert error.startswith("--dft-token-chunk requires gradients") and f"{reason}; use --dft-vocab" in error
-
-
-@pytest.mark.parametrize(("name", "factor"), [("scaled", 128.0), ("half", 0.5)])
+@pytest.mark.parametrize(
+    ("name", "factor"), [("scaled", 128.0), ("scaled by a number", 128.0), ("half", 0.5), ("half, fp64", 0.5)]
+)
 def test_gradient_in_forward_contains_loss_scale_and_loss_mask(facts, name, factor):
     for rank in facts:
         torch.testing.assert_close(rank["known upstream"][name], factor * rank["known upstream"]["plain"])
@@ -385,15 +415,24 @@ def test_gradient_in_forward_contains_loss_scale_and_loss_mask(facts, name, fact
 def test_unexpected_upstream_raises_with_its_reason(facts):
     for rank in facts:
         found = rank["known upstream"]
-        reason = "--dft-linear-fused: the loss received another gradient than calculate_per_token_loss implies"
-        assert found["unexpected"].startswith(reason) and found["later"][0].startswith(reason)
+        reason = "--dft-token-chunk: the loss received another gradient than the one for which forward computed"
+        for name in ("unexpected", "unexpected after an empty micro-batch", "mask not given"):
+            assert found[name].startswith(reason), name
+        assert found["later"][0].startswith(reason)
         assert found["later"][1].isnan() and found["main_grad"].isnan()
 
 
 def test_forward_whose_gradient_is_not_used_raises(facts):
-    reason = "2 forward passes computed gradients, and 1 backward passes used them; call the model under torch.no_grad"
     found = facts[0]["known upstream"]
-    assert reason in found["not used"] and found["no_grad"] == "no error"
+    for name in ("not used", "recomputed"):
+        assert found[name].startswith("--dft-token-chunk: backward did not use the gradients of 1 forward passes"), name
+    assert found["no_grad"] == found["next step"] == "no error"
+
+
+@pytest.mark.parametrize("variant", [name for name in FROM_HIDDEN if "token" not in name])
+def test_checkpoint_around_the_model_leaves_gradients_unchanged(facts, variant):
+    for rank in facts:
+        same(*rank["recomputed", variant], 1e-6)
 
 
 def test_schedule_updates_blend_tensor_in_place():

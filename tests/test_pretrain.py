@@ -204,18 +204,10 @@ def test_log_describes_replaced_loss_once(chat):
     ("flags", "line"),
     [
         ("--no-dft-compact-masked-tokens", "masked tokens pass through the output layer, as requested\n"),
+        ("--dft-linear-fused", "masked tokens skip the output layer; linear-fused, 8192 columns per chunk\n"),
         (
-            "--calculate-per-token-loss --dft-linear-fused",
-            "masked tokens skip the output layer; linear-fused, gradient in forward, 2048 tokens per chunk\n",
-        ),
-        (
-            "--calculate-per-token-loss --dft-linear-fused --dft-vocab-chunk 50",
-            "masked tokens skip the output layer; linear-fused, 50 columns per chunk: as requested\n",
-        ),
-        (
-            "--dft-linear-fused",
-            "masked tokens skip the output layer; linear-fused, 8192 columns per chunk: without "
-            "--calculate-per-token-loss the gradient of the loss is not known in forward\n",
+            "--calculate-per-token-loss --dft-linear-fused --dft-token-chunk 30",
+            "masked tokens skip the output layer; linear-fused, 30 tokens per chunk, gradient in forward\n",
         ),
     ],
 )

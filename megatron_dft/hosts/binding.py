@@ -77,6 +77,8 @@ class Installation:
         The hosts do so. Other objectives do not need it.
         """
         self.schedule.begin(iteration)
+        for binding in self.bindings:
+            binding.head.unused = 0
 
     def remove(self) -> None:
         """Restore the loss of every model."""

@@ -129,11 +129,10 @@ def check_model(model: Any, config: DFTConfig) -> None:
         obstacle = _obstacle(model) or _obstacle_to_chunks(model)
         if obstacle:
             raise ValueError(f"--dft-linear-fused is not supported with {obstacle}; remove the flag")
-        obstacle = obstacle_to_gradient_in_forward(model, config)
+        obstacle = _obstacle_to_gradient_in_forward(model, config)
         if config.token_chunk is not None and obstacle:
             raise ValueError(
-                f"--dft-token-chunk requires gradients that are computed in forward. Not possible here: {obstacle}; "
-                "use --dft-vocab-chunk"
+                f"--dft-token-chunk computes the gradient in forward, but {obstacle}; use --dft-vocab-chunk"
             )
 
 
@@ -160,37 +159,16 @@ def compaction_obstacle(model: Any) -> str | None:
 
 def describe_output_layer(model: Any, config: DFTConfig) -> str:
     """Log line: whether masked tokens skip the output layer of this model, and why."""
-    fused = _describe_chunks(model, config) if config.linear_fused else ""
+    fused = ""
+    if config.token_chunk is not None:
+        fused = f"; linear-fused, {config.token_chunk} tokens per chunk, gradient in forward"
+    elif config.linear_fused:
+        fused = f"; linear-fused, {config.split().vocab_chunk} columns per chunk"
     if compacts(model, config):
         return f"masked tokens skip the output layer{fused}"
     requested = config.compact_masked_tokens is False
     reason = "as requested" if requested else f"because of {compaction_obstacle(model)}"
     return f"masked tokens pass through the output layer, {reason}{fused}"
-
-
-def _describe_chunks(model: Any, config: DFTConfig) -> str:
-    split, obstacle = config.split(), obstacle_to_gradient_in_forward(model, config)
-    if obstacle is None:
-        return f"; linear-fused, gradient in forward, {split.token_chunk} tokens per chunk"
-    return f"; linear-fused, {split.vocab_chunk} columns per chunk: {obstacle}"
-
-
-def obstacle_to_gradient_in_forward(model: Any, config: DFTConfig) -> str | None:
-    """Why linear_fused cannot compute gradients in forward, in chunks of tokens; None: it does.
-
-    In forward the upstream gradient has to be known, and the weight gradient needs an fp32 buffer that exists anyway.
-    """
-    if config.vocab_chunk is not None or config.keep_chunks:
-        return "as requested"
-    if not getattr(model.config, "calculate_per_token_loss", False):
-        return "without --calculate-per-token-loss the gradient of the loss is not known in forward"
-    if not config.objective.per_token:
-        return f"{config.objective} depends on all tokens of a batch"
-    weight = _output_weight(model)
-    fused = model.output_layer.gradient_accumulation_fusion
-    if weight.requires_grad and not fused and weight.dtype != accumulation_dtype(weight):
-        return "without gradient accumulation fusion the weight gradient would need an fp32 buffer"
-    return None
 
 
 def check_forward(model: Any, given: Mapping[str, Any]) -> None:
@@ -383,6 +361,22 @@ def _plain_forwards(column_parallel_linear: Any) -> tuple[Any, ...]:
     except ImportError:
         return (column_parallel_linear.forward,)
     return column_parallel_linear.forward, LinearCrossEntropyModule.forward
+
+
+def _obstacle_to_gradient_in_forward(model: Any, config: DFTConfig) -> str | None:
+    """Why linear_fused cannot compute the gradient of this model in forward, in chunks of tokens; None: it can.
+
+    The upstream gradient has to be known, and the weight gradient needs an fp32 buffer.
+    """
+    if not getattr(model.config, "calculate_per_token_loss", False):
+        return "without --calculate-per-token-loss the upstream gradient is not known there"
+    if not config.objective.per_token:
+        return f"{config.objective} depends on all tokens of a batch"
+    weight = _output_weight(model)
+    fused = model.output_layer.gradient_accumulation_fusion
+    if weight.requires_grad and not fused and weight.dtype != accumulation_dtype(weight):
+        return "without gradient accumulation fusion the weight gradient needs an fp32 buffer of its own"
+    return None
 
 
 def _output_weight(model: Any) -> Tensor:

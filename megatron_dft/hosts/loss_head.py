@@ -12,8 +12,8 @@ reach this loss.
 The output layer stays Megatron's own module. For compaction it is called, on fewer rows. Under sequence parallelism
 its input is gathered first, so its linear function is called without the layer's own gather. For linear_fused its
 weight is used by linear_fused.py. The forward pre-hooks of the layer always run, because they may gather the weight
-(DDP's overlapped parameter gather). `main_grad` receives the weight gradient, as from the layer itself; in forward, if
-the upstream gradient is known there (`compat.obstacle_to_gradient_in_forward`, `_expected_upstream`).
+(DDP's overlapped parameter gather). `main_grad` receives the weight gradient, as from the layer itself; with
+`token_chunk` in forward, for the upstream gradient of `_expected_upstream`.
 
 `start` and `take` surround a forward pass. `take` returns the statistics of its tokens as a `MicroBatch`.
 """
@@ -40,7 +40,7 @@ from megatron_dft.labels import (
 )
 from megatron_dft.metrics import TokenBatch
 from megatron_dft.ops.compaction import gather_sequence, loss_all_tokens, loss_valid_tokens
-from megatron_dft.ops.linear_fused import VOCAB_CHUNK, Split, WeightGradient, differs, linear_loss_and_stats
+from megatron_dft.ops.linear_fused import Split, WeightGradient, differs, linear_loss_and_stats
 from megatron_dft.ops.objectives import Blended, Objective, Scheduled
 from megatron_dft.ops.stats import MEDIAN, TokenStats
 from megatron_dft.ops.vocab_parallel import LossOptions, loss_and_stats
@@ -144,8 +144,9 @@ class LossHead:
         self.options = config.options(compat.tp_group(model), **groups)
         self.compact = compat.compacts(model, config)
         self.split = config.split() if config.linear_fused else None
-        self.in_forward = self.split is not None and compat.obstacle_to_gradient_in_forward(model, config) is None
-        self.verified = False  # whether the first backward received the expected upstream gradient
+        self.in_forward = config.token_chunk is not None
+        self.verified = False  # whether a first backward received the expected upstream gradient
+        self.unused = 0  # gradients that forward computed in this step, and backward has not used
         self.channels = len(config.metric_spec.channels)
         self.of_reference, self.weighted, self.reduction = config.of_reference, config.weighted, config.reduction
         self.by_conversation = config.by_conversation
@@ -303,31 +304,36 @@ class LossHead:
         loss = loss.view(target.shape)
         if upstream and loss.requires_grad:
             valid = target != self.options.ignore_index
-            loss.register_hook(lambda gradient: self._check_upstream(gradient, *upstream, valid))
+            loss.register_hook(lambda gradient: self._use(gradient, *upstream, valid))
         return self._finish(loss, stats, rows, inputs)
 
     def _expected_upstream(self, inputs: Inputs) -> Tensor:
-        """[s, b] gradient of the loss under calculate_per_token_loss: loss scale x loss mask x weight."""
+        """[s, b] gradient of the loss under calculate_per_token_loss: grad_scale_func(1) x loss mask x weight."""
         scale = torch.ones(1, device=inputs.labels.device)
         if self.model.config.grad_scale_func is not None:
-            scale = self.model.config.grad_scale_func(scale).to(scale)
+            scale = torch.as_tensor(self.model.config.grad_scale_func(scale), dtype=scale.dtype, device=scale.device)
         upstream = scale.view(()).expand(inputs.labels.shape)
         for factor in (inputs.loss_mask, inputs.weight):
             if factor is not None:
-                upstream = upstream * factor.reshape(upstream.shape)
+                upstream = upstream * factor.reshape(upstream.shape).to(upstream)
         return upstream.transpose(0, 1).contiguous()
 
-    def _check_upstream(self, gradient: Tensor, expected: Tensor, valid: Tensor) -> None:
-        """Raises ValueError for an unexpected upstream gradient in the first backward; later `check_tokens` does."""
+    def _use(self, gradient: Tensor, expected: Tensor, valid: Tensor) -> None:
+        """Backward uses the gradients that forward computed for the upstream gradient `expected`.
+
+        Raises ValueError for another gradient in the first backward with a token; later `check_tokens` does.
+        """
+        self.unused -= 1
         self._note(
-            "--dft-linear-fused: the loss received another gradient than calculate_per_token_loss implies, loss scale "
-            "x loss mask, with which forward computed the gradients; return the sum over the loss mask from loss_func, "
-            f"or add --dft-vocab-chunk {VOCAB_CHUNK}, which computes the gradients in backward",
+            "--dft-token-chunk: the loss received another gradient than the one for which forward computed the "
+            "gradients, grad_scale_func(1) x loss mask of the model; pass the loss mask to the model (loss_mask=, or "
+            "labels of -100) and return the sum over it from loss_func, or use --dft-vocab-chunk (vocab_chunk), which "
+            "supports every loss_func",
             differs(gradient, expected, valid),
         )
         if not (self.verified or (gradient.is_cuda and torch.cuda.is_current_stream_capturing())):
-            self.verified = True
             self.check_tokens()
+            self.verified = bool(valid.any())
 
     def _inputs_of(self, labels: Tensor) -> Inputs:
         """The arguments of the forward pass, if these are its labels."""
@@ -369,6 +375,7 @@ class LossHead:
         upstream: Tensor | None,
         split: Split,
     ) -> tuple[Tensor, TokenStats]:
+        self.unused += upstream is not None
         into = MainGrad if layer.gradient_accumulation_fusion else WeightGradient
         rows, weight = _after_pre_hooks(layer, rows, weight)
         return linear_loss_and_stats(
@@ -428,11 +435,11 @@ class LossHead:
                 f"gradient in {self.trained}; forward_step trains on another loss: return the model's output, or omit "
                 "--loss-type"
             )
-        if self.in_forward and self.computed != self.trained:
+        if self.unused:
             raise ValueError(
-                f"--dft-linear-fused: {self.computed} forward passes computed gradients, and {self.trained} backward "
-                "passes used them; call the model under torch.no_grad() where it does not train, or add "
-                f"--dft-vocab-chunk {VOCAB_CHUNK}, which computes the gradients in backward"
+                f"--dft-token-chunk: backward did not use the gradients of {self.unused} forward passes of this step; "
+                "call the model under torch.no_grad() where it does not train, do not recompute it in backward, or use "
+                "--dft-vocab-chunk"
             )
 
 
@@ -458,6 +465,11 @@ class MainGrad(WeightGradient):
 
         kernels: Any = layers.fused_weight_gradient_mlp_cuda
         fp32 = weight.main_grad.dtype == torch.float32
+        if summed and not fp32:
+            raise ValueError(
+                f"--dft-token-chunk requires an fp32 main_grad, to which every chunk is added, got "
+                f"{weight.main_grad.dtype}; omit --grad-reduce-in-bf16, or use --dft-vocab-chunk"
+            )
         self.weight = weight
         self.accumulate = kernels.wgrad_gemm_accum_fp32 if fp32 else kernels.wgrad_gemm_accum_fp16
 

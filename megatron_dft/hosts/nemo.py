@@ -62,9 +62,9 @@ class DFTCallback(Callback, io.IOMixin):
         inplace_backward: bool = True,
         compact_masked_tokens: Optional[bool] = None,  # noqa: UP045
         linear_fused: bool = False,
-        token_chunk: Optional[int] = None,  # noqa: UP045
         vocab_chunk: Optional[int] = None,  # noqa: UP045
         keep_chunks: int = 0,
+        token_chunk: Optional[int] = None,  # noqa: UP045
         weights: bool = False,
         reduction: str = "token",
         metrics: str = "basic",

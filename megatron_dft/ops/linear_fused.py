@@ -20,8 +20,8 @@ Chunks of tokens, for an upstream gradient that is known in forward. Forward com
     backward    if the upstream gradient is another one, the gradients become NaN; no host-device sync
 
 Memory: [chunk, V/tp], and the hidden gradient until backward. Compute: three products. The weight gradient is read and
-written once per chunk, and summed in fp32: in a buffer of the host, or in one of its own. Forward has to be followed by
-exactly one backward. Not for objectives that depend on all tokens of a batch.
+written once per chunk, and summed in fp32: in a buffer of the host, or in one of its own, which lives until backward.
+Forward has to be followed by exactly one backward. Not for objectives that depend on all tokens of a batch.
 
 Both: tensor-parallel ranks sum the hidden gradient in one all-reduce, which overlaps with the last product. Masked
 tokens are removed first (compaction.py). Not supported: biases, fp8 and fp4 weights.
@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -95,8 +96,8 @@ class WeightGradient:
             torch.mm(gradient.t(), hidden, out=self.total[columns])
 
     def multiply(self, factor: Tensor) -> None:
-        """Multiply a part of the gradient by a factor []: 1, or NaN, which makes the gradient norm NaN."""
-        self.total[:1].mul_(factor)
+        """Multiply the gradient by a factor []: 1 or NaN. In the buffer of a host the first row is enough."""
+        self.total.mul_(factor)
 
     def result(self) -> Tensor | None:
         """The weight gradient returned to autograd, or None if it was added to a buffer."""
@@ -136,8 +137,9 @@ def linear_dft_loss(
             The gradient overwrites them; a second backward raises.
         upstream: the gradient that the loss of each valid token will receive, if it is known: 1.0 for
             `linear_dft_loss(...).sum()`. Gradients are then computed in forward, in chunks of tokens, with three
-            products instead of four. If backward receives another gradient, all gradients are NaN. A second backward
-            raises. The weight gradient is summed in an fp32 buffer.
+            products instead of four. If backward receives a gradient that differs by more than 1e-6, relative, all
+            gradients are NaN. A second backward raises. The weight gradient is summed in an fp32 buffer, which lives
+            until backward.
         token_chunk: tokens per chunk if `upstream` is given; None: 2048.
         compact_masked_tokens: remove ignored tokens first. Costs one host-device sync. Set False under CUDA graph
             capture.
@@ -184,18 +186,18 @@ def linear_loss_and_stats(
     Raises:
         ValueError: for `upstream` with an objective that depends on all tokens of a batch.
     """
-    target, reference = options.split(target.contiguous(), hidden)
-    if upstream is None or not torch.is_grad_enabled():
-        loss, *stats = _LossInVocabChunks.apply(hidden, weight, target, reference, options, split, weight_gradient)
-    elif options.objective.per_token:
-        rows = split.rows(len(hidden))
-        loss, *stats = _LossInTokenChunks.apply(
-            hidden, weight, target, reference, upstream, options, rows, weight_gradient
-        )
-    else:
+    if upstream is not None and not options.objective.per_token:
         raise ValueError(
             f"upstream: objective {str(options.objective)!r} depends on all tokens of a batch, so its gradient cannot "
             "be computed in chunks of tokens; omit upstream"
+        )
+    target, reference = options.split(target.contiguous(), hidden)
+    if upstream is None or not torch.is_grad_enabled():
+        loss, *stats = _LossInVocabChunks.apply(hidden, weight, target, reference, options, split, weight_gradient)
+    else:
+        rows = split.rows(len(hidden))
+        loss, *stats = _LossInTokenChunks.apply(
+            hidden, weight, target, reference, upstream, options, rows, weight_gradient
         )
     return loss, unpack_stats(stats, options.shard(len(weight)).vocab_size)
 
@@ -238,7 +240,8 @@ class _LossInVocabChunks(torch.autograd.Function):
             )
         loss, saved, stats = gather_and_merge(kernels, torch.stack(sums), target, reference, shard.vocab_size, options)
         ctx.save_for_backward(hidden, weight, target, saved, *kept)
-        ctx.settings = kernels, shard, chunks, options.tp_group, into
+        # Saved tensors may lose the attributes of a parameter, as `main_grad`: with hooks, they are copies.
+        ctx.settings = kernels, shard, chunks, options.tp_group, partial(into, weight, summed=False)
         return loss, *pack_stats(ctx, stats)
 
     @staticmethod
@@ -247,7 +250,7 @@ class _LossInVocabChunks(torch.autograd.Function):
         hidden, weight, target, saved, *kept = ctx.saved_tensors
         kernels, shard, chunks, tp_group, into = ctx.settings
         hidden_gradient = _HiddenGradient(hidden, tp_group) if ctx.needs_input_grad[0] else None
-        weight_gradient = into(weight, summed=False) if ctx.needs_input_grad[1] else None
+        weight_gradient = into() if ctx.needs_input_grad[1] else None
         buffer = _buffer(hidden, chunks[len(kept) :])
         for i, columns in enumerate(chunks):
             logits = kept[i] if i < len(kept) else _logits(hidden, weight, columns, buffer)
@@ -341,7 +344,7 @@ class _LossInTokenChunks(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError(
                 "linear_dft_loss: forward computed the gradients for one backward, and this is the second; omit "
-                "upstream (in Megatron add --dft-vocab-chunk)"
+                "upstream (in Megatron use --dft-vocab-chunk)"
             )
         (hidden_gradient, sum_over_ranks, weight_gradient), ctx.gradients = ctx.gradients, None
         factor = torch.where(differs(upstream, *ctx.saved_tensors), torch.nan, 1.0)
@@ -410,7 +413,7 @@ def _per_token(upstream: float | Tensor, hidden: Tensor, target: Tensor) -> Tens
             f"upstream: expected a number or the shape of the target, {tuple(target.shape)}, got "
             f"{tuple(upstream.shape)}"
         )
-    return upstream.detach().to(dtype).expand(target.shape)
+    return upstream.detach().to(hidden.device, dtype).expand(target.shape)
 
 
 def _check(hidden: Tensor, weight: Tensor, target: Tensor) -> None:

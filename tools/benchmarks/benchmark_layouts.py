@@ -45,7 +45,7 @@ from measure import conditions
 from megatron_step import Layout, Task, Training, model_parallel, start
 
 from megatron_dft import DFTConfig
-from megatron_dft.ops.linear_fused import VOCAB_CHUNK
+from megatron_dft.ops.linear_fused import TOKEN_CHUNK
 from megatron_dft.ops.objectives import WITHOUT_REFERENCE
 from megatron_dft.utils import HelpFormatter, exit_rank
 
@@ -53,8 +53,10 @@ VARIANTS = {
     "Megatron": DFTConfig(),
     "ours": DFTConfig("dft", compact_masked_tokens=False),
     "ours, masked tokens removed": DFTConfig("dft", compact_masked_tokens=True),
-    "ours, linear-fused": DFTConfig("dft", compact_masked_tokens=True, linear_fused=True, vocab_chunk=VOCAB_CHUNK),
-    "ours, linear-fused, gradient in forward": DFTConfig("dft", compact_masked_tokens=True, linear_fused=True),
+    "ours, linear-fused": DFTConfig("dft", compact_masked_tokens=True, linear_fused=True),
+    "ours, linear-fused, gradient in forward": DFTConfig(
+        "dft", compact_masked_tokens=True, linear_fused=True, token_chunk=TOKEN_CHUNK
+    ),
     "ours, full metrics": DFTConfig("dft", compact_masked_tokens=True, metrics="full", channels="a,b,c"),
 }
 IMPLEMENTATIONS = VARIANTS | {f"ours: {name}": DFTConfig(name) for name in WITHOUT_REFERENCE if name != "dft"}
