@@ -375,12 +375,13 @@ class LossHead:
         upstream: Tensor | None,
         split: Split,
     ) -> tuple[Tensor, TokenStats]:
-        self.unused += upstream is not None
         into = MainGrad if layer.gradient_accumulation_fusion else WeightGradient
         rows, weight = _after_pre_hooks(layer, rows, weight)
+        weight = layer.weight if weight is None else weight
+        self.unused += upstream is not None and (rows.requires_grad or weight.requires_grad)
         return linear_loss_and_stats(
             hidden=rows,
-            weight=layer.weight if weight is None else weight,
+            weight=weight,
             target=target,
             options=self._options(rows.device),
             split=split,
