@@ -56,9 +56,11 @@ class Objective:
         raise NotImplementedError
 
     def __init_subclass__(cls) -> None:
-        for name in ("by_value", "per_token"):
-            if name not in vars(cls):
-                setattr(cls, name, cls.__module__ == __name__)
+        of_this_module = cls.__module__ == __name__
+        if "by_value" not in vars(cls):
+            cls.by_value = of_this_module
+        if "per_token" not in vars(cls):
+            cls.per_token = of_this_module
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Objective:
         self = super().__new__(cls)
