@@ -156,9 +156,12 @@ def fuse_accumulation(model, weight):
     """Let the output layer add its weight gradient to main_grad, which is 0.5 from the previous micro-batch."""
     from megatron.core.tensor_parallel import layers
 
+    def accumulate(rows, gradient, main_grad):
+        main_grad.add_(gradient.t() @ rows)
+
     # A PyTorch version of the CUDA extension that Megatron calls here.
     layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(
-        wgrad_gemm_accum_fp32=lambda rows, gradient, main_grad: main_grad.addmm_(gradient.t(), rows)
+        wgrad_gemm_accum_fp32=accumulate, wgrad_gemm_accum_fp16=accumulate
     )
     weight.main_grad, weight.grad_added_to_main_grad = torch.full_like(weight, 0.5), False
     model.output_layer.gradient_accumulation_fusion = True
