@@ -28,7 +28,7 @@ masked tokens are removed. With c = V / tp vocabulary columns and hidden size H,
     memory        2 r min(c, 8192) + 8 r H instead of 2 r c + 2 r H: fp32 sum, last product and result
 
 "ours, linear-fused, gradient in forward" splits the r tokens into k equal chunks, the fewest of at most 2048 tokens. It
-requires a host that knows the upstream gradient in forward (--calculate-per-token-loss). Nothing is recomputed:
+needs --dft-token-chunk and an upstream gradient that is known in forward. Nothing is recomputed:
 
     products      6 r H c
     weight        12 H c k: every chunk reads the weight twice, and reads and writes the fp32 gradient
