@@ -54,6 +54,7 @@ TRITON_TWIN = ("triton", "triton_matches_torch_backend")
 TRITON_WIDTH = ("triton", "loss_supports_any_vocab_size")
 HIDDEN = ("linear_fused", "linear_dft_loss_matches_full_logits")
 MAIN_GRAD = ("loss_head", "gradient_accumulation_fusion_matches_megatron")
+UNFUSED = ("loss_head", "token_chunks_add_to_main_grad_without_gradient_accumulation_fusion")
 METRIC = ("metrics", "metric_is_weighted_sum_and_count")
 FULL_METRICS = ("metrics", "full_metrics_match_formula")
 
@@ -428,7 +429,7 @@ FAULTS = [
           "expected.abs())).any()", "linear_fused", "unexpected_upstream_makes_gradients_nan"),
     Fault("weight gradient kept in spite of another upstream", "ops/linear_fused", "self.total.mul_(factor)",
           "pass", "linear_fused", "unexpected_upstream_makes_gradients_nan"),
-    Fault("main_grad kept in spite of another upstream", "hosts/loss_head", "self.weight.main_grad[:1].mul_(factor)",
+    Fault("main_grad kept in spite of another upstream", "hosts/loss_head", "self.total[:1].mul_(factor)",
           "pass", "loss_head", "unexpected_upstream_raises_with_its_reason"),
     Fault("gradient of forward used twice", "ops/linear_fused", "weight_gradient), ctx.gradients = ctx.gradients, None",
           "weight_gradient) = ctx.gradients", "linear_fused", "gradient_in_forward_raises_in_second_backward"),
@@ -447,7 +448,7 @@ FAULTS = [
           "loss_head", "token_chunk_is_rejected_where_gradient_in_forward_is_impossible"),
     Fault("gradient in forward for an objective of the batch", "hosts/compat", "if not config.objective.per_token:",
           "if False:", "loss_head", "token_chunk_is_rejected_where_gradient_in_forward_is_impossible"),
-    Fault("main_grad in bf16", "hosts/loss_head", "if summed and not fp32:", "if False:",
+    Fault("main_grad in bf16", "hosts/loss_head", "if summed and weight.main_grad.dtype !=", "if False and 0 !=",
           "loss_head", "token_chunk_is_rejected_where_gradient_in_forward_is_impossible"),
     Fault("unused gradients of an earlier step", "hosts/binding", "binding.head.unused = 0", "pass",
           "loss_head", "forward_whose_gradient_is_not_used_raises"),
@@ -482,8 +483,12 @@ FAULTS = [
           "loss_head", "forward_without_labels_returns_logits_even_after_error"),
     Fault("hooks of the layer skipped", "hosts/loss_head", "in list(layer._forward_pre_hooks.items()):",
           "in []:", "loss_head", "output_layer_pre_hooks_run_before_weight_is_read"),
-    Fault("main_grad of the first chunk", "hosts/loss_head", "self.weight.main_grad[columns]",
-          "self.weight.main_grad[: gradient.shape[1]]", *MAIN_GRAD),
+    Fault("main_grad of the first chunk", "hosts/loss_head", "gradient, self.total[columns]",
+          "gradient, self.total[: gradient.shape[1]]", *MAIN_GRAD),
+    Fault("weight gradient in a buffer of its own", "hosts/loss_head",
+          'elif upstream is not None and hasattr(weight, "main_grad"):', "elif False:", *UNFUSED),
+    Fault("weight gradient added twice", "hosts/loss_head", "return torch.zeros_like(self.weight)",
+          "return torch.ones_like(self.weight)", *UNFUSED),
     Fault("gradient reduced twice", "hosts/loss_head", "self.weight.grad_added_to_main_grad = True", "pass",
           *MAIN_GRAD),
     Fault("garbage for tied embeddings", "hosts/loss_head", "make = torch.zeros_like if", "make = torch.ones_like if",

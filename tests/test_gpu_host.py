@@ -25,7 +25,7 @@ FLAGS = (
     "--hidden-dropout 0 --tokenizer-type NullTokenizer --vocab-size 31998 --make-vocab-size-divisible-by 128 "
     "--untie-embeddings-and-output-weights --lr 1e-4 --lr-decay-style constant --clip-grad 1.0 --eval-iters 2 "
     "--eval-interval 20 --log-interval 1 --tensorboard-log-interval 1 --num-workers 0 --train-iters 10 "
-    "--global-batch-size 16 --micro-batch-size 4 --calculate-per-token-loss --transformer-impl local "
+    "--global-batch-size 16 --micro-batch-size 4 --calculate-per-token-loss --bf16 --transformer-impl local "
     "--no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-persist-layer-norm --no-rope-fusion "
 )
 SCHEDULE = "--loss-type dft:start=3,ramp=4 --no-dft-compact-masked-tokens --no-check-for-nan-in-loss-and-grad "
@@ -46,16 +46,13 @@ runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
 
 @pytest.fixture(scope="module")
 def curves(tmp_path_factory):
-    """curves(flags): TensorBoard curves of a run; without flags, of Megatron without the launcher. Runs are cached.
-
-    The precision is bf16, or fp32 if it is "".
-    """
+    """curves(flags): TensorBoard curves of a run; without flags, of Megatron without the launcher. Runs are cached."""
     pytest.importorskip("megatron.training")
     pytest.importorskip("tensorboard")
     known = {}
 
-    def of(flags="", precision="--bf16 ", **variables):
-        key = flags, precision, *variables.items()
+    def of(flags="", **variables):
+        key = flags, *variables.items()
         if key in known:
             return known[key]
         folder = tmp_path_factory.mktemp("gpu")
@@ -63,7 +60,7 @@ def curves(tmp_path_factory):
         if not flags:
             script = folder / "alone.py"
             script.write_text(ALONE)
-        known[key] = train(script, FLAGS + precision, flags, folder, **variables)
+        known[key] = train(script, FLAGS, flags, folder, **variables)
         return known[key]
 
     return of
@@ -111,13 +108,9 @@ def test_dft_with_full_metrics_and_channels_trains_on_gpu(curves):
     assert sum(found[f"dft/channel/{name}/tokens"][0] for name in ("other", "a", "b")) == found["dft/valid_tokens"][0]
 
 
-@pytest.mark.parametrize(
-    ("precision", "chunks"), [("--bf16 ", ""), ("", "--dft-token-chunk 500")], ids=["vocabulary", "tokens"]
-)
-def test_linear_fused_matches_full_logits_on_gpu(curves, precision, chunks):
-    """In bf16 the gradient in forward requires gradient accumulation fusion, which requires Apex."""
-    full = curves("--loss-type dft", precision)
-    fused = curves(f"--loss-type dft --dft-linear-fused {chunks}", precision)
+@pytest.mark.parametrize("chunks", ["", "--dft-token-chunk 500"], ids=["vocabulary", "tokens"])
+def test_linear_fused_matches_full_logits_on_gpu(curves, chunks):
+    full, fused = curves("--loss-type dft"), curves(f"--loss-type dft --dft-linear-fused {chunks}")
     for tag in ("lm loss", "grad-norm", "dft/prob"):
         assert fused[tag] == pytest.approx(full[tag], rel=2e-3), tag
 
@@ -136,9 +129,10 @@ def test_nll_matches_pretrain_gpt_of_checkout_on_packed_data(checkout_curves):
     assert len(theirs["lm loss"]) == 2
 
 
-def test_linear_fused_matches_full_logits_in_checkout_on_packed_data(checkout_curves):
+@pytest.mark.parametrize("chunks", ["--dft-vocab-chunk 2048", "--dft-token-chunk 100"])
+def test_linear_fused_matches_full_logits_in_checkout_on_packed_data(checkout_curves, chunks):
     plain = checkout_curves("--loss-type dft --no-dft-compact-masked-tokens")
-    fused = checkout_curves("--loss-type dft --dft-compact-masked-tokens --dft-linear-fused --dft-vocab-chunk 2048")
+    fused = checkout_curves(f"--loss-type dft --dft-compact-masked-tokens --dft-linear-fused {chunks}")
     for tag in ("lm loss", "grad-norm", "dft/loss", "dft/prob", "dft/valid_tokens"):
         assert fused[tag] == pytest.approx(plain[tag], rel=5e-3), tag  # approx() is false for NaN
     assert 0 < plain["dft/valid_tokens"][0] < 6 * 256  # tokens of an iteration

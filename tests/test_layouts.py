@@ -195,9 +195,10 @@ def test_hybrid_mtp_rejects_compaction_and_linear_fused(host, flags):
         assert code != 0 and f"{flag} is not supported with" in output and reason in output
 
 
-def test_bf16_under_tp_matches_one_rank(host, flags):
+@pytest.mark.parametrize("how", ["", TOKENS])
+def test_bf16_under_tp_matches_one_rank(host, flags, how):
     common = f"{flags('dense')} {PER_TOKEN} --micro-batch-size 1 --loss-type dft --bf16 "
-    agree(host.curves(common + TP2, ranks=2), host.curves(common), 1e-3)  # a quarter of bf16 precision
+    agree(host.curves(common + TP2 + how, ranks=2), host.curves(common), 1e-3)  # a quarter of bf16 precision
 
 
 @pytest.mark.parametrize("mtp", ["nll", "same"])

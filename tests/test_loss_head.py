@@ -153,7 +153,7 @@ def without_labels(make, variant):
 
 
 def fuse_accumulation(model, weight):
-    """Let the output layer add its weight gradient to main_grad, which is 0.5 from the previous micro-batch."""
+    """Let the output layer add its weight gradient to main_grad, as with Apex."""
     from megatron.core.tensor_parallel import layers
 
     def accumulate(rows, gradient, main_grad):
@@ -163,15 +163,23 @@ def fuse_accumulation(model, weight):
     layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(
         wgrad_gemm_accum_fp32=accumulate, wgrad_gemm_accum_fp16=accumulate
     )
-    weight.main_grad, weight.grad_added_to_main_grad = torch.full_like(weight, 0.5), False
+    add_main_grad(weight)
     model.output_layer.gradient_accumulation_fusion = True
 
 
-def fused_accumulation(variant, tied, sequence_parallel):
+def add_main_grad(weight):
+    """Give the weight the attributes that DDP sets. main_grad is 0.5 from the previous micro-batch."""
+    weight.main_grad, weight.grad_added_to_main_grad = torch.full_like(weight, 0.5), False
+
+
+def fused_accumulation(variant, tied, sequence_parallel, fused=True):
     """main_grad after a micro-batch, the weight gradient that autograd received, and all other gradients."""
     model = gpt(tied=tied, sequence_parallel=sequence_parallel)
     weight = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
-    fuse_accumulation(model, weight)
+    if fused:
+        fuse_accumulation(model, weight)
+    else:
+        add_main_grad(weight)
     if variant:
         install([model], DFTConfig(loss_type="nll", **VARIANTS[variant]))
     others = {name: g for name, g in gradients(model)[1].items() if "output_layer" not in name}
@@ -232,7 +240,6 @@ def with_token_chunk():
         "mean": error(gpt(calculate_per_token_loss=False)),
         "cayley": error(gpt(), "cayley"),
         "bf16": error(gpt(**bf16)),
-        "bf16, frozen": error(gpt(**bf16).requires_grad_(False)),
         "log": [compat.describe_output_layer(gpt(), dft(variant)) for variant in ("token chunks", "chunks")],
     }
 
@@ -286,6 +293,8 @@ def known_upstream():
     facts["next step"] = message(binding.head.check_trained)
     model.output_layer.weight.main_grad = model.output_layer.weight.main_grad.bfloat16()
     facts["bf16 main_grad"] = message(lambda: forward(model, tokens, labels, mask))
+    model.output_layer.gradient_accumulation_fusion = False
+    facts["bf16 main_grad, not fused"] = message(lambda: forward(model, tokens, labels, mask))
     return facts
 
 
@@ -298,6 +307,8 @@ def on_ranks():
         facts["layer", name, variant] = layer_before_and_after(makes[name], variant)
     for tied, split, variant in itertools.product([False, True], [False, True], [None, *FROM_HIDDEN]):
         facts["main_grad", tied, split, variant] = fused_accumulation(variant, tied, split)
+        if variant and "token" in variant:
+            facts["main_grad, not fused", tied, split, variant] = fused_accumulation(variant, tied, split, fused=False)
     for variant in FROM_HIDDEN:
         facts["late", variant] = late_weight(variant)
         if "token" not in variant:
@@ -373,6 +384,23 @@ def test_gradient_accumulation_fusion_matches_megatron(facts, tied, split, varia
             assert returned == stock_returned
 
 
+@pytest.mark.parametrize("variant", [name for name in FROM_HIDDEN if "token" in name])
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_token_chunks_add_to_main_grad_without_gradient_accumulation_fusion(facts, tied, split, variant):
+    """DDP's hook adds the returned gradient, because `grad_added_to_main_grad` stays False."""
+    for rank in facts:
+        ours, added, returned, others = rank["main_grad, not fused", tied, split, variant]
+        stock, _, stock_returned, stock_others = rank["main_grad", tied, split, None]
+        same(ours, stock, 2e-5)
+        assert not added and (ours != 0.5).any()
+        same(others, stock_others, 2e-5)
+        if tied:
+            same(returned, stock_returned, 2e-5)  # of the embedding only
+        else:
+            assert returned == stock_returned
+
+
 @pytest.mark.parametrize("variant", FROM_HIDDEN)
 @pytest.mark.parametrize("name", ["gpt", "hybrid"] if HAS_HYBRID else ["gpt"])
 def test_forward_restores_output_layer_state(facts, name, variant):
@@ -391,11 +419,10 @@ def test_output_layer_pre_hooks_run_before_weight_is_read(facts, variant):
 
 def test_token_chunk_is_rejected_where_gradient_in_forward_is_impossible(facts):
     errors = facts[0]["token chunk"]
-    assert errors["fp32"] == errors["bf16, frozen"] == "no error"
+    assert errors["fp32"] == errors["bf16"] == "no error"
     for name, reason in {
         "mean": "without --calculate-per-token-loss the upstream gradient is not known there",
         "cayley": "cayley:floor=0.5 depends on all tokens of a batch",
-        "bf16": "without gradient accumulation fusion the weight gradient needs an fp32 buffer of its own",
     }.items():
         assert (
             errors[name] == f"--dft-token-chunk computes the gradient in forward, but {reason}; use --dft-vocab-chunk"
@@ -404,7 +431,8 @@ def test_token_chunk_is_rejected_where_gradient_in_forward_is_impossible(facts):
         "linear-fused, 5 tokens per chunk, gradient in forward",
         "linear-fused, 7 columns per chunk",
     ]
-    assert facts[0]["known upstream"]["bf16 main_grad"].startswith("--dft-token-chunk requires an fp32 main_grad")
+    for name in ("bf16 main_grad", "bf16 main_grad, not fused"):
+        assert facts[0]["known upstream"][name].startswith("--dft-token-chunk requires an fp32 main_grad"), name
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_dft.config import DFTConfig
-from megatron_dft.ops.stats import MEDIAN, accumulation_dtype
+from megatron_dft.ops.stats import MEDIAN
 
 LOSS = "compute_language_model_loss"  # what `install` binds on a model
 KNOWN_HOSTS = "use Megatron-LM or megatron-core 0.17 to 0.19, or a megatron_dft that supports yours"
@@ -364,18 +364,11 @@ def _plain_forwards(column_parallel_linear: Any) -> tuple[Any, ...]:
 
 
 def _obstacle_to_gradient_in_forward(model: Any, config: DFTConfig) -> str | None:
-    """Why linear_fused cannot compute the gradient of this model in forward, in chunks of tokens; None: it can.
-
-    The upstream gradient has to be known, and the weight gradient needs an fp32 buffer.
-    """
+    """Why the upstream gradient of this model is not known in forward, for chunks of tokens; None: it is."""
     if not getattr(model.config, "calculate_per_token_loss", False):
         return "without --calculate-per-token-loss the upstream gradient is not known there"
     if not config.objective.per_token:
         return f"{config.objective} depends on all tokens of a batch"
-    weight = _output_weight(model)
-    fused = model.output_layer.gradient_accumulation_fusion
-    if weight.requires_grad and not fused and weight.dtype != accumulation_dtype(weight):
-        return "without gradient accumulation fusion the weight gradient needs an fp32 buffer of its own"
     return None
 
 

@@ -42,7 +42,7 @@ from megatron_dft.metrics import TokenBatch
 from megatron_dft.ops.compaction import gather_sequence, loss_all_tokens, loss_valid_tokens
 from megatron_dft.ops.linear_fused import Split, WeightGradient, differs, linear_loss_and_stats
 from megatron_dft.ops.objectives import Blended, Objective, Scheduled
-from megatron_dft.ops.stats import MEDIAN, TokenStats
+from megatron_dft.ops.stats import MEDIAN, TokenStats, accumulation_dtype
 from megatron_dft.ops.vocab_parallel import LossOptions, loss_and_stats
 
 
@@ -375,9 +375,13 @@ class LossHead:
         upstream: Tensor | None,
         split: Split,
     ) -> tuple[Tensor, TokenStats]:
-        into = MainGrad if layer.gradient_accumulation_fusion else WeightGradient
         rows, weight = _after_pre_hooks(layer, rows, weight)
         weight = layer.weight if weight is None else weight
+        into = WeightGradient
+        if layer.gradient_accumulation_fusion:
+            into = FusedMainGrad
+        elif upstream is not None and hasattr(weight, "main_grad"):
+            into = MainGrad
         self.unused += upstream is not None and (rows.requires_grad or weight.requires_grad)
         return linear_loss_and_stats(
             hidden=rows,
@@ -459,26 +463,37 @@ class _Weighted(torch.autograd.Function):
 
 
 class MainGrad(WeightGradient):
-    """Megatron's gradient accumulation fusion: adds to `weight.main_grad`, which DDP reduces."""
+    """Adds to `weight.main_grad`, which DDP reduces, without gradient accumulation fusion."""
 
     def __init__(self, weight: Any, summed: bool) -> None:
-        from megatron.core.tensor_parallel import layers
-
-        kernels: Any = layers.fused_weight_gradient_mlp_cuda
-        fp32 = weight.main_grad.dtype == torch.float32
-        if summed and not fp32:
+        if summed and weight.main_grad.dtype != accumulation_dtype(weight):
             raise ValueError(
                 f"--dft-token-chunk requires an fp32 main_grad, to which every chunk is added, got "
                 f"{weight.main_grad.dtype}; omit --grad-reduce-in-bf16, or use --dft-vocab-chunk"
             )
-        self.weight = weight
+        self.weight, self.total, self.summed = weight, weight.main_grad, True
+
+    def multiply(self, factor: Tensor) -> None:
+        self.total[:1].mul_(factor)
+
+    def result(self) -> Tensor | None:
+        """Zeros, which DDP's hook adds to main_grad."""
+        return torch.zeros_like(self.weight)
+
+
+class FusedMainGrad(MainGrad):
+    """Megatron's gradient accumulation fusion: its kernels add to `weight.main_grad`."""
+
+    def __init__(self, weight: Any, summed: bool) -> None:
+        from megatron.core.tensor_parallel import layers
+
+        super().__init__(weight, summed)
+        kernels: Any = layers.fused_weight_gradient_mlp_cuda
+        fp32 = self.total.dtype == torch.float32
         self.accumulate = kernels.wgrad_gemm_accum_fp32 if fp32 else kernels.wgrad_gemm_accum_fp16
 
     def add(self, columns: slice, gradient: Tensor, hidden: Tensor) -> None:
-        self.accumulate(hidden, gradient, self.weight.main_grad[columns])
-
-    def multiply(self, factor: Tensor) -> None:
-        self.weight.main_grad[:1].mul_(factor)
+        self.accumulate(hidden, gradient, self.total[columns])
 
     def result(self) -> Tensor | None:
         """None, or a dummy gradient that makes autograd run DDP's hook; the hook does not add it."""
