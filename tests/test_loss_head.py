@@ -257,7 +257,7 @@ def known_upstream():
         for factor in (*first, scale):
             weights = mask * factor if factor == 0.0 else mask
             (forward(model, tokens, labels, weights if given else None) * weights * factor).sum().backward()
-        return installed.bindings[0].head, model.output_layer.weight.grad
+        return installed, model.output_layer.weight.grad
 
     facts = {"plain": train()[1]}
     for name, change in {
@@ -273,24 +273,25 @@ def known_upstream():
     facts["unexpected"] = message(lambda: train(0.5))
     facts["unexpected after an empty micro-batch"] = message(lambda: train(0.5, first=(0.0,)))
     facts["mask not given"] = message(lambda: train(given=False))
-    head, gradient = train(0.5, first=(1.0,))  # one host-device sync in the first backward, none later
-    facts["later"] = message(head.check_tokens), gradient.norm()
-    facts["main_grad"] = train(0.5, first=(1.0,), fused=True)[0].model.output_layer.weight.main_grad.norm()
-    head, _ = train()
-    head.check_trained()
-    forward(head.model, tokens, labels, mask)
-    facts["not used"] = message(head.check_trained)
-    head, _ = train()
+    installed, gradient = train(0.5, first=(1.0,))  # one host-device sync in the first backward, none later
+    facts["later"] = message(installed.check_tokens), gradient.norm()
+    facts["main_grad"] = train(0.5, first=(1.0,), fused=True)[0].chunks[0].output_layer.weight.main_grad.norm()
+    installed, _ = train()
+    installed.check_step()
+    installed.check_tokens()
+    forward(*installed.chunks, tokens, labels, mask)
+    facts["not used"] = message(installed.check_step)
+    installed, _ = train()
     with torch.no_grad():
-        forward(head.model, tokens, labels, mask)
-    facts["no_grad"] = message(head.check_trained)
+        forward(*installed.chunks, tokens, labels, mask)
+    facts["no_grad"] = message(installed.check_step)
     installed = install([gpt()], dft("token chunks"))
-    (model,), (binding,) = installed.chunks, installed.bindings
+    (model,) = installed.chunks
     fuse_accumulation(model, model.output_layer.weight)
     torch.utils.checkpoint.checkpoint(forward, model, tokens, labels, mask, use_reentrant=False).sum().backward()
-    facts["recomputed"] = message(binding.head.check_trained)
+    facts["recomputed"] = message(installed.check_step)
     installed.begin(2)
-    facts["next step"] = message(binding.head.check_trained)
+    facts["next step"] = message(installed.check_step)
     model.output_layer.weight.main_grad = model.output_layer.weight.main_grad.bfloat16()
     facts["bf16 main_grad"] = message(lambda: forward(model, tokens, labels, mask))
     model.output_layer.gradient_accumulation_fusion = False

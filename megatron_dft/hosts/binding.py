@@ -80,6 +80,25 @@ class Installation:
         for binding in self.bindings:
             binding.head.unused = 0
 
+    def check_step(self) -> None:
+        """Check, after backward, that the step trained on the objective. No host-device sync.
+
+        Raises:
+            ValueError: if no gradient reached the loss, or `token_chunk` computed gradients that backward did not use.
+        """
+        for binding in self.bindings:
+            binding.head.check_trained()
+
+    def check_tokens(self) -> None:
+        """Check the tokens since `install`, for example before a checkpoint. A host-device sync per kind of error.
+
+        Raises:
+            ValueError: for a token without a loss that the mask of a loss_func with metrics counts, a label without
+                reference or weight, and an upstream gradient that `token_chunk` did not expect.
+        """
+        for binding in self.bindings:
+            binding.head.check_tokens()
+
     def remove(self) -> None:
         """Restore the loss of every model."""
         for binding in self.bindings:
@@ -136,7 +155,7 @@ def with_metrics(
     Raises:
         ValueError: for a callback that cannot be imported. In training: if `install` did not bind the loss of the
             model, or the shape of the loss mask is wrong. A token that the mask counts and that has no loss gets a NaN
-            loss; it raises in the first micro-batch, later in the hosts' checks (`LossHead.check_tokens`).
+            loss; it raises in the first micro-batch, later in `Installation.check_tokens`.
     """
     if not config.enabled:
         return forward_step

@@ -23,7 +23,7 @@ from megatron_dft.config import DFTConfig
 from megatron_dft.hosts import compat
 from megatron_dft.hosts.binding import Installation, install, with_metrics
 from megatron_dft.hosts.iterations import TOKENS_PER_SECOND, ChannelMeans, means_over_tokens, micro_batches
-from megatron_dft.hosts.loss_head import LossHead, ignore_masked
+from megatron_dft.hosts.loss_head import ignore_masked
 from megatron_dft.metrics import VALID_TOKENS, MetricAccumulator, MetricSpec
 
 
@@ -208,8 +208,8 @@ class Progress:
         self.start = time.perf_counter()
 
     def after_step(self, context: Any) -> None:
-        for head in self._heads():
-            head.check_trained()
+        for installation in self.installations:
+            installation.check_step()
         losses = context.loss_dict
         if losses:  # on the last pipeline stage
             self.means.fill(losses)
@@ -224,16 +224,12 @@ class Progress:
             means = means_over_tokens(losses, self.validation)
             losses.clear()
             losses.update(means)
-        for head in self._heads():
-            head.check_tokens()
+        for installation in self.installations:
+            installation.check_tokens()
 
     def _begin(self, iteration: int) -> None:
         for installation in self.installations:
             installation.begin(iteration)
-
-    def _heads(self) -> Iterator[LossHead]:
-        for installation in self.installations:
-            yield from (binding.head for binding in installation.bindings)
 
 
 def _hook_model(model: Any, hook: Callable[[list], list]) -> None:

@@ -12,7 +12,7 @@ import functools
 import importlib.util
 import inspect
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from megatron_dft.config import DFTConfig
 from megatron_dft.hosts import compat, sft
 from megatron_dft.hosts.binding import Installation, install, with_metrics
 from megatron_dft.hosts.iterations import Progress, micro_batches
-from megatron_dft.hosts.loss_head import LossHead
 from megatron_dft.hosts.patches import TRAINING, Patches
 from megatron_dft.metrics import MetricAccumulator
 
@@ -42,11 +41,6 @@ class Run:
         self.failure = NEVER_CALLED  # why the objective was not applied; empty if it was
         self.installations: list[Installation] = []  # of the current pretrain()
 
-    def heads(self) -> Iterator[LossHead]:
-        """The loss heads on this rank."""
-        for installation in self.installations:
-            yield from (binding.head for binding in installation.bindings)
-
     def begin_iteration(self, iteration: int) -> None:
         """Set the iteration of a scheduled objective."""
         for installation in self.installations:
@@ -54,13 +48,13 @@ class Run:
 
     def check_step(self) -> None:
         """Check that the training step used the objective. Raises ValueError if not."""
-        for head in self.heads():
-            head.check_trained()
+        for installation in self.installations:
+            installation.check_step()
 
     def check_tokens(self) -> None:
         """Raises ValueError for a counted token without a loss, or without a reference."""
-        for head in self.heads():
-            head.check_tokens()
+        for installation in self.installations:
+            installation.check_tokens()
 
     def begin(self) -> None:
         """Reset the result before a call of pretrain(): not applied yet."""

@@ -190,8 +190,7 @@ class Run:
     def on_step_end(self) -> None:
         """Check that the step used the objective. Raises ValueError if not."""
         self.seconds += time.perf_counter() - self.start
-        for binding in self.installation.bindings:
-            binding.head.check_trained()
+        self.installation.check_step()
 
     def on_eval_begin(self) -> None:
         """Set the iteration of a scheduled objective."""
@@ -201,8 +200,7 @@ class Run:
     def on_eval_end(self) -> None:
         """Check the tokens of the evaluation. Raises ValueError for a counted token without a loss."""
         self.evaluating = False
-        for binding in self.installation.bindings:
-            binding.head.check_tokens()
+        self.installation.check_tokens()
 
 
 def check_arguments(args: Any, config: DFTConfig) -> None:

@@ -135,9 +135,9 @@ class DFTCallback(Callback, io.IOMixin):
         """Log means over all tokens of the global batch, on the ranks that NeMo logs from."""
         if not self.config.enabled:
             return
-        for head in self._heads():
-            head.check_trained()
-            head.check_tokens()
+        if self.installation is not None:
+            self.installation.check_step()
+            self.installation.check_tokens()
         prefix = "val_" if step.forward_only else ""
         pairs, spec = self._over_all_ranks(), self.config.metric_spec
         configured = torch.stack([pairs.pop(name) for name in spec.names]) if spec.names else torch.empty(0, 2)
