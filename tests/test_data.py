@@ -1,4 +1,4 @@
-"""python -m megatron_dft.data: token files, their reports, errors, and atomic replacement of the output."""
+"""megatron-dft data: token files, their reports, errors, and atomic replacement of the output."""
 
 import contextlib
 import functools

@@ -1,4 +1,4 @@
-"""python -m megatron_dft.doctor: every problem of a run is reported, a valid run has none, and no check hangs."""
+"""megatron-dft doctor: every problem of a run is reported, a valid run has none, and no check hangs."""
 
 import os
 import re

@@ -157,7 +157,7 @@ def test_sft_run_rejects_invalid_line_before_training(tmp_path, line):
         f"--tokenizer-model {tmp_path / 'tokenizer'} --train-data-path {tmp_path / 'x.jsonl'} "
     )
     code, output = Host(tmp_path).start(flags, script=EXAMPLE)
-    assert code and f"{tmp_path / 'x.jsonl'}:3: " in output and "python -m megatron_dft.data lists all" in output
+    assert code and f"{tmp_path / 'x.jsonl'}:3: " in output and "megatron-dft data lists all" in output
     assert "before the start of training step" not in output
 
 

@@ -55,7 +55,7 @@ class Header:
         max_id: largest token id in the file, padding included.
         channels: channel names.
         fingerprint: tokenizer and chat template (`ConversationTokenizer.fingerprint`).
-        statistics: the report of `python -m megatron_dft.data`.
+        statistics: the report of `megatron-dft data`.
         reference: the reference model, as in `advisor.reference.identity`; None: no reference.
     """
 
@@ -136,7 +136,7 @@ class TokenFile:
             raise ValueError(f"{path}: expected a token file of megatron-dft data ({error})") from None
         if stored.pop("version", None) != VERSION:
             raise ValueError(
-                f"{path}: expected a token file of version {VERSION}; write it again with python -m megatron_dft.data"
+                f"{path}: expected a token file of version {VERSION}; write it again with megatron-dft data"
             )
         self.header = Header(**{field.name: stored[field.name] for field in fields(Header) if field.name in stored})
         self._ends = np.cumsum([batch.num_rows for batch in self._batches]).tolist()

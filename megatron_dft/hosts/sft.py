@@ -89,9 +89,7 @@ def token_files(settings: Any) -> list[str]:
     found = [path for path in paths if is_token_file(path)]
     for path in paths:
         if found and path not in found:
-            raise ValueError(
-                f"{path}: expected a token file like {found[0]}; prepare it with python -m megatron_dft.data"
-            )
+            raise ValueError(f"{path}: expected a token file like {found[0]}; prepare it with megatron-dft data")
     return found
 
 
@@ -139,7 +137,7 @@ def _raise_for_invalid_line(settings: Any, error: Exception | None) -> None:
     for path in filter(os.path.isfile, data_paths(settings)):
         if reason := first_invalid_line(path):
             raise ValueError(
-                f"{reason}. No token of this line can be trained on; python -m megatron_dft.data lists all such lines "
+                f"{reason}. No token of this line can be trained on; megatron-dft data lists all such lines "
                 "and prepares the others"
             ) from error
 

@@ -250,7 +250,7 @@ def check_layout(path: str, header: Header, layout: Layout, named: Callable[[str
     Args:
         named: maps a field of `Layout` to the name of the host's setting.
     """
-    again = "; prepare the data again with python -m megatron_dft.data"
+    again = "; prepare the data again with megatron-dft data"
     if layout.seq_length != header.seq_length:
         raise ValueError(
             f"{path}: prepared for --seq-length {header.seq_length}, the run has {named('seq_length')} "

@@ -1,4 +1,4 @@
-"""Benchmark `python -m megatron_dft.data` on a million short conversations, and the time to read a sample.
+"""Benchmark `megatron-dft data` on a million short conversations, and the time to read a sample.
 
     python tools/benchmarks/benchmark_data.py [--tokenizer FOLDER] [--conversations 1000000] [--words 16] [--workers N]
 
