@@ -13,8 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import megatron.core.datasets.utils
 import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -174,6 +176,8 @@ def _has_mtp(vp_stage: int | None) -> bool:
 
 
 def main() -> None:
+    if not Path(megatron.core.datasets.utils.__file__).with_name("Makefile").exists():
+        megatron.core.datasets.utils.compile_helpers = lambda: None  # compiled in the wheel; Megatron would call make
     args = parse_and_validate_args()
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
     pretrain(config, datasets, ModelType.encoder_or_decoder, forward_step)

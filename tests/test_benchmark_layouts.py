@@ -68,6 +68,15 @@ def files(tmp_path_factory):
     return read(out), read(out.parent / "tiny-wire.csv")
 
 
+def test_benchmark_layouts_in_bf16_without_torchrun(tmp_path):
+    """One rank, as in `make gpu`."""
+    out = tmp_path / "one.csv"
+    command = [sys.executable, str(ROOT / "tools" / "benchmarks" / "benchmark_layouts.py"), *SIZES.split()]
+    run = subprocess.run([*command, "--dtype", "bf16", "--out", str(out)], capture_output=True, text=True, timeout=250)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    assert [row["implementation"] for row in read(out)] == list(benchmark_layouts.IMPLEMENTATIONS)
+
+
 def calls(wire, place, implementation, part="loss"):
     """(group, collective) -> calls, bytes of the last stage."""
     layout = {k: str(v) for k, v in vars(Layout.parse(PLACES[place])).items()}

@@ -40,7 +40,11 @@ def rows(tmp_path_factory):
     extra += "dft = baselines.ours_from_hidden(True, True)()\n"
     extra += "wrong_head = lambda h, w, t, group: dft(h * 1.1, w, t, group)\n"
     extra += "nll = lambda h, w, t, group: baselines.F.cross_entropy(h @ w.t(), t, reduction='none')\n"
-    extra += "heads = {'a wrong head': wrong_head, 'NLL': nll, 'NLL (NLL)': nll, 'DFT (NLL)': dft}\n"
+    extra += "def failing(h, w, t, group):\n    assert (t == -100).float().mean() < 0.6, 'few tokens'\n"
+    extra += "    return dft(h, w, t, group)\n"
+    extra += (
+        "heads = {'a wrong head': wrong_head, 'NLL': nll, 'NLL (NLL)': nll, 'DFT (NLL)': dft, 'failing': failing}\n"
+    )
     extra += "baselines.HEADS |= {f'baseline {name}': lambda head=head: head for name, head in heads.items()}"
     out = run(extra, "--only", *OURS, "Megatron unfused", "Megatron:", "F.", "baseline", "--out", path)
     assert out.returncode == 0, out.stderr
@@ -73,7 +77,8 @@ def test_benchmark_measures_output_layer_with_loss(rows):
     names = {f"ours: {variant}" for variant in ours}
     names |= {"Megatron: output layer, unfused", "F.linear_cross_entropy", "baseline NLL (NLL)"}
     expected = {(name, hidden, masked) for name in names for hidden in ("16", "32") for masked in ("0.0", "0.7")}
-    assert {(row["implementation"], row["hidden"], row["masked"]) for row in heads} == expected and len(heads) == 36
+    expected |= {("baseline failing", hidden, "0.0") for hidden in ("16", "32")}
+    assert {(row["implementation"], row["hidden"], row["masked"]) for row in heads} == expected and len(heads) == 38
     for row in heads:
         assert (row["tokens"], row["dtype"], row["repetitions"], row["vocab"]) == ("64", "float32", "2", "300")
         assert float(row["total_ms"]) > 0.0 and float(row["gradient_error"]) < 1e-4
@@ -97,12 +102,14 @@ def test_benchmark_notes_wrong_and_missing_baselines(rows):
         "baseline a wrong head",
         "baseline NLL",
         "baseline DFT (NLL)",
+        "baseline failing",
         "F.linear_cross_entropy, chunked",
     }
     assert "relative error of the gradient 2.0e-01" in notes["a wrong baseline"]
     for name in ("a wrong head", "NLL", "DFT (NLL)"):
         assert "wrong: relative error of the gradient" in notes[f"baseline {name}"]
     assert "no such thing" in notes["a missing baseline"]
+    assert notes["baseline failing"] == "H = 32, V = 300, 70% masked: failed: AssertionError: few tokens"
     assert notes["a broken baseline"] == "failed to import: TypeError: no such type"
     assert all(float(row["gradient_error"]) < 0.05 for row in rows if not row["note"])
 
@@ -185,6 +192,8 @@ def test_report_table_lists_times_ratios_and_missing_baselines(rows):
     text = written.part(rows, written.RESULTS / "some.csv")
     assert "| Megatron unfused | " in text
     assert "a missing baseline: not installed (no such thing)" in written.missing(rows)
+    assert "baseline failing: H = 32, V = 300, 70% masked: failed" in written.missing(rows)
+    assert "| baseline failing |" not in text
     ours = next(
         row for row in rows if (row["implementation"], row["vocab"], row["masked"]) == ("ours: dft", "512", "0.0")
     )

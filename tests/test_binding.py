@@ -21,6 +21,7 @@ from tiny_models import (
     gpt,
     gradients,
     loss_func,
+    micro_batch_with_metrics,
     same,
     start,
 )
@@ -64,6 +65,8 @@ def on_ranks():
             facts["mtp", variant] = multi_token_prediction("nll", **VARIANTS[variant])
     for variant in VARIANTS:
         facts["full metrics", variant] = full_metrics(variant)
+    run = micro_batch_with_metrics("cpu", None)
+    facts["micro-batches"] = run(), run()
     facts["drop-in"] = drop_in()
     facts["errors"] = errors()
     return facts
@@ -262,6 +265,14 @@ def test_report_matches_token_stats_of_micro_batches(facts, forward_only):
 def test_report_counts_tokens_of_its_own_micro_batch(facts):
     first, second = facts[0]["report"][0][False]
     assert first["dft/prob"][1] > 2 * second["dft/prob"][1]
+
+
+def test_repeated_micro_batch_has_same_report(facts):
+    """The body of test_gpu.py::test_micro_batch_has_no_host_device_sync_after_first."""
+    for rank in facts:
+        first, second = rank["micro-batches"]
+        assert first.keys() == second.keys() >= {"dft/loss", "dft/valid_tokens", "dft/channel/b/tokens"}
+        assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_mtp_keeps_nll_unless_requested(facts):

@@ -9,17 +9,37 @@ from ranks import ROOT
 sys.path.insert(0, str(ROOT / "tools" / "benchmarks"))
 import gpu
 
+psutil = pytest.importorskip("psutil")
+
+
+HANGING = """
+import time
+def test_first(): assert False, "a reason"
+def test_second(): time.sleep(600)
+"""
+DEAF = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print(child.pid)
+time.sleep(600)
+"""
+
 
 @pytest.fixture
-def parts(monkeypatch):
+def parts(monkeypatch, tmp_path):
+    hanging = tmp_path / "test_hanging.py"
+    hanging.write_text(HANGING)
     known = {
         "works": gpu.Part(["-c", "print('three passed')"], 60),
         "skips": gpu.Part(["-m", "pytest", str(ROOT / "tests" / "test_gpu_host.py")], 120),
         "fails": gpu.Part(["-c", "print('two failed'); raise SystemExit(3)"], 60),
-        "hangs": gpu.Part(["-c", "import time; print('begins', flush=True); time.sleep(600)"], 15),
+        "hangs": gpu.Part(["-m", "pytest", "-p", "no:cacheprovider", str(hanging)], 25),
+        "deaf": gpu.Part(["-c", DEAF], 10),
         "last": gpu.Part(["-c", "print('done')"], 60),
     }
     monkeypatch.setattr(gpu, "parts", lambda out: known)
+    monkeypatch.setattr(gpu, "INTERRUPT_SECONDS", 8.0)
     monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
     return known
 
@@ -29,15 +49,19 @@ def test_gpu_command_runs_every_part_after_failures(parts, tmp_path, capsys):
     assert gpu.main(["--out", str(tmp_path)]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [
-        ["works", "ok,"], ["skips", "FAILED"], ["fails", "FAILED"], ["hangs", "FAILED"], ["last", "ok,"]
+        ["works", "ok,"], ["skips", "FAILED"], ["fails", "FAILED"], ["hangs", "FAILED"],
+        ["deaf", "FAILED"], ["last", "ok,"]
     ]  # fmt: skip
     assert (
         "three passed" in lines[0]
         and "(nothing was tested)" in lines[1]
         and "(3)" in lines[2]
-        and "(stopped after 15 s)" in lines[3]
+        and "(stopped after 25 s)" in lines[3]
+        and "1 failed" in lines[3]
     )
-    assert (tmp_path / "hangs.txt").read_text() == "begins\n"
+    assert "AssertionError: a reason" in (tmp_path / "hangs.txt").read_text()
+    child = int((tmp_path / "deaf.txt").read_text())  # unbuffered
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
     assert (tmp_path / "report.txt").read_text().splitlines() == lines
 
 
@@ -66,7 +90,7 @@ def test_checkout_part_names_missing_checkout_or_package(tmp_path, monkeypatch):
 def test_gpu_command_rejects_unknown_parts(parts, tmp_path, capsys):
     with pytest.raises(SystemExit):
         gpu.main(["--out", str(tmp_path), "--only", "work"])
-    assert "--only: expected some of works, skips, fails, hangs, last, got work" in capsys.readouterr().err
+    assert "--only: expected some of works, skips, fails, hangs, deaf, last, got work" in capsys.readouterr().err
 
 
 def test_gpu_command_requires_gpu(tmp_path, monkeypatch, capsys):

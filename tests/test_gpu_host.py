@@ -102,6 +102,16 @@ def test_nll_matches_megatron_on_gpu(curves):
     assert len(theirs["lm loss"]) == 10
 
 
+def test_example_trains_on_gpu_with_and_without_launcher(tmp_path):
+    """The wheel has no Makefile, and Megatron would call make."""
+    base = FLAGS.replace("--train-iters 10", "--train-iters 2") + "--mock-data "
+    theirs, ours = (
+        train(ROOT / "examples" / "pretrain_gpt.py", base, flags, tmp_path / str(len(flags)))
+        for flags in ("", "--loss-type nll")
+    )
+    assert ours["lm loss"] == pytest.approx(theirs["lm loss"], rel=2e-3)
+
+
 def test_dft_with_full_metrics_and_channels_trains_on_gpu(curves):
     found = curves("--loss-type dft --dft-metrics full --dft-channels a,b", CHANNELS="3")
     assert found["lm loss"][-1] < found["lm loss"][0]

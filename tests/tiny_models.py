@@ -1,5 +1,7 @@
 """Tiny Megatron models with fixed weights, their input batches, forward pass and gradients."""
 
+from functools import partial
+
 import torch
 
 SEQUENCE, BATCH, VOCAB = 8, 3, 64  # s != b, so that swapping [s, b] and [b, s] fails
@@ -107,6 +109,38 @@ def loss_func(loss_mask, output):
     loss = (output.view(-1).float() * loss_mask.view(-1)).sum()
     tokens = loss_mask.sum().int()
     return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens.float()])}
+
+
+def micro_batch_with_metrics(device, mtp):
+    """A function that runs a micro-batch of a scheduled objective, forward and backward, and returns its report.
+
+    With full metrics and channels, and without compaction.
+    """
+    from megatron_dft import DFTConfig, install
+    from megatron_dft.hosts.binding import with_metrics
+    from megatron_dft.labels import with_channels
+
+    settings = {"compact_masked_tokens": False, "metrics": "full", "channels": "a,b", "mtp": "same"}
+    config = DFTConfig("dft:start=1,ramp=4", **settings)
+    model = gpt(mtp_num_layers=mtp).to(device)
+    install([model], config).begin(2)
+    tokens, labels, loss_mask = (x.to(device) for x in batch())
+    labels = with_channels(labels, 1)
+    positions = torch.arange(SEQUENCE, device=device).expand(BATCH, -1)
+    causal = torch.ones(1, 1, SEQUENCE, SEQUENCE, device=device).triu(1).bool()
+
+    def forward_step(data_iterator, model):
+        return model(tokens, positions, causal, labels=labels, loss_mask=loss_mask), partial(loss_func, loss_mask)
+
+    step = with_metrics(forward_step, config, micro_batches=lambda: 1)
+
+    def micro_batch():
+        output, func = step(None, model)
+        loss, _, report = func(output)
+        loss.backward()
+        return report
+
+    return micro_batch
 
 
 def dft_line(ce):

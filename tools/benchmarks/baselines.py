@@ -144,6 +144,9 @@ class MainGrad(WeightGradient):
     def add(self, columns: slice, gradient: Tensor, hidden: Tensor) -> None:
         add_product(self.total[columns], gradient.t(), hidden)
 
+    def multiply(self, factor: Tensor) -> None:
+        self.total[:1].mul_(factor)
+
     def result(self) -> None:
         return None
 

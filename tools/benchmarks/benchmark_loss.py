@@ -5,7 +5,8 @@
 
 It has two parts: the loss on given logits, and output layer with loss, from hidden states. Each part starts with a
 correctness gate, which compares the gradient of each implementation with that of its objective in fp64: DFT, or NLL if
-its name ends with (NLL). If ours is wrong, nothing is timed. A wrong baseline is not timed; its row has a note. Then
+its name ends with (NLL). If ours is wrong, nothing is timed. A wrong baseline is not timed; its row has a note, like
+that of an implementation that fails at one size. Then
 all implementations run interleaved in one process (measure.py), for each size and share of masked tokens.
 
 Given logits: bf16, rebuilt outside of the timed region; a different upstream gradient per token, 0 where masked.
@@ -31,7 +32,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from baselines import HEADS, IMPLEMENTATIONS, NLL, NOT_ON_A_CPU, Head, Loss
-from measure import Case, Collectives, conditions, copy_bandwidth, interleaved
+from measure import Case, Collectives, conditions, copy_bandwidth, interleaved, reason
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -104,20 +105,27 @@ def main(arguments: list[str] | None = None) -> int:
 
     facts: Row = {**conditions(device), "copy_gb_per_s": round(copy_bandwidth(device) / 1e9, 1)}
     losses, heads = ({n: f for n, f in part.items() if n not in notes} for part in (losses, heads))
+    failed = False  # whether one of ours failed while it was timed
     path = args.out or TOOLS / "results" / f"{str(facts['device']).replace(' ', '-')}-{facts['date']}.csv"
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, [*facts, *COLUMNS])
         writer.writeheader()
+        writer.writerows(facts | {"implementation": name, "note": note} for name, note in notes.items())
         for row in itertools.chain(of_logits(losses, args, device, alone), of_hidden(heads, args, device, alone)):
+            if "note" in row:
+                failed |= row["implementation"].startswith("ours")
+                writer.writerow(facts | row)
+                print(f"  {row['implementation']:40} {row['note']}", flush=True)
+                continue
             moved = row["total_ms"] / 1e3 * 1e9 * facts["copy_gb_per_s"] / (row["tokens"] * row["vocab"])
             row |= {"bytes_per_logit": round(moved, 2), "gradient_error": errors[row["implementation"]]}
             if not row["hidden"]:
                 row["share_of_floor"] = round((6 - 4 * row["masked"]) / moved, 3)
             writer.writerow(facts | row)
+            file.flush()  # a run may be stopped
             print(f"  {row['implementation']:40} {row['total_ms']:9.3f} ms {row['extra_mib']:9.1f} MiB", flush=True)
-        writer.writerows(facts | {"implementation": name, "note": note} for name, note in notes.items())
     print(f"\n{path}")
-    return 0
+    return int(failed)
 
 
 def available(makes: dict[str, Callable], only: list[str], device: torch.device) -> tuple[dict, dict[str, str]]:
@@ -145,7 +153,8 @@ def of_logits(losses: dict[str, Loss], args, device: torch.device, group: dist.P
         print(f"\nlogits: V = {vocab}, {masked:.0%} masked")
         inputs = case(tokens, vocab, masked, device)
         cases = {name: partial(logits_case, loss, *inputs, group) for name, loss in losses.items()}
-        measured = interleaved(cases, device, repetitions)
+        measured, failed = interleaved(cases, device, repetitions)
+        yield from not_measured(failed, f"V = {vocab}, {masked:.0%} masked")
         common = {"tokens": tokens, "dtype": "bf16", "repetitions": repetitions, "vocab": vocab, "masked": masked}
         for name, values in measured.items():
             yield {"implementation": name, "hidden": "", **common, **values, **counted[name]}
@@ -164,8 +173,16 @@ def of_hidden(heads: dict[str, Head], args, device: torch.device, group: dist.Pr
             cases = {name: partial(hidden_case, head, *inputs, group) for name, head in heads.items()}
             common = {"tokens": tokens, "dtype": str(dtype).removeprefix("torch."), "repetitions": repetitions}
             common |= {"hidden": width, "vocab": vocab, "masked": masked}
-            for name, values in interleaved(cases, device, repetitions, warm_up=1).items():
+            measured, failed = interleaved(cases, device, repetitions, warm_up=1)
+            yield from not_measured(failed, f"H = {width}, V = {vocab}, {masked:.0%} masked")
+            for name, values in measured.items():
                 yield {"implementation": name, **common, **values}
+
+
+def not_measured(failed: dict[str, str], size: str) -> Iterator[Row]:
+    """Rows of implementations that failed at this size."""
+    for name, note in failed.items():
+        yield {"implementation": name, "note": f"{size}: {note}"}
 
 
 def logits_case(loss: Loss, source: Tensor, target: Tensor, upstream: Tensor, group: dist.ProcessGroup) -> Case:
@@ -266,11 +283,6 @@ def compare(compute: Callable[[], list[Tensor]], exact: Sequence[Tensor], limit:
         return f"failed: {reason(problem)}", float("nan")
     wrong = f"wrong: relative error of the gradient {error:.1e}, expected less than {limit:.1e}"
     return "" if error < limit else wrong, round(error, 5)
-
-
-def reason(error: Exception) -> str:
-    """Class and first line of an error."""
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:120]}"
 
 
 def case(tokens: int, vocab: int, masked: float, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

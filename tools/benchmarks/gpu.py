@@ -5,6 +5,7 @@
 Nothing is downloaded. Each part is a process with a time limit. A failed or stopped part does not stop the others. The
 output of a part goes to OUT/PART.txt and OUT/*.csv, and the tool prints one line per part. The exit status is 1 if a
 part fails or has no time left. PYTHONPATH may name a folder of unpacked wheels (megatron-core, liger-kernel, ...).
+Unpack Transformer Engine without its CUDA libraries into .baselines/ only: on PYTHONPATH it breaks Megatron's imports.
 
 The part "checkout" trains with the pretrain_gpt.py of a Megatron-LM checkout and Transformer Engine, on packed data. It
 requires the variable MEGATRON_LM and the packages in CHECKOUT_PACKAGES; without them it is not run.
@@ -13,8 +14,10 @@ requires the variable MEGATRON_LM and the packages in CHECKOUT_PACKAGES; without
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -32,6 +35,7 @@ from megatron_dft.utils import HelpFormatter  # noqa: E402
 PYTEST = ["-m", "pytest", "-p", "no:cacheprovider"]
 KERNELS = ["tests/test_triton.py", "tests/test_compile.py", "tests/test_gpu.py"]
 HOST = "tests/test_gpu_host.py"
+INTERRUPT_SECONDS = 10.0  # for pytest to report the failures so far
 CHECKOUT_PACKAGES = ["transformer_engine.pytorch", "transformers", "datasets", "pybind11", "tensorboard"]
 
 
@@ -53,24 +57,25 @@ class Part(NamedTuple):
 
 
 def parts(out: Path) -> dict[str, Part]:
-    """Parts in the order in which they run, the most informative first."""
+    """Parts in the order in which they run, the most informative first. Their limits add up to more than the budget."""
     spread = ["--numprocesses", "5"] if importlib.util.find_spec("xdist") else []
+    timeout = ["--timeout", "100"] if importlib.util.find_spec("pytest_timeout") else []
+    pytest = [*PYTEST, *timeout]
     benchmark, layouts = "tools/benchmarks/benchmark_loss.py", "tools/benchmarks/benchmark_layouts.py"
     return {
-        "tests": Part([*PYTEST, *spread, *KERNELS], 180),
-        "pretrain": Part([*PYTEST, *spread, HOST, "-k", "not checkout"], 150),
-        "checkout": Part([*PYTEST, HOST, "-k", "checkout"], 300, checkout_unavailable),
-        "logits": Part([benchmark, "--hidden", "--repetitions", "10", "--out", str(out / "logits.csv")], 150),
-        "heads": Part([benchmark, "--vocab", "--repetitions", "5", "--out", str(out / "heads.csv")], 240),
+        "tests": Part([*pytest, *spread, *KERNELS], 150),
+        "doctor": Part(["-m", "megatron_dft.doctor"], 60),
+        "heads": Part([benchmark, "--vocab", "--repetitions", "5", "--out", str(out / "heads.csv")], 200),
+        "pretrain": Part([*pytest, *spread, HOST, "-k", "not checkout"], 150),
+        "logits": Part([benchmark, "--hidden", "--repetitions", "10", "--out", str(out / "logits.csv")], 120),
         "layouts": Part(
             [
-                *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", layouts),
-                *("--hidden", "1024", "--vocab", "128256", "--seq-length", "1024", "--micro-batch", "4"),
+                *(layouts, "--hidden", "1024", "--vocab", "128256", "--seq-length", "1024", "--micro-batch", "4"),
                 *("--global-batch", "16", "--out", str(out / "layouts.csv")),
             ],
             90,
         ),
-        "doctor": Part(["-m", "megatron_dft.doctor"], 60),
+        "checkout": Part([*pytest, HOST, "-k", "checkout"], 300, checkout_unavailable),
     }
 
 
@@ -78,7 +83,7 @@ def run(name: str, part: Part, out: Path, limit: float) -> tuple[bool, str]:
     """Run a part; return whether it passed, and its line of the report."""
     begin = time.monotonic()
     paths = [str(ROOT), str(ROOT / "examples"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     log = out / f"{name}.txt"
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -88,16 +93,22 @@ def run(name: str, part: Part, out: Path, limit: float) -> tuple[bool, str]:
         try:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:
-            pass
+            os.killpg(process.pid, signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(INTERRUPT_SECONDS)
         finally:  # also after Ctrl-C
-            if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):  # no process of the group is left
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            process.wait()
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    seconds, last_line = time.monotonic() - begin, lines[-1][:110] if lines else ""
-    if code == 0 and "pytest" in part.command and " passed" not in last_line:
-        code = "nothing was tested"
-    return code == 0, f"{'ok' if code == 0 else f'FAILED ({code})'}, {seconds:.0f} s: {last_line}"
+    last_line = lines[-1] if lines else ""
+    if "pytest" in part.command:
+        results = [line for line in lines[-20:] if re.search(r"\d+ (passed|failed|skipped|error)", line)]
+        last_line = results[-1] if results else last_line
+        if code == 0 and not re.search(r"\d+ passed", last_line):
+            code = "nothing was tested"
+    seconds = time.monotonic() - begin
+    return code == 0, f"{'ok' if code == 0 else f'FAILED ({code})'}, {seconds:.0f} s: {last_line[:110]}"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -33,19 +33,30 @@ Case = tuple[Callable[[], Tensor], Sequence[Tensor], Tensor]
 
 def interleaved(
     cases: Mapping[str, Callable[[], Case]], device: torch.device, repetitions: int, warm_up: int = 2
-) -> dict[str, dict[str, float]]:
+) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
     """Medians over `repetitions` interleaved runs, after `warm_up` runs for compilation and caches.
 
-    A case is prepared again for each run, outside of the timed region.
+    A case is prepared again for each run, outside of the timed region. The second result is the error of each case that
+    failed; the others go on.
     """
     timed = on_cuda if device.type == "cuda" else on_cpu
     runs: dict[str, list[tuple[float, ...]]] = {name: [] for name in cases}
+    failed: dict[str, str] = {}
     for repetition in range(repetitions + warm_up):
-        for name, prepare in cases.items():
-            result = timed(*prepare())
+        for name in [name for name in cases if name not in failed]:
+            try:
+                result = timed(*cases[name]())
+            except Exception as error:  # of any package, out of memory too
+                failed[name] = f"failed: {reason(error)}"
+                continue
             if repetition >= warm_up:
                 runs[name].append(result)
-    return {name: summary(results) for name, results in runs.items()}
+    return {name: summary(results) for name, results in runs.items() if name not in failed}, failed
+
+
+def reason(error: Exception) -> str:
+    """Class and first line of an error."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:120]}"
 
 
 def summary(results: list[tuple[float, ...]]) -> dict[str, float]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import importlib.util
 import logging
 import math
 import os
@@ -105,16 +104,17 @@ class Task:
 
 
 def start() -> torch.device:
-    """Initialize torch.distributed from torchrun's environment, on the CPU if there is no GPU; return the device."""
+    """Initialize torch.distributed, on the CPU if there is no GPU; return the device. Without torchrun: one rank."""
     logging.getLogger("megatron").setLevel(logging.ERROR)
+    one: dict[str, Any] = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     if cpu.requested_by("auto"):
         cpu.enable()
         torch.set_num_threads(1)
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", **one)
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
-    dist.init_process_group("nccl", device_id=device)
+    dist.init_process_group("nccl", device_id=device, **one)
     return device
 
 
@@ -185,7 +185,7 @@ class Training:
         install([model], config)
         self.loss_stage = LossStage(model, device.type == "cuda") if model.post_process else None
         wrapped, settings = float16_module(model) if task.dtype == torch.bfloat16 else model, model.config
-        data_parallel = DistributedDataParallelConfig(use_distributed_optimizer=True)
+        data_parallel = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
         self.model = DistributedDataParallel(settings, data_parallel, wrapped)
         adam = OptimizerConfig(lr=1e-4, bf16=settings.bf16, params_dtype=task.dtype, use_distributed_optimizer=True)
         self.optimizer = get_megatron_optimizer(adam, [self.model])
@@ -245,7 +245,7 @@ def gpt(task: Task, layout: Layout, device: torch.device) -> Any:
     from megatron.core.models.gpt import GPTModel, gpt_layer_specs
     from megatron.core.transformer import TransformerConfig
 
-    engine = device.type == "cuda" and importlib.util.find_spec("transformer_engine")
+    engine = device.type == "cuda" and gpt_layer_specs.HAVE_TE
     spec = "get_gpt_layer_with_transformer_engine_spec" if engine else "get_gpt_layer_local_spec"
     settings = TransformerConfig(
         num_layers=task.layers,
@@ -262,7 +262,7 @@ def gpt(task: Task, layout: Layout, device: torch.device) -> Any:
         finalize_model_grads_func=finalize_model_grads,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        use_cpu_initialization=True,
+        use_cpu_initialization=device.type == "cpu",
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         bias_activation_fusion=False,
@@ -300,7 +300,8 @@ def same_weights(model: Any, layout: Layout) -> None:
         shards = layout.tp if getattr(matrix, "tensor_model_parallel", False) else 1
         shape = list(matrix.shape)
         shape[getattr(matrix, "partition_dim", 0)] *= shards
-        whole = torch.empty(shape).normal_(0.0, scale, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator(matrix.device).manual_seed(seed)
+        whole = torch.empty(shape, device=matrix.device).normal_(0.0, scale, generator=generator)
         rank = state.get_tensor_model_parallel_rank() if shards > 1 else 0
         matrix.copy_(whole.chunk(shards, matrix.partition_dim)[rank] if shards > 1 else whole)
 
@@ -339,10 +340,11 @@ def loss_func(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[s
 
 def memory(device: torch.device, peak: bool = False) -> int:
     """Bytes allocated by this rank, now or at the peak, without cached free memory."""
+    if not peak:
+        gc.collect()  # of models with references to themselves
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
     if not peak:
-        gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
     return resident("VmHWM" if peak else "VmRSS")
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
+from collections import Counter
 from pathlib import Path
 from statistics import median
 
@@ -72,13 +73,19 @@ def section(on_gpu: bool) -> str:
 
 
 def of_logits(rows: Rows) -> Rows:
-    """Rows of the loss on given logits, without notes."""
-    return [row for row in rows if not row["note"] and not row["hidden"]]
+    """Rows of the loss on given logits."""
+    return of_complete([row for row in rows if not row["note"] and not row["hidden"]])
+
+
+def of_complete(rows: Rows) -> Rows:
+    """Rows of the implementations that were measured at every size. `missing` names the others."""
+    count = Counter(row["implementation"] for row in rows)
+    return [row for row in rows if count[row["implementation"]] == max(count.values())]
 
 
 def part(rows: Rows, path: Path) -> str:
     """Text and tables of one file of benchmark_loss.py."""
-    timed, heads = of_logits(rows), [row for row in rows if row["hidden"]]
+    timed, heads = of_logits(rows), of_complete([row for row in rows if not row["note"] and row["hidden"]])
     lines = []
     if timed:
         first, vocabularies = timed[0], sorted({int(row["vocab"]) for row in timed}, reverse=True)
