@@ -8,7 +8,7 @@ YAML            dft: {loss_type: "tsallis:q=0.5", mtp: same}
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
@@ -100,27 +100,27 @@ class DFTConfig:
     def __post_init__(self) -> None:
         for f in fields(self):
             _check_setting(f.name, getattr(self, f.name), f.metadata)
-        by_vocabulary = self.vocab_chunk is not None or self.keep_chunks != 0
-        if (by_vocabulary or self.token_chunk is not None) and not self.linear_fused:
-            raise ValueError(
-                "vocab_chunk, keep_chunks, token_chunk (--dft-vocab-chunk, --dft-keep-chunks, --dft-token-chunk) "
-                "require linear_fused"
-            )
+        given = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        if given and not self.enabled:
+            raise ValueError(_requires(given, "loss_type") + "; nll is the plain cross entropy")
+        by_vocabulary = [name for name in given if name in ("vocab_chunk", "keep_chunks")]
+        chunks = by_vocabulary + ["token_chunk"] * (self.token_chunk is not None)
+        if chunks and not self.linear_fused:
+            raise ValueError(_requires(chunks, "linear_fused"))
         if by_vocabulary and self.token_chunk is not None:
             raise ValueError(
                 "token_chunk (--dft-token-chunk) selects chunks of tokens; vocab_chunk and keep_chunks select chunks "
                 "of the vocabulary: give one kind"
             )
-        given = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
-        if given and not self.enabled:
-            raise ValueError(
-                f"{', '.join(given)} ({', '.join(map(_flag, given))}): no objective; add loss_type (--loss-type); "
-                "nll is the plain cross entropy"
-            )
         if self.enabled:
             self.options()
             self.split()
             channel_names(self.channels)
+            if self.token_chunk is not None and not self.objective.per_token:
+                raise ValueError(
+                    f"token_chunk (--dft-token-chunk) computes the gradient in forward, but {self.objective} depends "
+                    "on all tokens of a batch; omit it"
+                )
             if self.mtp == "same" and self.of_reference:
                 raise ValueError(
                     f"mtp (--dft-mtp same): multi-token prediction has no reference log-probabilities for "
@@ -205,6 +205,12 @@ class DFTConfig:
         """From parsed flags. Fields that are not in the namespace keep their defaults."""
         values: dict[str, Any] = {f.name: getattr(args, _dest(f.name), f.default) for f in fields(cls)}
         return cls(**values)
+
+
+def _requires(names: Sequence[str], required: str) -> str:
+    """ "--dft-token-chunk (token_chunk) requires --dft-linear-fused (linear_fused)" """
+    verb = "requires" if len(names) == 1 else "require"
+    return f"{', '.join(map(_flag, names))} ({', '.join(names)}) {verb} {_flag(required)} ({required})"
 
 
 def _flag(name: str) -> str:

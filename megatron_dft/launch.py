@@ -56,8 +56,7 @@ def run(argv: list[str], program: str, enable: Callable[[DFTConfig], Run]) -> No
     try:
         on_cpu, argv = device_of(argv)
         script, *arguments = argv or [""]
-        if not os.path.isfile(script):
-            raise ValueError(f"no script at {script!r}; pass the path of the training script before its arguments")
+        check_script(script)
         set_single_rank()
         sys.path.insert(0, os.path.dirname(os.path.abspath(script)))  # a checkout's Megatron precedes a wheel's
         config, script_arguments = config_of(arguments)
@@ -80,6 +79,13 @@ def run(argv: list[str], program: str, enable: Callable[[DFTConfig], Run]) -> No
             prepared.check()
     except ValueError as error:
         sys.exit(f"{program}: {error}")
+
+
+def check_script(script: str) -> None:
+    """Raises ValueError if there is no such file."""
+    if not os.path.isfile(script):
+        found = f"no script at {script!r}" if script else "no script"
+        raise ValueError(f"{found}; pass the path of the training script before its arguments")
 
 
 def set_single_rank() -> None:
@@ -108,6 +114,8 @@ def device_of(argv: list[str]) -> tuple[bool, list[str]]:
     parser.add_argument("--device", default="cuda")
     known, rest = parser.parse_known_args(argv)
     if known.device not in cpu.DEVICES:
+        if argv[0].partition("=")[0] == "--device":
+            raise ValueError(f"--device: expected one of {', '.join(cpu.DEVICES)}, got {known.device!r}")
         return False, argv  # a flag of the script
     return cpu.requested_by(known.device), rest
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of an error message: the known name that is most similar, or nothing."""
-    match = difflib.get_close_matches(name, list(known), n=1)
+    match = difflib.get_close_matches(name.lower(), list(known), n=1)
     return f"; did you mean {match[0]!r}?" if match else ""
 
 

@@ -69,6 +69,7 @@ def test_advise_under_tp_and_pp_matches_one_rank(chat, checkpoint, one_rank):
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
+        ([], "expected --model FOLDER --data FILE, or SCRIPT"),
         (["nowhere.py"], "no script at 'nowhere.py'"),
         (["--advise-batches", "3"], "expected --model FOLDER --data FILE, or SCRIPT"),
         (["tests"], "tests: a folder, not a script; write --model tests --data FILE"),
@@ -89,6 +90,6 @@ def test_advise_reports_missing_matplotlib_before_reading_script(monkeypatch):
         advise.main(["x.py"])
 
 
-def test_advise_without_arguments_prints_usage(capsys):
-    advise.main([])
+def test_advise_help_prints_usage(capsys):
+    advise.main(["--help"])
     assert "--advise-batches N" in capsys.readouterr().out

@@ -364,6 +364,11 @@ def test_full_metrics_match_tokens_of_callback(facts, variant):
     assert reports[1].get("dft/channel/b/tokens", 0) == 0
 
 
+def test_install_rejects_other_config():
+    with pytest.raises(ValueError, match=r"install: expected a DFTConfig, got str; write DFTConfig\(loss_type='dft'\)"):
+        install([torch.nn.Linear(2, 2)], "dft")
+
+
 def test_install_rejects_single_module():
     with pytest.raises(ValueError, match=r"install: expected a list of model chunks, got Linear; pass \[model\]"):
         install(torch.nn.Linear(2, 2), DFTConfig("dft"))
@@ -402,6 +407,18 @@ def test_check_settings_rejects_incompatible_settings(settings, fragments):
     vars(arguments).update(settings)
     with pytest.raises(ValueError, match=fragments):
         compat.check_settings(arguments, DFTConfig(loss_type="dft"))
+
+
+def test_check_settings_requires_fp32_main_grad_for_token_chunks():
+    config = DFTConfig("dft", linear_fused=True, token_chunk=64)
+    accepted = {"calculate_per_token_loss": True, "cross_entropy_fusion_impl": "native"}
+    in_fp16 = {**accepted, "fp16": True, "accumulate_allreduce_grads_in_fp32": False}
+    for settings in (accepted, {**in_fp16, "accumulate_allreduce_grads_in_fp32": True}, {**in_fp16, "fp16": False}):
+        compat.check_settings(SimpleNamespace(**settings), config)
+    for settings in (in_fp16, {**accepted, "grad_reduce_in_bf16": True}):
+        compat.check_settings(SimpleNamespace(**settings), DFTConfig("dft", linear_fused=True))
+        with pytest.raises(ValueError, match=r"requires an fp32 main_grad.*add --accumulate-allreduce-grads-in-fp32"):
+            compat.check_settings(SimpleNamespace(**settings), config)
 
 
 def test_check_settings_rejects_talr_where_ranks_run_different_numbers_of_micro_batches():

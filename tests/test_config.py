@@ -94,9 +94,16 @@ def test_options_report_nll_and_pass_every_setting():
         ({"inplace_backward": "yes"}, "dft: inplace_backward: expected bool, got 'yes'"),
         ({"inplace_backward": None}, "dft: inplace_backward: expected bool, got None"),
         ({"compact_masked_tokens": 1}, "dft: compact_masked_tokens: expected bool, got 1"),
-        ({"vocab_chunk": 1024}, "vocab_chunk, keep_chunks, .* require linear_fused"),
-        ({"keep_chunks": 1}, "vocab_chunk, keep_chunks, .* require linear_fused"),
-        ({"token_chunk": 1024}, ".*, token_chunk .* require linear_fused"),
+        (
+            {"loss_type": "dft", "vocab_chunk": 1024, "keep_chunks": 1},
+            r"--dft-vocab-chunk, --dft-keep-chunks \(vocab_chunk, keep_chunks\) require --dft-linear-fused",
+        ),
+        ({"loss_type": "dft", "keep_chunks": 1}, r"^--dft-keep-chunks \(keep_chunks\) requires --dft-linear-fused"),
+        ({"loss_type": "dft", "token_chunk": 1024}, r"^--dft-token-chunk \(token_chunk\) requires --dft-linear-fused"),
+        (
+            {"loss_type": "cayley", "linear_fused": True, "token_chunk": 64},
+            r"token_chunk \(--dft-token-chunk\) .* but cayley:floor=0.5 depends on all tokens of a batch; omit it",
+        ),
         (
             {"loss_type": "dft", "linear_fused": True, "token_chunk": 64, "keep_chunks": 1},
             "token_chunk .*--dft-token-chunk.* selects chunks of tokens; .* give one kind",
@@ -137,11 +144,9 @@ def test_load_function_resolves_module_and_name():
         load_function("json:decoder", "--recipe")  # a module
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in FLAGS if name not in ("loss_type", "token_chunk", "vocab_chunk", "keep_chunks")]
-)
+@pytest.mark.parametrize("name", [name for name in FLAGS if name != "loss_type"])
 def test_config_rejects_setting_without_loss_type(name):
-    with pytest.raises(ValueError, match=rf"{name} \(--dft-.*\): no objective; add loss_type \(--loss-type\)"):
+    with pytest.raises(ValueError, match=rf"--dft-.* \({name}\) requires --loss-type \(loss_type\)"):
         DFTConfig(**{name: FLAGS[name][1]})
 
 

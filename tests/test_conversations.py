@@ -123,6 +123,10 @@ REFUSED = {
     "two system messages: one in 'system'": {"messages": [{"role": "system", "content": "x"}, *TALK], "system": "y"},
     "bad message: message 0: expected one of the roles": {"messages": [{"role": "narrator", "content": "a"}, REPLY]},
     "bad message: message 0: expected an object, got str": {"messages": ["a"]},
+    "bad message: message 0: a user message without content": {"messages": [{"role": "user", "content": None}, REPLY]},
+    "bad message: message 0: a user message without value": {
+        "messages": [{"from": "human", "value": None}, {"from": "gpt", "value": "a"}]
+    },
     "bad message: message 0: expected text or a list of text parts, got int": {
         "messages": [{"role": "user", "content": 3}, REPLY]
     },

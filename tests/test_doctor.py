@@ -143,6 +143,14 @@ ARGUMENTS = {
             r"vocabulary: expected --dft-true-vocab-size 120, the tokenizer's size, got 119; .*remaining 8 columns",
         ],
     ),
+    "chunks of tokens, and a callback": (
+        1,
+        CHAT_MOCK + "--loss-type dft --dft-linear-fused --dft-token-chunk 64 --dft-callback nowhere:f",
+        [
+            r"objective: --dft-token-chunk .*requires --calculate-per-token-loss",
+            r"objective: --dft-callback: expected module:function of an installed module, got 'nowhere:f'",
+        ],
+    ),
     "indivisible vocabulary": (
         2,
         CHAT_MOCK + "--tensor-model-parallel-size 2 --padded-vocab-size 119",

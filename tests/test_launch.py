@@ -56,7 +56,7 @@ MISSED = {
         "        ce = torch.nn.functional.cross_entropy\n"
         "        output = ce(logits.transpose(1, 2).float(), targets, reduction='none')\n"
         '    return output, partial(loss_func, batch["loss_mask"])',
-        "received a gradient in 0; forward_step trains on another loss",
+        "received a gradient in 0; the training step uses another loss",
     ),
     "loss without gradients": (
         "    output = model(",

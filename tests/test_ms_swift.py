@@ -230,7 +230,7 @@ def test_environment_reads_flags_and_yaml(monkeypatch, tmp_path):
     ("text", "message"),
     [
         ("", "no objective; export MEGATRON_DFT"),
-        ("--dft-metrics full", "no objective; add loss_type"),
+        ("--dft-metrics full", "requires --loss-type"),
         ("--loss-type dtf", "did you mean 'dft'"),
         ("--loss-type dft --dft-metric full", "unrecognized arguments: --dft-metric full"),
         ("loss_type=dft", "unrecognized arguments: loss_type=dft"),

@@ -217,6 +217,7 @@ def test_omitted_parameters_keep_defaults():
     ("specification", "message"),
     [
         ("dtf", "unknown objective 'dtf': expected one of nll, dft, .*; did you mean 'dft'"),
+        ("DFT", "unknown objective 'DFT': expected one of nll, dft, .*; did you mean 'dft'"),
         ("", "unknown objective ''"),
         ("DFT", "unknown objective 'DFT'"),
         ("focal:gama=1", "'focal': expected gamma=, start=, ramp=, got 'gama=1' in .*; did you mean 'gamma'"),

@@ -268,7 +268,7 @@ def test_yaml_cfg_configures_objective_in_place_of_flags(tmp_path):
 
 def test_launcher_removes_ce_flag_and_rejects_flags_without_loss_type():
     assert launch.config_of(["--lr", "1", "--loss-type", "ce"]) == (DFTConfig(), ["--lr", "1"])
-    with pytest.raises(ValueError, match=r"mtp \(--dft-mtp\): no objective; add loss_type"):
+    with pytest.raises(ValueError, match=r"--dft-mtp \(mtp\) requires --loss-type"):
         launch.config_of(["--dft-mtp", "same"])
     for argv in (["--loss-typ", "dft"], ["--loss_type=dft"], ["--", "--loss-type", "dft"]):
         with pytest.raises(ValueError, match=r"unknown flag; write --loss-type OBJECTIVE, before any"):
@@ -303,7 +303,14 @@ def test_launcher_prints_usage_and_rejects_missing_script():
     launch = [sys.executable, "-m", "megatron_dft.launch"]
     usage = subprocess.run([*launch, "--help"], capture_output=True, text=True, check=True).stdout
     assert "--loss-type dft" in usage and "--dft-linear-fused" in usage
-    for argv, message in (([], "no script at ''"), (["no_such.py"], "no script at 'no_such.py'")):
+    for argv, message in (
+        ([], "no script; pass the path"),
+        (["no_such.py"], "no script at 'no_such.py'"),
+        (
+            ["--device=gpu", "x.py"],
+            "--device: expected one of cuda, cpu, auto, got 'gpu'",
+        ),
+    ):
         wrong = subprocess.run([*launch, *argv], capture_output=True, text=True, check=False)
         assert wrong.returncode == 1 and message in wrong.stderr
 

@@ -98,6 +98,7 @@ def test_epochs_train_each_token_once_in_another_order(host):
         ),
         ("--dft-channels maths,law", "--dft-channels: the data has no channel 'law': it has code, maths"),
         ("--valid-data-path {folder}/x.jsonl", "x.jsonl: expected a token file like"),
+        ("--train-data-path {folder}/none.arrow", "none.arrow: no such token file; check the path"),
         ("--tokenizer-type NullTokenizer --vocab-size 20", "contains token id"),
         ("--tokenizer-model {folder}/other", "prepared with another tokenizer: tokenizer '"),
     ],

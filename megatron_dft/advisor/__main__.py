@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     """Evaluate with Megatron if argv has a SCRIPT before its other arguments, otherwise with --model."""
     ours, rest = _parser(script=True).parse_known_args(argv)
     with_model = _begins_with_option(rest)
-    if not argv or argv[0] in ("-h", "--help") or (with_model and not {"-h", "--help"}.isdisjoint(rest)):
+    if argv[:1] in (["-h"], ["--help"]) or (with_model and not {"-h", "--help"}.isdisjoint(rest)):
         _parser(script=True, model=True).print_help()
         return
     if with_model:

@@ -200,6 +200,8 @@ def _message(message: Any, i: int, ignored: set[str]) -> tuple[dict[str, Any], f
         if name != text_field and _is_set(message[name], name):
             raise ValueError(f"unsupported field: message {i}: {name!r}; remove it from the data")
     shown: dict[str, Any] = {"role": role, "content": _content(message.get(text_field), i)}
+    if role == "user" and message.get(text_field) is None:
+        raise ValueError(f"bad message: message {i}: a user message without {text_field}")
     weight = 1.0
     if not message.keys() <= ROLE_AND_CONTENT:
         _add_template_fields(shown, message, i)

@@ -110,8 +110,8 @@ def read(argv: list[str]) -> Run:
     parser.add_argument("command", metavar="SCRIPT ARGUMENTS", nargs=argparse.REMAINDER, help="the command of the run")
     ours = parser.parse_args(argv)
     script, *arguments = ours.command or [None]
-    if script is not None and not os.path.isfile(script):
-        raise ValueError(f"no script at {script!r}; pass the path of the training script before its arguments")
+    if script is not None:
+        launch.check_script(script)
     if ours.world_size is not None and "RANK" in os.environ:
         raise ValueError("--world-size: expected it without ranks, got it under a launcher, which sets it; drop it")
     world_size = ours.world_size or int(os.environ.get("WORLD_SIZE", torch.cuda.device_count() or 1))

@@ -28,7 +28,7 @@ import torch
 
 from megatron_dft.config import DFTConfig
 from megatron_dft.hosts import compat, megatron_lm, sft
-from megatron_dft.utils import nearest
+from megatron_dft.utils import load_function, nearest
 
 # Settings under which stages may have different numbers of layers.
 UNEVEN = (
@@ -218,6 +218,7 @@ def objective(settings: Any, config: DFTConfig | None, without_gpu: bool) -> Ite
     for check in (
         lambda: compat.check_settings(settings, dataclasses.replace(config, backend="auto")),
         lambda: sft.check_settings(settings),
+        lambda: config.callback and load_function(config.callback, "--dft-callback"),
         lambda: None if without_gpu else compat.backend(config),
     ):
         try:
@@ -309,6 +310,7 @@ def _labels(paths: list[str], settings: Any) -> Iterator[Finding]:
         return
     try:
         token_data.carried(paths, sft.data_paths(settings, training=True), config)
+        sft.check_channels(config.metric_spec.channels, token_data.channels_of(paths), "--dft-channels", False)
     except ValueError as error:
         yield Finding("error", "files", str(error))
 

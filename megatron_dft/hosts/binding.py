@@ -120,6 +120,10 @@ def install(model_chunks: Sequence[torch.nn.Module], config: DFTConfig) -> Insta
         ValueError: for a model whose loss cannot be replaced, or incompatible settings. In training, the first forward
             pass raises if another function computes the loss.
     """
+    if not isinstance(config, DFTConfig):
+        raise ValueError(
+            f"install: expected a DFTConfig, got {type(config).__name__}; write DFTConfig(loss_type='dft')"
+        )
     if isinstance(model_chunks, torch.nn.Module) and not isinstance(model_chunks, torch.nn.ModuleList):
         raise ValueError(f"install: expected a list of model chunks, got {type(model_chunks).__name__}; pass [model]")
     schedule = Schedule(config.objective if config.enabled else None)

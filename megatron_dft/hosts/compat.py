@@ -28,6 +28,10 @@ OTHER_LOSSES = {
     "export_kd_teacher_load": "--export-kd-teacher-load (ModelOpt distillation)",
     "perform_rl_step": "--perform-rl-step (reinforcement learning)",
 }
+FP32_MAIN_GRAD = (
+    "--dft-token-chunk requires an fp32 main_grad, to which every chunk is added; add "
+    "--accumulate-allreduce-grads-in-fp32 and omit --grad-reduce-in-bf16, or omit --dft-token-chunk"
+)
 MCORE_BRIDGE = "mcore_bridge.model.gpt_model"  # module of the GPTModel of ms-swift
 LOGITS = "_forward_output_layer"  # its method in which subclasses cap or scale the logits
 OUTPUT_PROCESSOR = "output_processor"  # argument of GPTModel.forward, from 0.18 on: hidden states instead of logits
@@ -76,6 +80,16 @@ def check_settings(settings: Any, config: DFTConfig) -> None:
             f"--dft-reduction {config.reduction} requires --calculate-per-token-loss, under which Megatron divides the "
             "gradient by one number for the whole batch; add it"
         )
+    if config.token_chunk is not None:
+        if not getattr(settings, "calculate_per_token_loss", True):
+            raise ValueError(
+                "--dft-token-chunk computes the gradient in forward and requires --calculate-per-token-loss "
+                "(calculate_per_token_loss), without which the upstream gradient is not known there; add it, or omit "
+                "--dft-token-chunk"
+            )
+        in_fp16 = getattr(settings, "fp16", False) and not getattr(settings, "accumulate_allreduce_grads_in_fp32", True)
+        if in_fp16 or getattr(settings, "grad_reduce_in_bf16", False):
+            raise ValueError(FP32_MAIN_GRAD)
     if getattr(settings, "overlap_moe_expert_parallel_comm", False):
         for flag, needed in (
             ("--dft-channels", config.channels),
@@ -129,11 +143,6 @@ def check_model(model: Any, config: DFTConfig) -> None:
         obstacle = _obstacle(model) or _obstacle_to_chunks(model)
         if obstacle:
             raise ValueError(f"--dft-linear-fused is not supported with {obstacle}; remove the flag")
-        obstacle = _obstacle_to_gradient_in_forward(model, config)
-        if config.token_chunk is not None and obstacle:
-            raise ValueError(
-                f"--dft-token-chunk computes the gradient in forward, but {obstacle}; use --dft-vocab-chunk"
-            )
 
 
 def compacts(model: Any, config: DFTConfig) -> bool:
@@ -361,15 +370,6 @@ def _plain_forwards(column_parallel_linear: Any) -> tuple[Any, ...]:
     except ImportError:
         return (column_parallel_linear.forward,)
     return column_parallel_linear.forward, LinearCrossEntropyModule.forward
-
-
-def _obstacle_to_gradient_in_forward(model: Any, config: DFTConfig) -> str | None:
-    """Why the upstream gradient of this model is not known in forward, for chunks of tokens; None: it is."""
-    if not getattr(model.config, "calculate_per_token_loss", False):
-        return "without --calculate-per-token-loss the upstream gradient is not known there"
-    if not config.objective.per_token:
-        return f"{config.objective} depends on all tokens of a batch"
-    return None
 
 
 def _output_weight(model: Any) -> Tensor:

@@ -437,8 +437,8 @@ class LossHead:
         if self.computed and not self.trained:
             raise ValueError(
                 f"{type(self.model).__name__}: its loss was computed in {self.computed} forward passes and received a "
-                f"gradient in {self.trained}; forward_step trains on another loss: return the model's output, or omit "
-                "--loss-type"
+                f"gradient in {self.trained}; the training step uses another loss: compute it from the output of "
+                "the model, or omit --loss-type"
             )
         if self.unused:
             raise ValueError(
@@ -467,10 +467,7 @@ class MainGrad(WeightGradient):
 
     def __init__(self, weight: Any, summed: bool) -> None:
         if summed and weight.main_grad.dtype != accumulation_dtype(weight):
-            raise ValueError(
-                f"--dft-token-chunk requires an fp32 main_grad, to which every chunk is added, got "
-                f"{weight.main_grad.dtype}; omit --grad-reduce-in-bf16, or use --dft-vocab-chunk"
-            )
+            raise ValueError(compat.FP32_MAIN_GRAD)
         self.weight, self.total, self.summed = weight, weight.main_grad, True
 
     def multiply(self, factor: Tensor) -> None:

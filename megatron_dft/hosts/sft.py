@@ -88,6 +88,8 @@ def token_files(settings: Any) -> list[str]:
     paths = data_paths(settings)
     found = [path for path in paths if is_token_file(path)]
     for path in paths:
+        if path.endswith(".arrow") and not os.path.isfile(path):
+            raise ValueError(f"{path}: no such token file; check the path, or prepare it with megatron-dft data")
         if found and path not in found:
             raise ValueError(f"{path}: expected a token file like {found[0]}; prepare it with megatron-dft data")
     return found
