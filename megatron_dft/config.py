@@ -208,7 +208,7 @@ class DFTConfig:
 
 
 def _requires(names: Sequence[str], required: str) -> str:
-    """ "--dft-token-chunk (token_chunk) requires --dft-linear-fused (linear_fused)" """
+    """For example: --dft-token-chunk (token_chunk) requires --dft-linear-fused (linear_fused)."""
     verb = "requires" if len(names) == 1 else "require"
     return f"{', '.join(map(_flag, names))} ({', '.join(names)}) {verb} {_flag(required)} ({required})"
 

@@ -13,8 +13,9 @@ from typing import Any, NoReturn
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of an error message: the known name that is most similar, or nothing."""
-    match = difflib.get_close_matches(name.lower(), list(known), n=1)
-    return f"; did you mean {match[0]!r}?" if match else ""
+    lower = {x.lower(): x for x in known}
+    match = difflib.get_close_matches(name.lower(), list(lower), n=1)
+    return f"; did you mean {lower[match[0]]!r}?" if match else ""
 
 
 def load_function(path: str, option: str) -> Callable[..., Any]:

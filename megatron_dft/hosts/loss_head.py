@@ -327,8 +327,8 @@ class LossHead:
         self._note(
             "--dft-token-chunk: the loss received another gradient than the one for which forward computed the "
             "gradients, grad_scale_func(1) x loss mask of the model; pass the loss mask to the model (loss_mask=, or "
-            "labels of -100) and return the sum over it from loss_func, or use --dft-vocab-chunk (vocab_chunk), which "
-            "supports every loss_func",
+            "labels of -100) and return the sum over it from loss_func, or omit --dft-token-chunk (token_chunk): "
+            "chunks of the vocabulary support every loss_func",
             differs(gradient, expected, valid),
         )
         if not (self.verified or (gradient.is_cuda and torch.cuda.is_current_stream_capturing())):
@@ -443,8 +443,8 @@ class LossHead:
         if self.unused:
             raise ValueError(
                 f"--dft-token-chunk: backward did not use the gradients of {self.unused} forward passes of this step; "
-                "call the model under torch.no_grad() where it does not train, do not recompute it in backward, or use "
-                "--dft-vocab-chunk"
+                "call the model under torch.no_grad() where it does not train, do not recompute it in backward, or "
+                "omit --dft-token-chunk"
             )
 
 

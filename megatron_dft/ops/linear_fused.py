@@ -344,7 +344,7 @@ class _LossInTokenChunks(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError(
                 "linear_dft_loss: forward computed the gradients for one backward, and this is the second; omit "
-                "upstream (in Megatron use --dft-vocab-chunk)"
+                "upstream (in Megatron --dft-token-chunk)"
             )
         (hidden_gradient, sum_over_ranks, weight_gradient), ctx.gradients = ctx.gradients, None
         factor = torch.where(differs(upstream, *ctx.saved_tensors), torch.nan, 1.0)
