@@ -44,6 +44,7 @@ def parts(monkeypatch, tmp_path):
     return known
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="one part requires a machine without a GPU")
 def test_gpu_command_runs_every_part_after_failures(parts, tmp_path, capsys):
     assert gpu.main(["--out", str(tmp_path)]) == 1
