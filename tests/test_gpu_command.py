@@ -73,7 +73,10 @@ def test_gpu_command_reports_parts_without_time_left(parts, tmp_path, capsys):
 
 def test_gpu_command_reports_unavailable_parts_and_passes(parts, tmp_path, capsys):
     parts["last"] = gpu.Part(["-c", "raise SystemExit(3)"], 60, lambda: "no such package")
+    for name in ("works.csv", "works-wire.csv", "hangs.csv"):  # of an earlier run
+        (tmp_path / name).touch()
     assert gpu.main(["--out", str(tmp_path), "--only", "works", "last"]) == 0
+    assert [path.name for path in tmp_path.glob("*.csv")] == ["hangs.csv"]
     assert capsys.readouterr().out.splitlines()[1] == "last      not run: no such package"
 
 

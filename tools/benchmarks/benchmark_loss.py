@@ -5,9 +5,9 @@
 
 It has two parts: the loss on given logits, and output layer with loss, from hidden states. Each part starts with a
 correctness gate, which compares the gradient of each implementation with that of its objective in fp64: DFT, or NLL if
-its name ends with (NLL). If ours is wrong, nothing is timed. A wrong baseline is not timed; its row has a note, like
-that of an implementation that fails at one size. Then
-all implementations run interleaved in one process (measure.py), for each size and share of masked tokens.
+its name ends with (NLL). If ours is wrong, nothing is timed. A wrong baseline is not timed; its row has a note. Then
+all implementations run interleaved in one process (measure.py), for each size and share of masked tokens. One that
+fails at a size gets a note for it.
 
 Given logits: bf16, rebuilt outside of the timed region; a different upstream gradient per token, 0 where masked.
 From hidden states: one upstream gradient for all valid tokens, as in training and as Liger requires. bf16 on a GPU,

@@ -340,13 +340,14 @@ def loss_func(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[s
 
 def memory(device: torch.device, peak: bool = False) -> int:
     """Bytes allocated by this rank, now or at the peak, without cached free memory."""
-    if not peak:
-        gc.collect()  # of models with references to themselves
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
-    if not peak:
-        ctypes.CDLL(None).malloc_trim(0)
-    return resident("VmHWM" if peak else "VmRSS")
+    on_cuda = device.type == "cuda"
+    if peak:
+        return torch.cuda.max_memory_allocated() if on_cuda else resident("VmHWM")
+    gc.collect()  # of models with references to themselves
+    if on_cuda:
+        return torch.cuda.memory_allocated()
+    ctypes.CDLL(None).malloc_trim(0)
+    return resident("VmRSS")
 
 
 def reset_peak_memory(device: torch.device) -> None:
